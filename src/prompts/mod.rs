@@ -1,0 +1,29 @@
+//! The prompt distribution p(c) of a task: one source per file.
+
+use serde::{Deserialize, Serialize};
+
+/// A context c with what a reward may need to know about it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Prompt {
+    /// The words the text encoder sees.
+    pub text: String,
+    /// Names of the objects that the picture should show (composition reward, Eq. 13); empty where it does not apply.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub objects: Vec<String>,
+}
+
+/// Which part of a prompt set: the one trained on, or the one kept for evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    Train,
+    HeldOut,
+}
+
+/// A set of prompts, addressed by index so that every rank can draw the same prompt without communication.
+pub trait PromptSource {
+    /// Number of prompts in a split; 0 means the split does not exist.
+    fn len(&self, split: Split) -> u64;
+    /// The prompt at `index` in `0..len(split)`.
+    fn prompt(&self, split: Split, index: u64) -> Prompt;
+}
