@@ -1,0 +1,227 @@
+//! The files of a model in the diffusers layout: on disk, embedded in the binary, or received from rank 0.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{anyhow, bail, Context, Result};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::weights::{modernise_vae_names, read_safetensors, tensor_bytes};
+use crate::comm::Communicator;
+
+/// Where a model comes from.
+#[derive(Clone, Debug)]
+pub enum ModelLocation {
+    Disk(PathBuf),
+    /// (path inside the folder, contents)
+    Embedded(&'static [(&'static str, &'static [u8])]),
+}
+
+/// Small files that are kept as they are, so that a saved model has the tokenizer and configs it was loaded with.
+const TEXT_FILES: &[(&str, bool)] = &[
+    ("model_index.json", true),
+    ("scheduler/scheduler_config.json", true),
+    ("text_encoder/config.json", true),
+    ("tokenizer/vocab.json", true),
+    ("tokenizer/merges.txt", true),
+    ("tokenizer/tokenizer_config.json", true),
+    ("tokenizer/special_tokens_map.json", false),
+    ("unet/config.json", true),
+    ("vae/config.json", true),
+    ("feature_extractor/preprocessor_config.json", false),
+];
+
+/// The three networks and the base names of their weight files.
+pub const COMPONENTS: [(&str, &str); 3] =
+    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
+
+/// Everything a model folder holds, in memory.
+#[derive(Default)]
+pub struct ModelFiles {
+    pub texts: BTreeMap<String, Vec<u8>>,
+    /// Per component: tensors by name, in the type they are stored in.
+    pub weights: BTreeMap<String, BTreeMap<String, Tensor>>,
+    /// For errors.
+    pub origin: String,
+}
+
+impl ModelFiles {
+    /// Reads the whole folder.
+    ///
+    /// # Errors
+    /// Names the missing or damaged file.
+    pub fn read(location: &ModelLocation) -> Result<Self> {
+        let origin = match location {
+            ModelLocation::Disk(dir) => {
+                if !dir.is_dir() {
+                    bail!("model folder {} does not exist", dir.display());
+                }
+                dir.display().to_string()
+            }
+            ModelLocation::Embedded(_) => "embedded miniature".to_string(),
+        };
+        let mut files = ModelFiles { origin, ..Default::default() };
+        for &(path, required) in TEXT_FILES {
+            match location.bytes(path)? {
+                Some(bytes) => drop(files.texts.insert(path.to_string(), bytes.to_vec())),
+                None if required => bail!("{}: {path} is missing", files.origin),
+                None => {}
+            }
+        }
+        for (component, stem) in COMPONENTS {
+            let path = format!("{component}/{stem}.safetensors");
+            let bytes = location.bytes(&path)?.with_context(|| format!("{}: {path} is missing", files.origin))?;
+            let mut tensors = read_safetensors(&bytes, &format!("{}: {path}", files.origin))?;
+            if component == "vae" {
+                tensors = modernise_vae_names(tensors)?;
+            }
+            files.weights.insert(component.to_string(), tensors);
+        }
+        Ok(files)
+    }
+
+    /// Rank 0 reads, every other rank receives. An error on rank 0 is the same error everywhere.
+    pub fn read_and_broadcast(location: &ModelLocation, comm: &dyn Communicator) -> Result<Self> {
+        if comm.size() == 1 {
+            return ModelFiles::read(location);
+        }
+        let read = if comm.rank() == 0 { Some(ModelFiles::read(location)) } else { None };
+        let mut header = match &read {
+            Some(Ok(files)) => serde_json::to_vec(&Header::of(files))?,
+            Some(Err(e)) => serde_json::to_vec(&Header { error: Some(format!("{e:#}")), ..Header::default() })?,
+            None => Vec::new(),
+        };
+        comm.broadcast_bytes(&mut header, 0)?;
+        let header: Header = serde_json::from_slice(&header).context("model header from rank 0")?;
+        if let Some(error) = header.error {
+            return Err(anyhow!(error));
+        }
+
+        let mut files = match read {
+            Some(files) => files?,
+            None => ModelFiles { origin: header.origin.clone(), ..Default::default() },
+        };
+        for path in header.texts {
+            let mut bytes = files.texts.remove(&path).unwrap_or_default();
+            comm.broadcast_bytes(&mut bytes, 0)?;
+            files.texts.insert(path, bytes);
+        }
+        for entry in header.tensors {
+            let mut bytes = match files.weights.get(&entry.component).and_then(|w| w.get(&entry.name)) {
+                Some(tensor) => tensor_bytes(tensor)?,
+                None => Vec::new(),
+            };
+            comm.broadcast_bytes(&mut bytes, 0)?;
+            if comm.rank() != 0 {
+                let tensor = Tensor::f_from_data_size(&bytes, &entry.shape, kind_from_code(entry.kind)?)?;
+                files.weights.entry(entry.component).or_default().insert(entry.name, tensor);
+            }
+        }
+        Ok(files)
+    }
+
+    pub fn text(&self, path: &str) -> Result<&str> {
+        let bytes = self.texts.get(path).with_context(|| format!("{}: {path} is missing", self.origin))?;
+        std::str::from_utf8(bytes).with_context(|| format!("{}: {path} is not UTF-8", self.origin))
+    }
+
+    pub fn json(&self, path: &str) -> Result<Value> {
+        serde_json::from_str(self.text(path)?).with_context(|| format!("{}: {path} is not JSON", self.origin))
+    }
+
+    pub fn optional_json(&self, path: &str) -> Result<Option<Value>> {
+        if self.texts.contains_key(path) {
+            self.json(path).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+}
+
+impl ModelLocation {
+    fn bytes(&self, path: &str) -> Result<Option<Bytes>> {
+        match self {
+            ModelLocation::Embedded(files) => Ok(files.iter().find(|(p, _)| *p == path).map(|(_, b)| Bytes::Embedded(b))),
+            ModelLocation::Disk(dir) => map_file(&dir.join(path)),
+        }
+    }
+}
+
+/// A file's contents without a copy.
+enum Bytes {
+    Embedded(&'static [u8]),
+    Mapped(memmap2::Mmap),
+    Empty,
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Embedded(b) => b,
+            Bytes::Mapped(m) => m,
+            Bytes::Empty => &[],
+        }
+    }
+}
+
+fn map_file(path: &Path) -> Result<Option<Bytes>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| format!("cannot open {}", path.display())),
+    };
+    if file.metadata()?.len() == 0 {
+        return Ok(Some(Bytes::Empty));
+    }
+    // SAFETY: the map is read once while loading; a file that another program cuts short meanwhile ends the process
+    // with SIGBUS, the accepted risk of every memory-mapped loader.
+    let map = unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+    Ok(Some(Bytes::Mapped(map)))
+}
+
+/// What rank 0 tells the others before the contents.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+struct Header {
+    error: Option<String>,
+    origin: String,
+    texts: Vec<String>,
+    tensors: Vec<TensorHeader>,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct TensorHeader {
+    component: String,
+    name: String,
+    shape: Vec<i64>,
+    kind: u8,
+}
+
+const KINDS: [Kind; 8] =
+    [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double, Kind::Int64, Kind::Int, Kind::Uint8, Kind::Bool];
+
+fn kind_from_code(code: u8) -> Result<Kind> {
+    KINDS.get(usize::from(code)).copied().with_context(|| format!("tensor kind {code} from rank 0"))
+}
+
+impl Header {
+    fn of(files: &ModelFiles) -> Self {
+        let mut tensors = Vec::new();
+        for (component, weights) in &files.weights {
+            for (name, tensor) in weights {
+                let kind = KINDS.iter().position(|k| *k == tensor.kind()).expect("read_safetensors gives these kinds only");
+                tensors.push(TensorHeader {
+                    component: component.clone(),
+                    name: name.clone(),
+                    shape: tensor.size(),
+                    kind: kind as u8,
+                });
+            }
+        }
+        Header { error: None, origin: files.origin.clone(), texts: files.texts.keys().cloned().collect(), tensors }
+    }
+}

@@ -1,0 +1,103 @@
+//! The elementary layers, with PyTorch's parameter names and initial distributions.
+
+use anyhow::Result;
+use tch::Tensor;
+
+use super::parameters::{Builder, Init};
+
+/// y = x·Wᵀ + b over the last dimension.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    pub fn new(b: &Builder, inputs: i64, outputs: i64) -> Result<Self> {
+        let init = Init::Uniform((inputs as f64).powf(-0.5));
+        Ok(Linear { weight: b.parameter("weight", &[outputs, inputs], init)?, bias: Some(b.parameter("bias", &[outputs], init)?) })
+    }
+
+    pub fn without_bias(b: &Builder, inputs: i64, outputs: i64) -> Result<Self> {
+        let init = Init::Uniform((inputs as f64).powf(-0.5));
+        Ok(Linear { weight: b.parameter("weight", &[outputs, inputs], init)?, bias: None })
+    }
+
+    /// CLIP's initial distribution: weights N(0, std²), biases zero.
+    pub fn normal(b: &Builder, inputs: i64, outputs: i64, std: f64) -> Result<Self> {
+        let weight = b.parameter("weight", &[outputs, inputs], Init::Normal(std))?;
+        Ok(Linear { weight, bias: Some(b.parameter("bias", &[outputs], Init::Zeros)?) })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// 2-D convolution, NCHW.
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    pub fn new(b: &Builder, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64) -> Result<Self> {
+        let init = Init::Uniform(((inputs * kernel * kernel) as f64).powf(-0.5));
+        Ok(Conv2d {
+            weight: b.parameter("weight", &[outputs, inputs, kernel, kernel], init)?,
+            bias: b.parameter("bias", &[outputs], init)?,
+            stride,
+            padding,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1)
+    }
+}
+
+/// Normalisation over groups of channels.
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    pub fn new(b: &Builder, groups: i64, channels: i64, eps: f64) -> Result<Self> {
+        anyhow::ensure!(channels % groups == 0, "{channels} channels do not divide into {groups} norm groups");
+        Ok(GroupNorm {
+            weight: b.parameter("weight", &[channels], Init::Ones)?,
+            bias: b.parameter("bias", &[channels], Init::Zeros)?,
+            groups,
+            eps,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+/// Normalisation over the last dimension.
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub fn new(b: &Builder, channels: i64, eps: f64) -> Result<Self> {
+        Ok(LayerNorm {
+            weight: b.parameter("weight", &[channels], Init::Ones)?,
+            bias: b.parameter("bias", &[channels], Init::Zeros)?,
+            eps,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.layer_norm([*self.weight.size().last().unwrap_or(&0)], Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}

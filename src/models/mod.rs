@@ -1,0 +1,24 @@
+//! The networks of a latent diffusion model (text encoder, U-Net, VAE) and their diffusers folder layout.
+//!
+//! ```text
+//! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
+//! parameters.rs   named parameters of a network, one flat buffer to train
+//! tokenizer.rs    text -> token ids          text_encoder.rs   CLIP text model
+//! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
+//! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
+//! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save
+//! ```
+
+pub mod attention;
+pub mod folder;
+pub mod layers;
+pub mod parameters;
+pub mod pipeline;
+pub mod resnet;
+pub mod text_encoder;
+pub mod time_embedding;
+pub mod tokenizer;
+pub mod unet;
+pub mod unet_config;
+pub mod vae;
+pub mod weights;

@@ -1,0 +1,276 @@
+//! Named parameters of a network: where they come from while it is built, and the flat buffer they are trained in.
+
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+
+use anyhow::{bail, ensure, Result};
+use tch::{Device, Kind, Tensor};
+
+use crate::random::{Coordinates, Purpose};
+
+/// How a parameter is drawn when no checkpoint gives it.
+#[derive(Clone, Copy, Debug)]
+pub enum Init {
+    Zeros,
+    Ones,
+    /// N(0, std²).
+    Normal(f64),
+    /// U(−bound, bound).
+    Uniform(f64),
+}
+
+/// Where the parameters of a network come from.
+pub enum Source {
+    /// Tensors of a checkpoint by name; every parameter must be there with its shape.
+    Tensors(BTreeMap<String, Tensor>),
+    /// Random initial weights, a function of the seed and the parameter's name.
+    Seeded(u64),
+    /// Shapes only: parameters are empty tensors. For counting, not for running.
+    ShapesOnly,
+}
+
+/// The parameters of one network in the order in which it was built.
+#[derive(Default)]
+pub struct Parameters {
+    pub entries: Vec<Parameter>,
+}
+
+pub struct Parameter {
+    pub name: String,
+    pub shape: Vec<i64>,
+    /// Shares its tensor with the layer that uses it.
+    pub tensor: Tensor,
+}
+
+impl Parameters {
+    /// Number of scalars.
+    pub fn count(&self) -> u64 {
+        self.entries.iter().map(|p| p.shape.iter().product::<i64>() as u64).sum()
+    }
+
+    pub fn freeze(&self) {
+        for p in &self.entries {
+            let _ = p.tensor.shallow_clone().set_requires_grad(false);
+        }
+    }
+}
+
+struct State {
+    source: Source,
+    kind: Kind,
+    device: Device,
+    parameters: Parameters,
+}
+
+/// Hands out parameters by path while a network is built, and remembers them.
+#[derive(Clone)]
+pub struct Builder {
+    state: Rc<RefCell<State>>,
+    prefix: String,
+}
+
+impl Builder {
+    /// `kind` is the type the network computes in; `device` where it lies.
+    pub fn new(source: Source, kind: Kind, device: Device) -> Self {
+        let state = State { source, kind, device, parameters: Parameters::default() };
+        Builder { state: Rc::new(RefCell::new(state)), prefix: String::new() }
+    }
+
+    /// The builder of a part: names below it get `name.` in front.
+    pub fn sub(&self, name: impl std::fmt::Display) -> Builder {
+        Builder { state: self.state.clone(), prefix: format!("{}{name}.", self.prefix) }
+    }
+
+    /// The parameter `name` of shape `shape`.
+    ///
+    /// # Errors
+    /// It is missing from the checkpoint, or has another shape there.
+    pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+        let full = format!("{}{name}", self.prefix);
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let tensor = match &mut state.source {
+            Source::Tensors(tensors) => {
+                let Some(t) = tensors.remove(&full) else { bail!("tensor {full} is missing") };
+                ensure!(t.size() == shape, "tensor {full} has shape {:?}, the config asks for {shape:?}", t.size());
+                t.to_kind(state.kind).to_device(state.device)
+            }
+            Source::Seeded(seed) => draw(*seed, &full, shape, init).to_kind(state.kind).to_device(state.device),
+            Source::ShapesOnly => Tensor::zeros([0], (state.kind, state.device)),
+        };
+        state.parameters.entries.push(Parameter {
+            name: full,
+            shape: shape.to_vec(),
+            tensor: tensor.shallow_clone(),
+        });
+        Ok(tensor)
+    }
+
+    /// Ends the building: the parameters, and the names in the checkpoint that nothing asked for.
+    pub fn finish(self) -> (Parameters, Vec<String>) {
+        let mut state = self.state.borrow_mut();
+        let unused = match &state.source {
+            Source::Tensors(rest) => rest.keys().cloned().collect(),
+            _ => Vec::new(),
+        };
+        (std::mem::take(&mut state.parameters), unused)
+    }
+}
+
+/// Initial values: a stream of its own for every parameter, told apart by a hash of the name (FNV-1a).
+fn draw(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
+    let name_hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let at = Coordinates {
+        iteration: (name_hash >> 32) as u32,
+        sample: name_hash as u32,
+        ..Coordinates::new(seed, Purpose::WeightInit)
+    };
+    let options = (Kind::Float, Device::Cpu);
+    let count = shape.iter().product::<i64>() as usize;
+    match init {
+        Init::Zeros => Tensor::zeros(shape, options),
+        Init::Ones => Tensor::ones(shape, options),
+        Init::Normal(std) => {
+            let mut values = vec![0f32; count];
+            at.stream().fill_normal(&mut values);
+            Tensor::from_slice(&values).view(shape) * std
+        }
+        Init::Uniform(bound) => {
+            let mut stream = at.stream();
+            let values: Vec<f32> = (0..count).map(|_| stream.between(-bound, bound) as f32).collect();
+            Tensor::from_slice(&values).view(shape)
+        }
+    }
+}
+
+/// Every parameter starts at a multiple of this many scalars (64 bytes of f32), so that the kernels of the CPU
+/// libraries see the same alignment as in a tensor of its own.
+const ALIGN: usize = 16;
+
+/// One entry of the flat buffer's table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LayoutEntry {
+    pub name: String,
+    pub shape: Vec<i64>,
+    /// First scalar in the flat buffer.
+    pub offset: usize,
+}
+
+/// The trainable parameters of a network as one flat f32 buffer; the network's tensors are views of it, so an
+/// optimizer step on the buffer is an optimizer step on the network. Gaps between parameters hold zeros.
+pub struct FlatParameters {
+    flat: Tensor,
+    pub layout: Vec<LayoutEntry>,
+    views: Vec<Tensor>,
+}
+
+impl FlatParameters {
+    /// Moves the parameters into one buffer and makes them leaves that require a gradient. f32 on the CPU.
+    pub fn new(parameters: &Parameters) -> Result<Self> {
+        let mut layout = Vec::new();
+        let mut end = 0usize;
+        for p in &parameters.entries {
+            ensure!(p.tensor.kind() == Kind::Float, "parameter {} is {:?}, training wants f32", p.name, p.tensor.kind());
+            layout.push(LayoutEntry { name: p.name.clone(), shape: p.shape.clone(), offset: end });
+            let count = p.shape.iter().product::<i64>() as usize;
+            end = (end + count).next_multiple_of(ALIGN);
+        }
+        let flat = Tensor::zeros([end as i64], (Kind::Float, Device::Cpu));
+        let mut views = Vec::new();
+        for (entry, p) in layout.iter().zip(&parameters.entries) {
+            let count = entry.shape.iter().product::<i64>();
+            let mut view = flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice()).detach();
+            tch::no_grad(|| view.copy_(&p.tensor));
+            let mut leaf = p.tensor.shallow_clone();
+            leaf.set_data(&view);
+            views.push(leaf.set_requires_grad(true));
+        }
+        Ok(FlatParameters { flat, layout, views })
+    }
+
+    /// Scalars in the buffer, the gaps included.
+    pub fn len(&self) -> usize {
+        self.flat.size()[0] as usize
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The network's tensors, leaves of the autograd graph, in layout order.
+    pub fn leaves(&self) -> &[Tensor] {
+        &self.views
+    }
+
+    pub fn values(&self) -> &[f32] {
+        // SAFETY: `flat` is a contiguous f32 CPU tensor of `len` scalars that lives as long as self.
+        unsafe { std::slice::from_raw_parts(self.flat.data_ptr() as *const f32, self.len()) }
+    }
+
+    /// The buffer to write to. Changes are seen by the network at once; autograd does not notice, so no graph may be
+    /// alive across a write.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `values`; &mut self keeps other Rust views away, and no libtorch kernel runs meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.flat.data_ptr() as *mut f32, self.len()) }
+    }
+
+    /// Copies gradients, one per leaf in layout order, into `out` of `len` scalars; gaps stay as they are.
+    pub fn flatten(&self, gradients: &[Tensor], out: &mut [f32]) -> Result<()> {
+        ensure!(gradients.len() == self.layout.len(), "{} gradients for {} parameters", gradients.len(), self.layout.len());
+        for (entry, gradient) in self.layout.iter().zip(gradients) {
+            let count = entry.shape.iter().product::<i64>() as usize;
+            let target = &mut out[entry.offset..entry.offset + count];
+            if !gradient.defined() {
+                target.fill(0.0);
+                continue;
+            }
+            gradient.contiguous().view([-1]).f_copy_data(target, count)?;
+        }
+        Ok(())
+    }
+
+    /// Every parameter as a tensor of its own with the values of `flat` (weights or an average of them).
+    pub fn unflatten(&self, flat: &[f32]) -> BTreeMap<String, Tensor> {
+        let tensor_of = |entry: &LayoutEntry| {
+            let count = entry.shape.iter().product::<i64>() as usize;
+            Tensor::from_slice(&flat[entry.offset..entry.offset + count]).view(entry.shape.as_slice())
+        };
+        self.layout.iter().map(|entry| (entry.name.clone(), tensor_of(entry))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flat_buffer_is_the_network() {
+        let builder = Builder::new(Source::Seeded(1), Kind::Float, Device::Cpu);
+        let w = builder.sub("a").parameter("weight", &[3, 5], Init::Uniform(1.0)).unwrap();
+        let b = builder.parameter("bias", &[3], Init::Ones).unwrap();
+        let before = w.copy();
+        let (parameters, _) = builder.finish();
+        let mut flat = FlatParameters::new(&parameters).unwrap();
+        assert_eq!(w, before);
+        assert_eq!(flat.layout[1].offset, 16);
+        flat.values_mut()[16..19].copy_from_slice(&[1.0, 2.0, 3.0]);
+        assert_eq!(Vec::<f32>::try_from(&b).unwrap(), [1.0, 2.0, 3.0]);
+
+        let loss = (w.sum(Kind::Float) * 2.0) + (&b * &b).sum(Kind::Float);
+        let gradients = Tensor::run_backward(&[loss], flat.leaves(), false, false);
+        let mut out = vec![0f32; flat.len()];
+        flat.flatten(&gradients, &mut out).unwrap();
+        assert_eq!(out[..15], [2.0; 15]);
+        assert_eq!(out[16..19], [2.0, 4.0, 6.0]);
+        assert_eq!(flat.unflatten(flat.values())["a.weight"], before);
+    }
+
+    #[test]
+    fn missing_and_misshapen_tensors_are_named() {
+        let tensors = BTreeMap::from([("a.weight".to_string(), Tensor::zeros([2], (Kind::Float, Device::Cpu)))]);
+        let builder = Builder::new(Source::Tensors(tensors), Kind::Float, Device::Cpu);
+        let e = builder.parameter("b", &[1], Init::Zeros).unwrap_err().to_string();
+        assert!(e.contains("tensor b is missing"), "{e}");
+        let e = builder.sub("a").parameter("weight", &[3], Init::Zeros).unwrap_err().to_string();
+        assert!(e.contains("a.weight") && e.contains("[2]") && e.contains("[3]"), "{e}");
+    }
+}

@@ -1,0 +1,151 @@
+//! A whole latent diffusion model: text encoder, U-Net, VAE, tokenizer and noise schedule numbers.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    folder::{ModelFiles, COMPONENTS},
+    parameters::{Builder, Parameters, Source},
+    text_encoder::{TextConfig, TextEncoder},
+    tokenizer::Tokenizer,
+    unet::UNet,
+    unet_config::UNetConfig,
+    vae::{Vae, VaeConfig},
+    weights::write_safetensors,
+};
+
+pub struct Pipeline {
+    pub tokenizer: Tokenizer,
+    pub text_encoder: TextEncoder,
+    pub unet: UNet,
+    pub vae: Vae,
+    /// `scheduler/scheduler_config.json` as it stands.
+    pub scheduler: Value,
+    pub text_parameters: Parameters,
+    pub unet_parameters: Parameters,
+    pub vae_parameters: Parameters,
+    texts: BTreeMap<String, Vec<u8>>,
+}
+
+/// Tensor names that checkpoints carry though no layer needs them.
+fn harmless(name: &str) -> bool {
+    name.ends_with("position_ids")
+}
+
+/// Builds one network and checks that the checkpoint held no more than it needs.
+fn build<T>(
+    component: &str,
+    origin: &str,
+    source: Source,
+    kind: Kind,
+    device: Device,
+    make: impl FnOnce(&Builder) -> Result<T>,
+) -> Result<(T, Parameters)> {
+    let builder = Builder::new(source, kind, device);
+    let network = make(&builder).with_context(|| format!("{origin}: {component}"))?;
+    let (parameters, unused) = builder.finish();
+    if let Some(name) = unused.iter().find(|n| !harmless(n)) {
+        log::warn!("{origin}: {component}: {} tensors are not used, the first is {name}", unused.len());
+    }
+    Ok((network, parameters))
+}
+
+impl Pipeline {
+    /// Builds the networks from the files' configs and weights. All parameters are frozen; training frees some.
+    pub fn from_files(mut files: ModelFiles, device: Device) -> Result<Self> {
+        let mut weights = std::mem::take(&mut files.weights);
+        let mut sources = COMPONENTS.map(|(c, _)| Some(Source::Tensors(weights.remove(c).unwrap_or_default()))).into_iter();
+        let mut next = || sources.next().flatten().expect("three components");
+        Pipeline::build(files, [next(), next(), next()], device)
+    }
+
+    /// Random initial weights for the configs in `files`: a model to pretrain, or to measure.
+    pub fn seeded(files: ModelFiles, seed: u64, device: Device) -> Result<Self> {
+        Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], device)
+    }
+
+    fn build(files: ModelFiles, sources: [Source; 3], device: Device) -> Result<Self> {
+        let at = |path: &str| format!("{}: {path}", files.origin);
+        let text_config =
+            TextConfig::from_json(&files.json("text_encoder/config.json")?).with_context(|| at("text_encoder/config.json"))?;
+        let unet_config = UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
+        let vae_config = VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
+        let tokenizer = Tokenizer::load(&files, text_config.max_position_embeddings as usize)?;
+
+        let [text_source, unet_source, vae_source] = sources;
+        let kind = Kind::Float;
+        let origin = &files.origin;
+        let (text_encoder, text_parameters) =
+            build("text_encoder", origin, text_source, kind, device, |b| TextEncoder::new(b, &text_config))?;
+        let (unet, unet_parameters) =
+            build("unet", origin, unet_source, kind, device, |b| UNet::new(b, &unet_config, kind))?;
+        let (vae, vae_parameters) = build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
+        let scheduler = files.json("scheduler/scheduler_config.json")?;
+        Ok(Pipeline {
+            tokenizer,
+            text_encoder,
+            unet,
+            vae,
+            scheduler,
+            text_parameters,
+            unet_parameters,
+            vae_parameters,
+            texts: files.texts,
+        })
+    }
+
+    /// Prompts → text embeddings f32 [prompts, tokens, width].
+    pub fn embed<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
+        let ids = self.tokenizer.encode_batch(prompts)?;
+        Ok(tch::no_grad(|| self.text_encoder.forward(&ids)))
+    }
+
+    /// Latent channels, height and width at the model's native size.
+    pub fn latent_shape(&self) -> [i64; 3] {
+        let c = &self.unet.config;
+        [c.in_channels, c.sample_size, c.sample_size]
+    }
+
+    /// Replaces a config file that `save` will write.
+    pub fn set_text(&mut self, path: &str, contents: Vec<u8>) {
+        self.texts.insert(path.to_string(), contents);
+    }
+
+    /// Writes the model as a diffusers folder, weights in `kind` (f32, f16, bf16). `unet` replaces the U-Net's
+    /// weights where given (an average of them, for example). The folder appears whole or not at all.
+    pub fn save(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
+        let partial = dir.with_extension("partial");
+        if partial.exists() {
+            fs::remove_dir_all(&partial).with_context(|| format!("cannot clear {}", partial.display()))?;
+        }
+        for (path, bytes) in &self.texts {
+            write(&partial.join(path), bytes)?;
+        }
+        let named = |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
+        for (component, stem) in COMPONENTS {
+            let tensors = match component {
+                "text_encoder" => named(&self.text_parameters),
+                "vae" => named(&self.vae_parameters),
+                _ => match unet {
+                    Some(weights) => weights.iter().map(|(k, v)| (k.clone(), v.shallow_clone())).collect(),
+                    None => named(&self.unet_parameters),
+                },
+            };
+            write(&partial.join(component).join(format!("{stem}.safetensors")), &write_safetensors(&tensors, kind)?)?;
+        }
+        if dir.exists() {
+            fs::remove_dir_all(dir).with_context(|| format!("cannot replace {}", dir.display()))?;
+        }
+        fs::rename(&partial, dir).with_context(|| format!("cannot rename {} to {}", partial.display(), dir.display()))
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+    }
+    fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+}

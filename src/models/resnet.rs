@@ -1,0 +1,92 @@
+//! ResNet blocks and resampling, as in diffusers' `ResnetBlock2D`, `Downsample2D`, `Upsample2D`.
+
+use anyhow::Result;
+use tch::Tensor;
+
+use super::{
+    layers::{Conv2d, GroupNorm, Linear},
+    parameters::Builder,
+};
+
+/// x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), with a 1×1 convolution on x where the widths differ.
+pub struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    /// `time_channels` is the width of the time embedding; None for the VAE.
+    pub fn new(b: &Builder, inputs: i64, outputs: i64, time_channels: Option<i64>, groups: i64, eps: f64) -> Result<Self> {
+        Ok(ResnetBlock {
+            norm1: GroupNorm::new(&b.sub("norm1"), groups, inputs, eps)?,
+            conv1: Conv2d::new(&b.sub("conv1"), inputs, outputs, 3, 1, 1)?,
+            time_emb_proj: time_channels.map(|t| Linear::new(&b.sub("time_emb_proj"), t, outputs)).transpose()?,
+            norm2: GroupNorm::new(&b.sub("norm2"), groups, outputs, eps)?,
+            conv2: Conv2d::new(&b.sub("conv2"), outputs, outputs, 3, 1, 1)?,
+            conv_shortcut: if inputs == outputs {
+                None
+            } else {
+                Some(Conv2d::new(&b.sub("conv_shortcut"), inputs, outputs, 1, 1, 0)?)
+            },
+        })
+    }
+
+    /// x [B, inputs, H, W]; `time_activation` is silu(time embedding) [B, time_channels].
+    pub fn forward(&self, x: &Tensor, time_activation: Option<&Tensor>) -> Tensor {
+        let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
+        if let (Some(projection), Some(time)) = (&self.time_emb_proj, time_activation) {
+            h = h + projection.forward(time).unsqueeze(-1).unsqueeze(-1);
+        }
+        let h = self.conv2.forward(&self.norm2.forward(&h).silu());
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x) + h,
+            None => x + h,
+        }
+    }
+}
+
+/// Halves height and width by a strided 3×3 convolution.
+pub struct Downsample {
+    conv: Conv2d,
+    /// The VAE pads one pixel right and below only.
+    pad_right_below: bool,
+}
+
+impl Downsample {
+    pub fn new(b: &Builder, channels: i64, padding: i64) -> Result<Self> {
+        Ok(Downsample {
+            conv: Conv2d::new(&b.sub("conv"), channels, channels, 3, 2, padding)?,
+            pad_right_below: padding == 0,
+        })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        if self.pad_right_below {
+            self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1]))
+        } else {
+            self.conv.forward(x)
+        }
+    }
+}
+
+/// Nearest-neighbour resize, then a 3×3 convolution.
+pub struct Upsample {
+    conv: Conv2d,
+}
+
+impl Upsample {
+    pub fn new(b: &Builder, channels: i64) -> Result<Self> {
+        Ok(Upsample { conv: Conv2d::new(&b.sub("conv"), channels, channels, 3, 1, 1)? })
+    }
+
+    /// Resizes to `size` = (H, W), or doubles where None.
+    pub fn forward(&self, x: &Tensor, size: Option<(i64, i64)>) -> Tensor {
+        let s = x.size();
+        let (h, w) = size.unwrap_or((s[2] * 2, s[3] * 2));
+        self.conv.forward(&x.upsample_nearest2d([h, w], None, None))
+    }
+}

@@ -1,0 +1,111 @@
+//! Prompt → token ids: CLIP's byte-pair encoding, read from the `tokenizer/` folder of a model.
+//!
+//! The rules (NFC, white space folded, lower case, CLIP's word pattern, byte level, `</w>` at word ends) are handed to
+//! the `tokenizers` library; this file reads the folder, adds the start and end tokens, truncates and pads.
+
+use std::collections::BTreeMap;
+
+use anyhow::{anyhow, Context, Result};
+use serde_json::{json, Value};
+use tch::Tensor;
+
+use super::folder::ModelFiles;
+
+/// How CLIP cuts a text into words before byte-pair encoding.
+const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    start: u32,
+    end: u32,
+    pad: u32,
+    /// Tokens per prompt, start and end included.
+    pub length: usize,
+}
+
+/// A special token is written as a string or as an object with its `content`.
+fn content(value: Option<&Value>) -> Option<&str> {
+    let value = value?;
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+impl Tokenizer {
+    /// Reads vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json (which wins where both name a
+    /// token; absent ones take CLIP's). Prompts have `model_max_length` tokens, or `max_positions` if that is smaller.
+    pub fn load(files: &ModelFiles, max_positions: usize) -> Result<Self> {
+        let vocabulary: BTreeMap<String, u32> =
+            serde_json::from_value(files.json("tokenizer/vocab.json")?).context("tokenizer/vocab.json")?;
+        let merges_text = files.text("tokenizer/merges.txt")?;
+        let settings = files.json("tokenizer/tokenizer_config.json")?;
+        let special = files.optional_json("tokenizer/special_tokens_map.json")?.unwrap_or(Value::Null);
+
+        let name_of = |key: &str, default: &'static str| -> String {
+            content(special.get(key)).or_else(|| content(settings.get(key))).unwrap_or(default).to_string()
+        };
+        let (start, end) = (name_of("bos_token", "<|startoftext|>"), name_of("eos_token", "<|endoftext|>"));
+        let (pad, unknown) = (name_of("pad_token", "<|endoftext|>"), name_of("unk_token", "<|endoftext|>"));
+        let id = |token: &str| {
+            vocabulary.get(token).copied().ok_or_else(|| anyhow!("tokenizer/vocab.json lacks the special token {token}"))
+        };
+        let (start_id, end_id, pad_id) = (id(&start)?, id(&end)?, id(&pad)?);
+
+        let mut merges = Vec::new();
+        for (number, line) in merges_text.lines().enumerate() {
+            if line.is_empty() || line.starts_with("#version") {
+                continue;
+            }
+            let pair = line.split_once(' ').with_context(|| format!("tokenizer/merges.txt line {}: {line:?}", number + 1))?;
+            merges.push(json!([pair.0, pair.1]));
+        }
+        let added: Vec<Value> = [(&start, start_id), (&end, end_id)]
+            .into_iter()
+            .map(|(token, id)| {
+                json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                       "normalized": false, "special": true})
+            })
+            .collect();
+        let definition = json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "NFC"},
+                {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+                {"type": "Lowercase"}]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": true},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+            "post_processor": null,
+            "decoder": null,
+            "model": {"type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false,
+                      "ignore_merges": false, "vocab": vocabulary, "merges": merges},
+        });
+        let inner = tokenizers::Tokenizer::from_bytes(definition.to_string().as_bytes())
+            .map_err(|e| anyhow!("tokenizer/vocab.json and merges.txt do not fit together: {e}"))?;
+        let declared = settings.get("model_max_length").and_then(Value::as_u64).unwrap_or(u64::MAX);
+        let length = declared.min(max_positions as u64) as usize;
+        Ok(Tokenizer { inner, start: start_id, end: end_id, pad: pad_id, length })
+    }
+
+    /// Exactly `length` ids: start, the words (cut off where too long), end, padding.
+    pub fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
+        let words = self.inner.encode_fast(prompt, false).map_err(|e| anyhow!("prompt {prompt:?}: {e}"))?;
+        let room = self.length - 2;
+        let mut ids = vec![self.start];
+        ids.extend(words.get_ids().iter().take(room));
+        ids.push(self.end);
+        ids.resize(self.length, self.pad);
+        Ok(ids)
+    }
+
+    /// Ids of several prompts as i64 [prompts, length].
+    pub fn encode_batch<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
+        let mut ids = Vec::with_capacity(prompts.len() * self.length);
+        for prompt in prompts {
+            ids.extend(self.encode(prompt.as_ref())?.into_iter().map(i64::from));
+        }
+        Ok(Tensor::from_slice(&ids).view([prompts.len() as i64, self.length as i64]))
+    }
+}

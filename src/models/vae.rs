@@ -1,0 +1,275 @@
+//! The autoencoder between pictures and latents (diffusers' `AutoencoderKL`).
+
+use anyhow::{ensure, Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::{
+    attention::multi_head,
+    layers::{Conv2d, GroupNorm, Linear},
+    parameters::Builder,
+    resnet::{Downsample, ResnetBlock, Upsample},
+    unet_config::{ensure_class, ensure_supported},
+};
+
+const NORM_EPS: f64 = 1e-6;
+
+/// `vae/config.json`; absent keys take diffusers' defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct VaeConfig {
+    pub in_channels: i64,
+    pub out_channels: i64,
+    pub latent_channels: i64,
+    pub block_out_channels: Vec<i64>,
+    pub layers_per_block: i64,
+    pub norm_num_groups: i64,
+    /// Latents are multiplied by this so that the U-Net sees unit variance.
+    pub scaling_factor: f64,
+    pub sample_size: i64,
+}
+
+impl Default for VaeConfig {
+    fn default() -> Self {
+        VaeConfig {
+            in_channels: 3,
+            out_channels: 3,
+            latent_channels: 4,
+            block_out_channels: vec![64],
+            layers_per_block: 1,
+            norm_num_groups: 32,
+            scaling_factor: 0.18215,
+            sample_size: 32,
+        }
+    }
+}
+
+impl VaeConfig {
+    pub fn from_json(json: &Value) -> Result<Self> {
+        ensure_class(json, "AutoencoderKL")?;
+        ensure_supported(
+            json,
+            &[
+                ("act_fn", &["\"silu\"", "\"swish\""]),
+                ("shift_factor", &[]),
+                ("latents_mean", &[]),
+                ("latents_std", &[]),
+                ("use_quant_conv", &["true"]),
+                ("use_post_quant_conv", &["true"]),
+                ("mid_block_add_attention", &["true"]),
+            ],
+        )?;
+        let config: VaeConfig = serde_path_to_error::deserialize(json).context("reading the VAE's config")?;
+        ensure!(!config.block_out_channels.is_empty(), "block_out_channels is empty");
+        for (key, expected) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+            for block in json.get(key).and_then(Value::as_array).into_iter().flatten() {
+                ensure!(block == expected, "{key}: block {block} is not supported (only {expected})");
+            }
+        }
+        Ok(config)
+    }
+
+    /// Pixels per latent, along each side.
+    pub fn downscale(&self) -> i64 {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+/// Single-head self-attention over the pixels, added to its input.
+struct PixelAttention {
+    group_norm: GroupNorm,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+}
+
+impl PixelAttention {
+    fn new(b: &Builder, channels: i64, groups: i64) -> Result<Self> {
+        Ok(PixelAttention {
+            group_norm: GroupNorm::new(&b.sub("group_norm"), groups, channels, NORM_EPS)?,
+            to_q: Linear::new(&b.sub("to_q"), channels, channels)?,
+            to_k: Linear::new(&b.sub("to_k"), channels, channels)?,
+            to_v: Linear::new(&b.sub("to_v"), channels, channels)?,
+            to_out: Linear::new(&b.sub("to_out.0"), channels, channels)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let s = x.size();
+        let tokens = self.group_norm.forward(x).flatten(2, 3).transpose(1, 2).contiguous();
+        let (q, k, v) = (self.to_q.forward(&tokens), self.to_k.forward(&tokens), self.to_v.forward(&tokens));
+        let out = self.to_out.forward(&multi_head(&q, &k, &v, 1, false));
+        out.transpose(1, 2).contiguous().view([s[0], s[1], s[2], s[3]]) + x
+    }
+}
+
+struct MidBlock {
+    resnet0: ResnetBlock,
+    attention: PixelAttention,
+    resnet1: ResnetBlock,
+}
+
+impl MidBlock {
+    fn new(b: &Builder, channels: i64, groups: i64) -> Result<Self> {
+        Ok(MidBlock {
+            resnet0: ResnetBlock::new(&b.sub("resnets.0"), channels, channels, None, groups, NORM_EPS)?,
+            attention: PixelAttention::new(&b.sub("attentions.0"), channels, groups)?,
+            resnet1: ResnetBlock::new(&b.sub("resnets.1"), channels, channels, None, groups, NORM_EPS)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.resnet1.forward(&self.attention.forward(&self.resnet0.forward(x, None)), None)
+    }
+}
+
+struct Coder<Sampler> {
+    conv_in: Conv2d,
+    blocks: Vec<(Vec<ResnetBlock>, Option<Sampler>)>,
+    mid: MidBlock,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl<Sampler> Coder<Sampler> {
+    fn head(&self, x: &Tensor) -> Tensor {
+        self.conv_out.forward(&self.conv_norm_out.forward(x).silu())
+    }
+}
+
+pub struct Vae {
+    pub config: VaeConfig,
+    kind: Kind,
+    encoder: Coder<Downsample>,
+    quant_conv: Conv2d,
+    post_quant_conv: Conv2d,
+    decoder: Coder<Upsample>,
+}
+
+/// q(z | x): a Gaussian per latent element.
+pub struct Posterior {
+    /// [B, latent, H/8, W/8], before the scaling factor.
+    pub mean: Tensor,
+    /// ln σ², clamped to [−30, 20].
+    pub log_variance: Tensor,
+}
+
+impl Posterior {
+    /// mean + σ·noise.
+    pub fn sample(&self, noise: &Tensor) -> Tensor {
+        &self.mean + (&self.log_variance * 0.5).exp() * noise
+    }
+
+    /// KL(q ‖ N(0, 1)) in nats per latent element, averaged over everything.
+    pub fn kl(&self) -> Tensor {
+        let per_element = (self.mean.square() + self.log_variance.exp() - 1.0 - &self.log_variance) * 0.5;
+        per_element.mean(Kind::Float)
+    }
+}
+
+impl Vae {
+    pub fn new(b: &Builder, config: &VaeConfig, kind: Kind) -> Result<Self> {
+        let c = config;
+        let n = c.block_out_channels.len();
+        let (first, last) = (c.block_out_channels[0], c.block_out_channels[n - 1]);
+        let groups = c.norm_num_groups;
+        let resnet = |b: &Builder, inputs, outputs| ResnetBlock::new(b, inputs, outputs, None, groups, NORM_EPS);
+
+        let e = b.sub("encoder");
+        let conv_in = Conv2d::new(&e.sub("conv_in"), c.in_channels, first, 3, 1, 1)?;
+        let mut blocks = Vec::new();
+        let mut width = first;
+        for (i, &channels) in c.block_out_channels.iter().enumerate() {
+            let b = e.sub("down_blocks").sub(i);
+            let mut resnets = Vec::new();
+            for j in 0..c.layers_per_block {
+                resnets.push(resnet(&b.sub("resnets").sub(j), width, channels)?);
+                width = channels;
+            }
+            let sampler = if i + 1 < n { Some(Downsample::new(&b.sub("downsamplers.0"), channels, 0)?) } else { None };
+            blocks.push((resnets, sampler));
+        }
+        let encoder = Coder {
+            conv_in,
+            blocks,
+            mid: MidBlock::new(&e.sub("mid_block"), last, groups)?,
+            conv_norm_out: GroupNorm::new(&e.sub("conv_norm_out"), groups, last, NORM_EPS)?,
+            conv_out: Conv2d::new(&e.sub("conv_out"), last, 2 * c.latent_channels, 3, 1, 1)?,
+        };
+
+        let d = b.sub("decoder");
+        let conv_in = Conv2d::new(&d.sub("conv_in"), c.latent_channels, last, 3, 1, 1)?;
+        let mid = MidBlock::new(&d.sub("mid_block"), last, groups)?;
+        let mut blocks = Vec::new();
+        let mut width = last;
+        for (i, &channels) in c.block_out_channels.iter().rev().enumerate() {
+            let b = d.sub("up_blocks").sub(i);
+            let mut resnets = Vec::new();
+            for j in 0..=c.layers_per_block {
+                resnets.push(resnet(&b.sub("resnets").sub(j), width, channels)?);
+                width = channels;
+            }
+            let sampler = if i + 1 < n { Some(Upsample::new(&b.sub("upsamplers.0"), channels)?) } else { None };
+            blocks.push((resnets, sampler));
+        }
+        let decoder = Coder {
+            conv_in,
+            blocks,
+            mid,
+            conv_norm_out: GroupNorm::new(&d.sub("conv_norm_out"), groups, first, NORM_EPS)?,
+            conv_out: Conv2d::new(&d.sub("conv_out"), first, c.out_channels, 3, 1, 1)?,
+        };
+
+        Ok(Vae {
+            config: c.clone(),
+            kind,
+            encoder,
+            quant_conv: Conv2d::new(&b.sub("quant_conv"), 2 * c.latent_channels, 2 * c.latent_channels, 1, 1, 0)?,
+            post_quant_conv: Conv2d::new(&b.sub("post_quant_conv"), c.latent_channels, c.latent_channels, 1, 1, 0)?,
+            decoder,
+        })
+    }
+
+    /// Pictures [B, 3, H, W] in [−1, 1] → posterior over latents, f32, not scaled.
+    pub fn encode(&self, pictures: &Tensor) -> Posterior {
+        let mut x = self.encoder.conv_in.forward(&pictures.to_kind(self.kind));
+        for (resnets, sampler) in &self.encoder.blocks {
+            for resnet in resnets {
+                x = resnet.forward(&x, None);
+            }
+            if let Some(sampler) = sampler {
+                x = sampler.forward(&x);
+            }
+        }
+        let moments = self.quant_conv.forward(&self.encoder.head(&self.encoder.mid.forward(&x))).to_kind(Kind::Float);
+        let halves = moments.chunk(2, 1);
+        Posterior { mean: halves[0].shallow_clone(), log_variance: halves[1].clamp(-30.0, 20.0) }
+    }
+
+    /// z_0 of Eq. 8: the posterior's mean times the scaling factor.
+    pub fn encode_scaled(&self, pictures: &Tensor) -> Tensor {
+        self.encode(pictures).mean * self.config.scaling_factor
+    }
+
+    /// Latents [B, latent, h, w] (not scaled) → pictures f32 [B, 3, H, W], nominally in [−1, 1].
+    pub fn decode(&self, latents: &Tensor) -> Tensor {
+        let z = self.post_quant_conv.forward(&latents.to_kind(self.kind));
+        let mut x = self.decoder.mid.forward(&self.decoder.conv_in.forward(&z));
+        for (resnets, sampler) in &self.decoder.blocks {
+            for resnet in resnets {
+                x = resnet.forward(&x, None);
+            }
+            if let Some(sampler) = sampler {
+                x = sampler.forward(&x, None);
+            }
+        }
+        self.decoder.head(&x).to_kind(Kind::Float)
+    }
+
+    /// Scaled latents x_0 → pictures in [0, 1].
+    pub fn decode_scaled(&self, x_0: &Tensor) -> Tensor {
+        (self.decode(&(x_0 / self.config.scaling_factor)) / 2.0 + 0.5).clamp(0.0, 1.0)
+    }
+}

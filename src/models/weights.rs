@@ -1,0 +1,120 @@
+//! Named tensors ↔ safetensors files.
+
+use std::collections::BTreeMap;
+
+use anyhow::{bail, ensure, Context, Result};
+use safetensors::{tensor::TensorView, Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+/// The tensors of a safetensors file held in `bytes`, in the type they are stored in. `origin` names it in errors.
+pub fn read_safetensors(bytes: &[u8], origin: &str) -> Result<BTreeMap<String, Tensor>> {
+    if bytes.starts_with(b"version https://git-lfs") {
+        bail!("{origin} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`");
+    }
+    let file = SafeTensors::deserialize(bytes).with_context(|| format!("{origin} is not a sound safetensors file"))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let kind = match view.dtype() {
+            Dtype::F32 => Kind::Float,
+            Dtype::F16 => Kind::Half,
+            Dtype::BF16 => Kind::BFloat16,
+            Dtype::F64 => Kind::Double,
+            Dtype::I64 => Kind::Int64,
+            Dtype::I32 => Kind::Int,
+            Dtype::U8 => Kind::Uint8,
+            Dtype::BOOL => Kind::Bool,
+            other => bail!("{origin}: tensor {name} has type {other:?}, which is not supported"),
+        };
+        let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
+        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)
+            .with_context(|| format!("{origin}: tensor {name}"))?;
+        tensors.insert(name.to_string(), tensor);
+    }
+    Ok(tensors)
+}
+
+/// Bytes of a tensor in row-major order, little-endian.
+pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let tensor = tensor.to_device(Device::Cpu).contiguous();
+    let count = tensor.numel();
+    let mut bytes = vec![0u8; count * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut bytes, count)?;
+    Ok(bytes)
+}
+
+/// A safetensors file of `tensors`, floating-point ones converted to `kind` (f32, f16 or bf16).
+pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<Vec<u8>> {
+    let mut parts = Vec::new();
+    for (name, tensor) in tensors {
+        let tensor = if tensor.is_floating_point() { tensor.to_kind(kind) } else { tensor.shallow_clone() };
+        let dtype = match tensor.kind() {
+            Kind::Float => Dtype::F32,
+            Kind::Half => Dtype::F16,
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Double => Dtype::F64,
+            Kind::Int64 => Dtype::I64,
+            other => bail!("tensor {name} of type {other:?} cannot be written"),
+        };
+        let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
+        parts.push((name.clone(), dtype, shape, tensor_bytes(&tensor)?));
+    }
+    let views = parts
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
+    Ok(safetensors::serialize(views, Some(metadata))?)
+}
+
+/// Names and shapes of VAE attention changed in diffusers 0.18: old `query`/`proj_attn` and 4-D weights are accepted.
+pub fn modernise_vae_names(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+    const RENAMES: [(&str, &str); 4] =
+        [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
+    let mut out = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let mut new_name = name.clone();
+        let mut tensor = tensor;
+        if name.contains("mid_block.attentions.") {
+            for (old, new) in RENAMES {
+                new_name = new_name.replace(old, new);
+            }
+            let size = tensor.size();
+            if size.len() == 4 && !new_name.contains("group_norm") {
+                ensure!(size[2..] == [1, 1], "tensor {name} has shape {size:?}, expected [C, C, 1, 1]");
+                tensor = tensor.view([size[0], size[1]]);
+            }
+        }
+        ensure!(out.insert(new_name.clone(), tensor).is_none(), "the file holds tensor {new_name} twice (old and new name)");
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_in_f32_and_f16() {
+        let values = Tensor::from_slice(&[1.0f32, -2.5, 0.125, 3.0]).view([2, 2]);
+        let tensors = BTreeMap::from([("w".to_string(), values.copy())]);
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+            let bytes = write_safetensors(&tensors, kind).unwrap();
+            let back = read_safetensors(&bytes, "test").unwrap();
+            assert_eq!(back["w"].kind(), kind);
+            assert_eq!(back["w"].to_kind(Kind::Float), values);
+        }
+    }
+
+    #[test]
+    fn damaged_files_are_named() {
+        let tensors = BTreeMap::from([("w".to_string(), Tensor::from_slice(&[1.0f32, 2.0]))]);
+        let bytes = write_safetensors(&tensors, Kind::Float).unwrap();
+        for bad in [&bytes[..bytes.len() - 1], &bytes[..4], b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"] {
+            let e = read_safetensors(bad, "unet/x.safetensors").unwrap_err().to_string();
+            assert!(e.contains("unet/x.safetensors"), "{e}");
+        }
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+        let e = read_safetensors(pointer, "x").unwrap_err().to_string();
+        assert!(e.contains("Git LFS pointer"), "{e}");
+    }
+}
