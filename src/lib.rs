@@ -1,6 +1,7 @@
 //! rldiff: reinforcement-learning fine-tuning of text-to-image diffusion models under MPI.
 
 pub mod comm;
+pub mod miniature;
 pub mod models;
 pub mod prompts;
 pub mod random;

@@ -1,6 +1,14 @@
 //! The prompt distribution p(c) of a task: one source per file.
 
+use std::collections::HashSet;
+
+use anyhow::{bail, Result};
 use serde::{Deserialize, Serialize};
+
+pub mod article;
+pub mod compositions;
+pub mod occupations;
+pub mod places;
 
 /// A context c with what a reward may need to know about it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,4 +34,18 @@ pub trait PromptSource {
     fn len(&self, split: Split) -> u64;
     /// The prompt at `index` in `0..len(split)`.
     fn prompt(&self, split: Split, index: u64) -> Prompt;
+}
+
+/// Errors when a name is empty or occurs twice within or between the two lists; `what` names the kind of thing.
+fn check_names(what: &str, trained: &[String], held_out: &[String]) -> Result<()> {
+    let mut seen = HashSet::new();
+    for name in trained.iter().chain(held_out) {
+        if name.trim().is_empty() {
+            bail!("the list of {what}s has an empty name");
+        }
+        if !seen.insert(name.as_str()) {
+            bail!("the {what} '{name}' is listed twice");
+        }
+    }
+    Ok(())
 }
