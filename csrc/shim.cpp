@@ -1,7 +1,7 @@
 // What tch 0.24 does not expose of libtorch. Every function returns null or -1 on failure and leaves the
 // message in shim_last_error(); src/shim.rs is the only caller.
 #include <ATen/Context.h>
-#include <torch/torch.h>
+#include <string>
 
 static thread_local std::string last_error;
 

@@ -11,9 +11,12 @@
 //! The object and occupation names occur in the paper's Tables 8 and 7. A scene is a pure function of
 //! (seed, index), see [`scene::draw`].
 
+pub mod blueprint;
+pub mod bpe;
 pub mod captions;
 pub mod objects;
 pub mod places;
 pub mod portraits;
+pub mod pretrain;
 pub mod raster;
 pub mod scene;

@@ -164,11 +164,13 @@ pub struct FlatParameters {
 }
 
 impl FlatParameters {
-    /// Moves the parameters into one buffer and makes them leaves that require a gradient. f32 on the CPU.
-    pub fn new(parameters: &Parameters) -> Result<Self> {
+    /// Moves the parameters of one or more networks into one buffer and makes them leaves that require a gradient.
+    /// f32 on the CPU.
+    pub fn new(networks: &[&Parameters]) -> Result<Self> {
+        let entries: Vec<&Parameter> = networks.iter().flat_map(|n| &n.entries).collect();
         let mut layout = Vec::new();
         let mut end = 0usize;
-        for p in &parameters.entries {
+        for p in &entries {
             ensure!(p.tensor.kind() == Kind::Float, "parameter {} is {:?}, training wants f32", p.name, p.tensor.kind());
             layout.push(LayoutEntry { name: p.name.clone(), shape: p.shape.clone(), offset: end });
             let count = p.shape.iter().product::<i64>() as usize;
@@ -176,7 +178,7 @@ impl FlatParameters {
         }
         let flat = Tensor::zeros([end as i64], (Kind::Float, Device::Cpu));
         let mut views = Vec::new();
-        for (entry, p) in layout.iter().zip(&parameters.entries) {
+        for (entry, p) in layout.iter().zip(&entries) {
             let count = entry.shape.iter().product::<i64>();
             let mut view = flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice()).detach();
             tch::no_grad(|| view.copy_(&p.tensor));
@@ -249,7 +251,7 @@ mod tests {
         let b = builder.parameter("bias", &[3], Init::Ones).unwrap();
         let before = w.copy();
         let (parameters, _) = builder.finish();
-        let mut flat = FlatParameters::new(&parameters).unwrap();
+        let mut flat = FlatParameters::new(&[&parameters]).unwrap();
         assert_eq!(w, before);
         assert_eq!(flat.layout[1].offset, 16);
         flat.values_mut()[16..19].copy_from_slice(&[1.0, 2.0, 3.0]);

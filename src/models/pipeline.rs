@@ -109,8 +109,13 @@ impl Pipeline {
         [c.in_channels, c.sample_size, c.sample_size]
     }
 
+    /// A config or tokenizer file as it was read.
+    pub fn text_file(&self, path: &str) -> Result<&[u8]> {
+        self.texts.get(path).map(Vec::as_slice).with_context(|| format!("the model has no file {path}"))
+    }
+
     /// Replaces a config file that `save` will write.
-    pub fn set_text(&mut self, path: &str, contents: Vec<u8>) {
+    pub fn set_text_file(&mut self, path: &str, contents: Vec<u8>) {
         self.texts.insert(path.to_string(), contents);
     }
 

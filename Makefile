@@ -1,0 +1,56 @@
+# rldiff: `make run` does the main job, `make test` passes the tests, both set up what they need first.
+#
+#   make build     target/release/rldiff, which then runs without any environment set
+#   make run       joint fine-tuning of the embedded miniature under mpirun (RANKS=2, ARGS="--set run.iterations=2")
+#   make test      format, clippy, docs, unit and integration tests, mpirun at 1, 2 and 4 ranks
+#   make torture   the tests that take longer
+#   make parity GOLDENS=DIR   the networks against reference numbers made with diffusers
+#   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
+#
+# A machine's own parts are used where these are set: MPICC (an MPI compiler wrapper), LIBTORCH (libtorch 2.11.0),
+# HDF5_DIR (HDF5 1.10 or later). What is not set comes from a venv in this folder, installed without root.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := build
+.PHONY: setup build run test torture parity env check-format clippy docs clean
+
+VENV := $(CURDIR)/.venv
+export RLDIFF_VENV := $(VENV)
+ENVIRONMENT := source tools/environment.sh
+CARGO_FLAGS := --release --locked $(if $(HDF5_DIR),--no-default-features)
+RANKS ?= 2
+ARGS ?=
+
+setup:
+	@tools/setup.sh
+
+build: setup
+	@$(ENVIRONMENT) && cargo build $(CARGO_FLAGS)
+
+run: build
+	@$(ENVIRONMENT) && "$$RLDIFF_MPIRUN" $$RLDIFF_MPIRUN_FLAGS -n $(RANKS) target/release/rldiff $(ARGS)
+
+check-format:
+	cargo fmt --check
+
+clippy: setup
+	@$(ENVIRONMENT) && cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+
+docs: setup
+	@$(ENVIRONMENT) && RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps --document-private-items
+
+test: check-format build clippy docs
+	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS)
+
+torture: build
+	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) -- --include-ignored
+
+parity: setup
+	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }
+	@$(ENVIRONMENT) && RLDIFF_GOLDENS="$(abspath $(GOLDENS))" cargo test $(CARGO_FLAGS) --test parity -- --nocapture
+
+env: setup
+	@$(ENVIRONMENT) && echo "export PATH=\"$$(dirname "$$RLDIFF_MPIRUN"):\$$PATH\""
+
+clean:
+	rm -rf target

@@ -1,0 +1,54 @@
+//! L_pre (Eq. 8, 9): the denoising loss of pretraining, the regulariser of the RL objective.
+
+use tch::{Kind, Tensor};
+
+use crate::{
+    diffusion::schedule::{PredictionType, Schedule},
+    models::unet::UNet,
+    random::{Coordinates, Purpose},
+};
+
+/// What a denoising loss is measured at: timesteps and noise of a batch.
+pub struct Corruption {
+    /// Timesteps, uniform in 0..T, one per sample.
+    pub t: Vec<i64>,
+    /// ε ~ N(0, 1), f32 [B, C, H, W].
+    pub noise: Tensor,
+}
+
+impl Corruption {
+    /// For the global samples `first..first + count` of `iteration`; a function of these numbers alone.
+    pub fn draw(seed: u64, iteration: u32, step: u16, first: u32, count: usize, shape: &[i64], train_steps: usize) -> Self {
+        let row: usize = shape.iter().product::<i64>() as usize;
+        let mut values = vec![0f32; row * count];
+        let mut t = Vec::with_capacity(count);
+        for (i, out) in values.chunks_mut(row).enumerate() {
+            let at = Coordinates { iteration, step, sample: first + i as u32, ..Coordinates::new(seed, Purpose::PretrainNoise) };
+            let mut stream = at.stream();
+            t.push(stream.below(train_steps as u64) as i64);
+            stream.fill_normal(out);
+        }
+        let mut size = vec![count as i64];
+        size.extend_from_slice(shape);
+        Corruption { t, noise: Tensor::from_slice(&values).view(size.as_slice()) }
+    }
+}
+
+/// Mean over the batch and all latent elements of ‖ε − ε_θ(z_t, t, text)‖², z_t = √ᾱ_t·z_0 + √(1−ᾱ_t)·ε.
+///
+/// `z_0` f32 [B, C, H, W] scaled latents, `text` f32 [B, tokens, width]. A v-prediction model is trained on its own
+/// target v = √ᾱ_t·ε − √(1−ᾱ_t)·z_0, as it was pretrained.
+pub fn loss(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &Corruption) -> Tensor {
+    let column = |f: &dyn Fn(f64) -> f64| {
+        let values: Vec<f32> = at.t.iter().map(|&t| f(schedule.alpha_bar()[t as usize]) as f32).collect();
+        Tensor::from_slice(&values).view([-1, 1, 1, 1])
+    };
+    let (signal, sigma) = (column(&|a| a.sqrt()), column(&|a| (1.0 - a).sqrt()));
+    let z_t = &signal * z_0 + &sigma * &at.noise;
+    let target = match schedule.config().prediction_type {
+        PredictionType::Epsilon => at.noise.shallow_clone(),
+        PredictionType::VPrediction => &signal * &at.noise - &sigma * z_0,
+    };
+    let prediction = unet.forward(&z_t, &Tensor::from_slice(&at.t), text);
+    (prediction - target).square().mean(Kind::Float)
+}
