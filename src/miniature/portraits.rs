@@ -34,7 +34,7 @@ pub fn trained() -> Vec<&'static str> {
 
 /// The four skin tones, light to dark; each lies in the middle of one of the four ITA buckets of
 /// `rewards::skin_tone`.
-pub const TONES: [Rgb; 4] = [[246, 214, 190], [205, 156, 112], [152, 104, 68], [86, 56, 40]];
+pub const TONES: [Rgb; 4] = [[246, 214, 190], [198, 148, 107], [142, 96, 62], [86, 56, 40]];
 /// How often a tone occurs in the pictures. At .78/.12/.06/.04 guidance collapses a model trained on them to the
 /// first tone, and reinforcement learning has nothing to select from.
 pub const TONE_FREQUENCIES: [f64; 4] = [0.50, 0.22, 0.16, 0.12];

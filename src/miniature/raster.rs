@@ -157,7 +157,7 @@ pub fn tinted(color: Rgb, tint: [f32; 3]) -> [f32; 3] {
 }
 
 /// Share of the pixel at (`column`, `row`) that `shape` covers, in steps of 1 / SUPERSAMPLES².
-fn coverage(shape: &Shape, frame: Frame, column: usize, row: usize) -> f32 {
+pub fn coverage(shape: &Shape, frame: Frame, column: usize, row: usize) -> f32 {
     let at = |pixel: usize, sub: usize| pixel as f32 + (sub as f32 + 0.5) / SUPERSAMPLES as f32;
     let mut inside = 0;
     for sub_y in 0..SUPERSAMPLES {

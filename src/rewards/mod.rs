@@ -1,9 +1,17 @@
 //! Rewards r(x_0, c): one reward per file.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use tch::Tensor;
 
 use crate::prompts::Prompt;
+
+pub mod colorfulness;
+pub mod composition;
+pub mod ita;
+pub mod miniature_detector;
+pub mod miniature_skin_tone;
+pub mod parity;
+pub mod random;
 
 /// What a reward says of one batch.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -26,4 +34,12 @@ pub trait Reward {
     /// Scores `images`, f32 [n, 3, H, W] with values in [0, 1], where image i was made for `prompts[i]`; n is a
     /// multiple of [`Reward::group`] and the pictures of a group are consecutive.
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores>;
+}
+
+/// Errors unless `images` is [n, 3, H, W] with one prompt per picture; gives n.
+fn check_batch(images: &Tensor, prompts: &[Prompt]) -> Result<usize> {
+    let size = images.size();
+    ensure!(size.len() == 4 && size[1] == 3, "a reward needs pictures [n, 3, H, W], not {size:?}");
+    ensure!(size[0] as usize == prompts.len(), "{} pictures and {} prompts", size[0], prompts.len());
+    Ok(prompts.len())
 }

@@ -1,0 +1,99 @@
+//! Composition (Eq. 13): are all the objects of the prompt in the picture?
+//!
+//! r = mean over the prompt's objects of d(o, x_0), where d is the highest confidence with which a detector finds
+//! class o anywhere in the picture, 0 if nowhere.
+
+use anyhow::{ensure, Context, Result};
+use tch::Tensor;
+
+use super::{check_batch, Reward, Scores};
+use crate::prompts::Prompt;
+
+/// d of Eq. 13.
+pub trait Detector {
+    /// For picture i the highest confidence, in [0, 1], of each name in `wanted[i]`; `images` is f32 [n, 3, H, W]
+    /// in [0, 1] and `wanted` has n entries. Errors: a name the detector does not know.
+    fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>>;
+}
+
+/// The reward of Eq. 13 with any detector.
+#[derive(Debug)]
+pub struct Composition<D> {
+    name: String,
+    detector: D,
+}
+
+/// An object counts as present, in the diagnostics only, from this confidence on.
+const PRESENT: f32 = 0.5;
+
+impl<D: Detector> Composition<D> {
+    pub fn new(name: &str, detector: D) -> Self {
+        Composition { name: name.to_owned(), detector }
+    }
+}
+
+impl<D: Detector> Reward for Composition<D> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Diagnostics per picture: `all_present` (1 when every object is found with at least confidence 0.5, else 0)
+    /// and `weakest` (the lowest confidence). Errors: a prompt that names no object.
+    fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
+        check_batch(images, prompts)?;
+        for prompt in prompts {
+            ensure!(
+                !prompt.objects.is_empty(),
+                "reward '{}': the prompt '{}' names no objects",
+                self.name,
+                prompt.text
+            );
+        }
+        let wanted: Vec<&[String]> = prompts.iter().map(|prompt| prompt.objects.as_slice()).collect();
+        let found = self.detector.detect(images, &wanted).with_context(|| format!("reward '{}'", self.name))?;
+        let mean = |values: &Vec<f32>| values.iter().sum::<f32>() / values.len() as f32;
+        let weakest: Vec<f32> =
+            found.iter().map(|values| values.iter().copied().fold(f32::INFINITY, f32::min)).collect();
+        Ok(Scores {
+            rewards: found.iter().map(mean).collect(),
+            diagnostics: vec![
+                ("all_present".to_owned(), weakest.iter().map(|&w| f32::from(u8::from(w >= PRESENT))).collect()),
+                ("weakest".to_owned(), weakest),
+            ],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fixed;
+    impl Detector for Fixed {
+        fn detect(&mut self, _: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {
+            let confidence = |name: &String| name.parse::<f32>().with_context(|| format!("unknown object '{name}'"));
+            wanted.iter().map(|names| names.iter().map(confidence).collect()).collect()
+        }
+    }
+
+    fn prompt(objects: &[&str]) -> Prompt {
+        Prompt { text: objects.join(" and "), objects: objects.iter().map(|&o| o.to_owned()).collect() }
+    }
+
+    #[test]
+    fn mean_over_the_objects_of_each_prompt() {
+        let images = Tensor::zeros([3, 3, 4, 4], (tch::Kind::Float, tch::Device::Cpu));
+        let mut reward = Composition::new("composition", Fixed);
+        let prompts = [prompt(&["1.0", "0.5"]), prompt(&["0.25"]), prompt(&["0.75", "0.25", "0.5"])];
+        let scores = reward.score(&images, &prompts).unwrap();
+        assert_eq!(scores.rewards, [0.75, 0.25, 0.5]);
+        assert_eq!(scores.diagnostics[0].1, [1.0, 0.0, 0.0]);
+        assert_eq!(scores.diagnostics[1].1, [0.5, 0.25, 0.25]);
+
+        let none = reward.score(&images, &[prompt(&["1"]), prompt(&[]), prompt(&["1"])]).unwrap_err();
+        assert!(none.to_string().contains("names no objects"), "{none}");
+        let unknown = reward.score(&images, &[prompt(&["1"]), prompt(&["sofa"]), prompt(&["1"])]).unwrap_err();
+        assert!(format!("{unknown:#}").contains("reward 'composition': unknown object 'sofa'"), "{unknown:#}");
+        assert!(reward.score(&images, &prompts[..2]).is_err());
+    }
+}
