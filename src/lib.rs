@@ -1,6 +1,9 @@
 //! rldiff: reinforcement-learning fine-tuning of text-to-image diffusion models under MPI.
 
 pub mod comm;
+pub mod diffusion;
+pub mod kernels;
+pub mod policy;
 pub mod prompts;
 pub mod random;
 pub mod rewards;
