@@ -1,8 +1,11 @@
 //! rldiff: reinforcement-learning fine-tuning of text-to-image diffusion models under MPI.
 
 pub mod comm;
+pub mod diffusion;
+pub mod kernels;
 pub mod miniature;
 pub mod models;
+pub mod policy;
 pub mod prompts;
 pub mod random;
 pub mod rewards;

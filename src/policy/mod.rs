@@ -1,0 +1,7 @@
+//! The policy gradient: from rewards to advantages, from advantages to gradients, from gradients to a step.
+
+pub mod advantage;
+pub mod lanes;
+pub mod optimizer;
+pub mod pretraining;
+pub mod surrogate;
