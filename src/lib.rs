@@ -9,3 +9,4 @@ pub mod policy;
 pub mod prompts;
 pub mod random;
 pub mod rewards;
+pub mod store;

@@ -1,23 +1,97 @@
-//! The communicator: how ranks agree. `local` is one rank, `mpi` is many.
+//! The communicator: how ranks agree. [`Local`] is one rank, [`Mpi`] is many; [`start`] picks.
+//!
+//! Gradients are summed in one fixed binary tree (see [`TreeSum`]): first over the lanes of a rank, then over ranks.
+//! That makes the weights the same bits at 1, 2, 4, … ranks.
 
-use anyhow::Result;
+mod launcher;
+mod local;
+mod mpi;
+mod tree;
 
-/// Collective operations among the ranks of a run. Every call must be made by all ranks in the same order.
+pub use self::local::Local;
+pub use self::mpi::Mpi;
+pub use self::tree::{same_tree, tree_sum, TreeSum};
+
+use anyhow::{bail, Result};
+
+/// Collective operations among the ranks of a run. Every call must be made by all ranks in the same order, from the
+/// thread that started the communicator.
+///
+/// A failure inside MPI is fatal (MPI's default error handler ends the run), so the errors returned here are those
+/// that the caller can do something about.
 pub trait Communicator {
+    /// This rank, 0-based.
     fn rank(&self) -> usize;
+    /// Number of ranks, at least 1.
     fn size(&self) -> usize;
     /// Rank among the ranks of the same host, and how many they are (from MPI's shared-memory split).
     fn local_rank(&self) -> (usize, usize);
+    /// Returns when all ranks have arrived.
     fn barrier(&self) -> Result<()>;
     /// Replaces `data` on every rank by the bytes of `root`; lengths may differ beforehand.
     fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()>;
     /// Overwrites `data` (same length everywhere) with the values of `root`; any size, sent in pieces.
     fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()>;
-    /// The bytes of every rank, in rank order, on every rank.
+    /// The bytes of every rank, in rank order, on every rank; lengths may differ.
     fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>>;
-    /// Element-wise sum over ranks in one fixed binary tree: neighbours first ((0+1)+(2+3))+…, an odd one carried
-    /// up. The result is the same bits on every rank, and continues the tree that [`tree_sum`] builds over lanes.
+    /// Element-wise sum over ranks (same length everywhere, any size) in one fixed binary tree: neighbours first
+    /// ((0+1)+(2+3))+…, an odd one carried up. The result is the same bits on every rank, equals [`tree_sum`] of the
+    /// ranks' values, and continues the tree that [`TreeSum`] builds over lanes.
     fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()>;
     /// Ends every rank of the run with `code` at once. Never returns.
     fn abort(&self, code: i32) -> !;
+}
+
+/// The communicator of this process: [`Mpi`] when an MPI launcher started it, otherwise [`Local`] without MPI being
+/// touched, so that a plain `rldiff` needs no launcher.
+///
+/// Dropping it ends MPI in an orderly way and waits for all ranks to do the same; a rank that must leave because of
+/// an error calls [`Communicator::abort`] instead.
+///
+/// # Errors
+/// A launcher that belongs to another MPI than the one rldiff was built with, and Slurm tasks started without one.
+pub fn start() -> Result<Box<dyn Communicator>> {
+    match launcher::detect(|name| std::env::var(name).ok())? {
+        launcher::Launcher::None => Ok(Box::new(Local)),
+        launcher::Launcher::Mpi { ranks } => Ok(Box::new(Mpi::start(ranks)?)),
+    }
+}
+
+/// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
+/// that failed and why. A collective call; whoever calls it must reach it even after a failure.
+pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
+    let text = mine.err().map(|e| format!("{e:#}")).unwrap_or_default();
+    let failures: Vec<String> = comm
+        .all_gather_bytes(text.as_bytes())?
+        .iter()
+        .enumerate()
+        .filter(|(_, text)| !text.is_empty())
+        .map(|(rank, text)| format!("rank {rank}: {}", String::from_utf8_lossy(text)))
+        .collect();
+    if !failures.is_empty() {
+        bail!("{}", failures.join("; "));
+    }
+    Ok(())
+}
+
+/// Makes a panic on any thread of any rank end all ranks within seconds: it prints `rank R: message (file:line)` on
+/// stderr (with a backtrace under RUST_BACKTRACE=1) and leaves with code 101, through MPI where MPI is up.
+pub fn abort_world_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let message = match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
+            (Some(text), _) => text,
+            (_, Some(text)) => text.as_str(),
+            _ => "panic without a message",
+        };
+        let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
+        let mut text = format!("rank {}: {message}{place}\n", mpi::world_rank());
+        let backtrace = std::backtrace::Backtrace::capture();
+        if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
+            text.push_str(&backtrace.to_string());
+        }
+        // one write, so that the lines of several ranks do not run into each other; nobody is left to tell if it fails
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        mpi::end_world(101)
+    }));
 }

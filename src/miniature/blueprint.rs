@@ -12,8 +12,9 @@ const TEXT_WIDTH: usize = 64;
 /// Configs for a 1.1 M-parameter U-Net on 4×8×8 latents, a 0.4 M-parameter VAE and a two-layer text encoder.
 pub fn files() -> ModelFiles {
     let pairs = bpe::build(&captions::vocabulary());
-    let merges: String =
-        std::iter::once("#version: 0.2\n".to_string()).chain(pairs.merges.iter().map(|(a, b)| format!("{a} {b}\n"))).collect();
+    let merges: String = std::iter::once("#version: 0.2\n".to_string())
+        .chain(pairs.merges.iter().map(|(a, b)| format!("{a} {b}\n")))
+        .collect();
     let (start, end) = (pairs.ids[bpe::START], pairs.ids[bpe::END]);
     let texts = [
         (

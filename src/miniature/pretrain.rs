@@ -104,7 +104,8 @@ fn train_vae(
             let difference = pipeline.vae.decode(&posterior.sample(&noise)) - &x;
             let mse = difference.square().mean(Kind::Float);
             squared_error += mse.double_value(&[]);
-            let loss = (mse + difference.abs().mean(Kind::Float) * L1_WEIGHT + posterior.kl() * KL_WEIGHT) / LANES as f64;
+            let loss =
+                (mse + difference.abs().mean(Kind::Float) * L1_WEIGHT + posterior.kl() * KL_WEIGHT) / LANES as f64;
             Ok(Tensor::run_backward(&[loss], params.leaves(), false, false))
         })?;
         optimizer.settings.learning_rate = 2.5e-3 * learning_rate_factor(step, settings.vae_steps, 50);
@@ -198,7 +199,8 @@ fn train_denoiser(
             let ids = empty.where_self(&dropped, &pool.ids.index_select(0, &picked));
             let text = pipeline.text_encoder.forward(&ids);
             let first = (lane * per_lane) as u32;
-            let at = Corruption::draw(settings.seed, step as u32, 0, first, per_lane, &shape, schedule.alpha_bar().len());
+            let at =
+                Corruption::draw(settings.seed, step as u32, 0, first, per_lane, &shape, schedule.alpha_bar().len());
             let loss = pretraining::loss(&pipeline.unet, &schedule, &z_0, &text, &at) / LANES as f64;
             losses += loss.double_value(&[]);
             Ok(Tensor::run_backward(&[loss], params.leaves(), false, false))

@@ -14,7 +14,16 @@ pub fn multi_head(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, causal: bool) 
         let s = x.size();
         x.view([s[0], s[1], heads, s[2] / heads]).transpose(1, 2)
     };
-    let out = Tensor::scaled_dot_product_attention(&split(q), &split(k), &split(v), None::<&Tensor>, 0.0, causal, None::<f64>, false);
+    let out = Tensor::scaled_dot_product_attention(
+        &split(q),
+        &split(k),
+        &split(v),
+        None::<&Tensor>,
+        0.0,
+        causal,
+        None::<f64>,
+        false,
+    );
     let s = q.size();
     out.transpose(1, 2).reshape([s[0], s[1], s[2]])
 }

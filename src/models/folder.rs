@@ -145,7 +145,9 @@ impl ModelFiles {
 impl ModelLocation {
     fn bytes(&self, path: &str) -> Result<Option<Bytes>> {
         match self {
-            ModelLocation::Embedded(files) => Ok(files.iter().find(|(p, _)| *p == path).map(|(_, b)| Bytes::Embedded(b))),
+            ModelLocation::Embedded(files) => {
+                Ok(files.iter().find(|(p, _)| *p == path).map(|(_, b)| Bytes::Embedded(b)))
+            }
             ModelLocation::Disk(dir) => map_file(&dir.join(path)),
         }
     }
@@ -213,7 +215,8 @@ impl Header {
         let mut tensors = Vec::new();
         for (component, weights) in &files.weights {
             for (name, tensor) in weights {
-                let kind = KINDS.iter().position(|k| *k == tensor.kind()).expect("read_safetensors gives these kinds only");
+                let kind =
+                    KINDS.iter().position(|k| *k == tensor.kind()).expect("read_safetensors gives these kinds only");
                 tensors.push(TensorHeader {
                     component: component.clone(),
                     name: name.clone(),

@@ -14,7 +14,10 @@ pub struct Linear {
 impl Linear {
     pub fn new(b: &Builder, inputs: i64, outputs: i64) -> Result<Self> {
         let init = Init::Uniform((inputs as f64).powf(-0.5));
-        Ok(Linear { weight: b.parameter("weight", &[outputs, inputs], init)?, bias: Some(b.parameter("bias", &[outputs], init)?) })
+        Ok(Linear {
+            weight: b.parameter("weight", &[outputs, inputs], init)?,
+            bias: Some(b.parameter("bias", &[outputs], init)?),
+        })
     }
 
     pub fn without_bias(b: &Builder, inputs: i64, outputs: i64) -> Result<Self> {

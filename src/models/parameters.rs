@@ -97,11 +97,7 @@ impl Builder {
             Source::Seeded(seed) => draw(*seed, &full, shape, init).to_kind(state.kind).to_device(state.device),
             Source::ShapesOnly => Tensor::zeros([0], (state.kind, state.device)),
         };
-        state.parameters.entries.push(Parameter {
-            name: full,
-            shape: shape.to_vec(),
-            tensor: tensor.shallow_clone(),
-        });
+        state.parameters.entries.push(Parameter { name: full, shape: shape.to_vec(), tensor: tensor.shallow_clone() });
         Ok(tensor)
     }
 
@@ -118,7 +114,8 @@ impl Builder {
 
 /// Initial values: a stream of its own for every parameter, told apart by a hash of the name (FNV-1a).
 fn draw(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
-    let name_hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let name_hash =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let at = Coordinates {
         iteration: (name_hash >> 32) as u32,
         sample: name_hash as u32,
@@ -171,7 +168,12 @@ impl FlatParameters {
         let mut layout = Vec::new();
         let mut end = 0usize;
         for p in &entries {
-            ensure!(p.tensor.kind() == Kind::Float, "parameter {} is {:?}, training wants f32", p.name, p.tensor.kind());
+            ensure!(
+                p.tensor.kind() == Kind::Float,
+                "parameter {} is {:?}, training wants f32",
+                p.name,
+                p.tensor.kind()
+            );
             layout.push(LayoutEntry { name: p.name.clone(), shape: p.shape.clone(), offset: end });
             let count = p.shape.iter().product::<i64>() as usize;
             end = (end + count).next_multiple_of(ALIGN);
@@ -217,7 +219,12 @@ impl FlatParameters {
 
     /// Copies gradients, one per leaf in layout order, into `out` of `len` scalars; gaps stay as they are.
     pub fn flatten(&self, gradients: &[Tensor], out: &mut [f32]) -> Result<()> {
-        ensure!(gradients.len() == self.layout.len(), "{} gradients for {} parameters", gradients.len(), self.layout.len());
+        ensure!(
+            gradients.len() == self.layout.len(),
+            "{} gradients for {} parameters",
+            gradients.len(),
+            self.layout.len()
+        );
         for (entry, gradient) in self.layout.iter().zip(gradients) {
             let count = entry.shape.iter().product::<i64>() as usize;
             let target = &mut out[entry.offset..entry.offset + count];

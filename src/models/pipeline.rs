@@ -57,7 +57,8 @@ impl Pipeline {
     /// Builds the networks from the files' configs and weights. All parameters are frozen; training frees some.
     pub fn from_files(mut files: ModelFiles, device: Device) -> Result<Self> {
         let mut weights = std::mem::take(&mut files.weights);
-        let mut sources = COMPONENTS.map(|(c, _)| Some(Source::Tensors(weights.remove(c).unwrap_or_default()))).into_iter();
+        let mut sources =
+            COMPONENTS.map(|(c, _)| Some(Source::Tensors(weights.remove(c).unwrap_or_default()))).into_iter();
         let mut next = || sources.next().flatten().expect("three components");
         Pipeline::build(files, [next(), next(), next()], device)
     }
@@ -69,10 +70,12 @@ impl Pipeline {
 
     fn build(files: ModelFiles, sources: [Source; 3], device: Device) -> Result<Self> {
         let at = |path: &str| format!("{}: {path}", files.origin);
-        let text_config =
-            TextConfig::from_json(&files.json("text_encoder/config.json")?).with_context(|| at("text_encoder/config.json"))?;
-        let unet_config = UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
-        let vae_config = VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
+        let text_config = TextConfig::from_json(&files.json("text_encoder/config.json")?)
+            .with_context(|| at("text_encoder/config.json"))?;
+        let unet_config =
+            UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
+        let vae_config =
+            VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
         let tokenizer = Tokenizer::load(&files, text_config.max_position_embeddings as usize)?;
 
         let [text_source, unet_source, vae_source] = sources;
@@ -129,7 +132,8 @@ impl Pipeline {
         for (path, bytes) in &self.texts {
             write(&partial.join(path), bytes)?;
         }
-        let named = |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
+        let named =
+            |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
         for (component, stem) in COMPONENTS {
             let tensors = match component {
                 "text_encoder" => named(&self.text_parameters),

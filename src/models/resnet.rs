@@ -20,7 +20,14 @@ pub struct ResnetBlock {
 
 impl ResnetBlock {
     /// `time_channels` is the width of the time embedding; None for the VAE.
-    pub fn new(b: &Builder, inputs: i64, outputs: i64, time_channels: Option<i64>, groups: i64, eps: f64) -> Result<Self> {
+    pub fn new(
+        b: &Builder,
+        inputs: i64,
+        outputs: i64,
+        time_channels: Option<i64>,
+        groups: i64,
+        eps: f64,
+    ) -> Result<Self> {
         Ok(ResnetBlock {
             norm1: GroupNorm::new(&b.sub("norm1"), groups, inputs, eps)?,
             conv1: Conv2d::new(&b.sub("conv1"), inputs, outputs, 3, 1, 1)?,

@@ -110,7 +110,11 @@ impl TextEncoder {
         let e = b.sub("embeddings");
         Ok(TextEncoder {
             config: c.clone(),
-            token_embedding: e.sub("token_embedding").parameter("weight", &[c.vocab_size, width], Init::Normal(0.02))?,
+            token_embedding: e.sub("token_embedding").parameter(
+                "weight",
+                &[c.vocab_size, width],
+                Init::Normal(0.02),
+            )?,
             position_embedding: e.sub("position_embedding").parameter(
                 "weight",
                 &[c.max_position_embeddings, width],

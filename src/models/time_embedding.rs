@@ -28,7 +28,8 @@ impl TimeEmbedding {
     /// The sinusoids in f32: frequencies 10000^(−i/(half − freq_shift)), [B] → [B, channels].
     pub fn sinusoids(&self, t: &Tensor) -> Tensor {
         let half = self.channels / 2;
-        let exponent = Tensor::arange(half, (Kind::Float, t.device())) * -(10_000f64.ln()) / (half as f64 - self.freq_shift);
+        let exponent =
+            Tensor::arange(half, (Kind::Float, t.device())) * -(10_000f64.ln()) / (half as f64 - self.freq_shift);
         let angle = t.to_kind(Kind::Float).unsqueeze(1) * exponent.exp().unsqueeze(0);
         let (sin, cos) = (angle.sin(), angle.cos());
         let pair = if self.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };

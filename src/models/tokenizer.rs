@@ -45,7 +45,10 @@ impl Tokenizer {
         let (start, end) = (name_of("bos_token", "<|startoftext|>"), name_of("eos_token", "<|endoftext|>"));
         let (pad, unknown) = (name_of("pad_token", "<|endoftext|>"), name_of("unk_token", "<|endoftext|>"));
         let id = |token: &str| {
-            vocabulary.get(token).copied().ok_or_else(|| anyhow!("tokenizer/vocab.json lacks the special token {token}"))
+            vocabulary
+                .get(token)
+                .copied()
+                .ok_or_else(|| anyhow!("tokenizer/vocab.json lacks the special token {token}"))
         };
         let (start_id, end_id, pad_id) = (id(&start)?, id(&end)?, id(&pad)?);
 
@@ -54,7 +57,8 @@ impl Tokenizer {
             if line.is_empty() || line.starts_with("#version") {
                 continue;
             }
-            let pair = line.split_once(' ').with_context(|| format!("tokenizer/merges.txt line {}: {line:?}", number + 1))?;
+            let pair =
+                line.split_once(' ').with_context(|| format!("tokenizer/merges.txt line {}: {line:?}", number + 1))?;
             merges.push(json!([pair.0, pair.1]));
         }
         let added: Vec<Value> = [(&start, start_id), (&end, end_id)]

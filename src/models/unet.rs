@@ -65,7 +65,8 @@ impl UNet {
         let n = c.levels.len();
         let first = c.levels[0].channels;
         let time_channels = Some(4 * first);
-        let resnet = |b: &Builder, inputs, outputs| ResnetBlock::new(b, inputs, outputs, time_channels, c.groups, c.norm_eps);
+        let resnet =
+            |b: &Builder, inputs, outputs| ResnetBlock::new(b, inputs, outputs, time_channels, c.groups, c.norm_eps);
 
         let conv_in = Conv2d::new(&b.sub("conv_in"), c.in_channels, first, 3, 1, 1)?;
         let time_embedding = TimeEmbedding::new(&b.sub("time_embedding"), first, c.flip_sin_to_cos, c.freq_shift)?;

@@ -163,14 +163,23 @@ impl UNetConfig {
         let raw: Raw = serde_path_to_error::deserialize(json).context("reading the U-Net's config")?;
         let n = raw.block_out_channels.len();
         ensure!(n > 0, "block_out_channels is empty");
-        ensure!(raw.down_block_types.len() == n, "down_block_types lists {} blocks for {n} levels", raw.down_block_types.len());
-        ensure!(raw.up_block_types.len() == n, "up_block_types lists {} blocks for {n} levels", raw.up_block_types.len());
+        ensure!(
+            raw.down_block_types.len() == n,
+            "down_block_types lists {} blocks for {n} levels",
+            raw.down_block_types.len()
+        );
+        ensure!(
+            raw.up_block_types.len() == n,
+            "up_block_types lists {} blocks for {n} levels",
+            raw.up_block_types.len()
+        );
         if raw.mid_block_type.as_deref() != Some("UNetMidBlock2DCrossAttn") {
             bail!("mid_block_type = {:?} is not supported (only UNetMidBlock2DCrossAttn)", raw.mid_block_type);
         }
         let layers = raw.layers_per_block.expand("layers_per_block", n)?;
         // diffusers' historical slip: where num_attention_heads is null, attention_head_dim IS the number of heads
-        let heads = raw.num_attention_heads.as_ref().unwrap_or(&raw.attention_head_dim).expand("attention_head_dim", n)?;
+        let heads =
+            raw.num_attention_heads.as_ref().unwrap_or(&raw.attention_head_dim).expand("attention_head_dim", n)?;
         let context = raw.cross_attention_dim.expand("cross_attention_dim", n)?;
         let transformers = raw.transformer_layers_per_block.expand("transformer_layers_per_block", n)?;
         let mut levels = Vec::new();

@@ -26,8 +26,8 @@ pub fn read_safetensors(bytes: &[u8], origin: &str) -> Result<BTreeMap<String, T
             other => bail!("{origin}: tensor {name} has type {other:?}, which is not supported"),
         };
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)
-            .with_context(|| format!("{origin}: tensor {name}"))?;
+        let tensor =
+            Tensor::f_from_data_size(view.data(), &shape, kind).with_context(|| format!("{origin}: tensor {name}"))?;
         tensors.insert(name.to_string(), tensor);
     }
     Ok(tensors)
@@ -84,7 +84,10 @@ pub fn modernise_vae_names(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap
                 tensor = tensor.view([size[0], size[1]]);
             }
         }
-        ensure!(out.insert(new_name.clone(), tensor).is_none(), "the file holds tensor {new_name} twice (old and new name)");
+        ensure!(
+            out.insert(new_name.clone(), tensor).is_none(),
+            "the file holds tensor {new_name} twice (old and new name)"
+        );
     }
     Ok(out)
 }

@@ -22,7 +22,14 @@ pub struct Optimizer {
 
 impl Optimizer {
     pub fn new(length: usize, settings: AdamW, max_norm: Option<f64>, warmup_steps: u64) -> Self {
-        Optimizer { settings, max_norm, warmup_steps, exp_avg: vec![0.0; length], exp_avg_sq: vec![0.0; length], steps: 0 }
+        Optimizer {
+            settings,
+            max_norm,
+            warmup_steps,
+            exp_avg: vec![0.0; length],
+            exp_avg_sq: vec![0.0; length],
+            steps: 0,
+        }
     }
 
     /// One step with `gradient` (of `params.len()` scalars); returns the gradient's norm before clipping.

@@ -18,12 +18,25 @@ pub struct Corruption {
 
 impl Corruption {
     /// For the global samples `first..first + count` of `iteration`; a function of these numbers alone.
-    pub fn draw(seed: u64, iteration: u32, step: u16, first: u32, count: usize, shape: &[i64], train_steps: usize) -> Self {
+    pub fn draw(
+        seed: u64,
+        iteration: u32,
+        step: u16,
+        first: u32,
+        count: usize,
+        shape: &[i64],
+        train_steps: usize,
+    ) -> Self {
         let row: usize = shape.iter().product::<i64>() as usize;
         let mut values = vec![0f32; row * count];
         let mut t = Vec::with_capacity(count);
         for (i, out) in values.chunks_mut(row).enumerate() {
-            let at = Coordinates { iteration, step, sample: first + i as u32, ..Coordinates::new(seed, Purpose::PretrainNoise) };
+            let at = Coordinates {
+                iteration,
+                step,
+                sample: first + i as u32,
+                ..Coordinates::new(seed, Purpose::PretrainNoise)
+            };
             let mut stream = at.stream();
             t.push(stream.below(train_steps as u64) as i64);
             stream.fill_normal(out);

@@ -1,0 +1,227 @@
+//! Many ranks: the communicator over MPI. The only file that names the crate `mpi`.
+//!
+//! Messages go in pieces, because MPI counts in 32-bit integers and because a piece that fits in cache is summed
+//! while it is still there. rsmpi discards MPI's return codes: an error inside MPI ends the run (MPI's default).
+
+use super::tree::add_right;
+use super::Communicator;
+use ::mpi::datatype::PartitionMut;
+use ::mpi::environment::{is_finalized, is_initialized, Universe};
+use ::mpi::point_to_point::send_receive_into;
+use ::mpi::topology::SimpleCommunicator;
+use ::mpi::traits::{Communicator as _, CommunicatorCollectives, Destination, Equivalence, Root, Source};
+use ::mpi::Threading;
+use anyhow::{bail, ensure, Context, Result};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Elements per message of a sum: 1 MiB of f32.
+const SUM_PIECE: usize = 1 << 18;
+/// Elements per message of a broadcast.
+const BROADCAST_PIECE: usize = 1 << 24;
+/// Bytes up to which an all-gather is one call; beyond it each rank broadcasts its share in pieces.
+const GATHER_LIMIT: usize = 1 << 26;
+
+/// This process's rank for messages that come from outside any communicator (a panic), 0 before MPI starts.
+static WORLD_RANK: AtomicUsize = AtomicUsize::new(0);
+
+pub(super) fn world_rank() -> usize {
+    WORLD_RANK.load(Ordering::Relaxed)
+}
+
+/// All ranks of MPI's world.
+pub struct Mpi {
+    world: SimpleCommunicator,
+    rank: usize,
+    size: usize,
+    local_rank: (usize, usize),
+    /// Receive buffer of one piece.
+    scratch: RefCell<Vec<f32>>,
+    /// Ends MPI when dropped; last, so that everything else is gone by then.
+    _universe: Universe,
+}
+
+impl Mpi {
+    /// Initialises MPI. `expected_ranks` is what the launcher announced.
+    ///
+    /// # Errors
+    /// MPI is already up, supports only programs without threads, or sees another number of ranks than the launcher
+    /// started (each process alone: the launcher belongs to another MPI).
+    pub fn start(expected_ranks: Option<usize>) -> Result<Self> {
+        let (universe, provided) =
+            ::mpi::initialize_with_threading(Threading::Serialized).context("MPI is already initialised")?;
+        let world = universe.world();
+        let (rank, size) = (world.rank() as usize, world.size() as usize);
+        WORLD_RANK.store(rank, Ordering::Relaxed);
+        if let Some(expected) = expected_ranks.filter(|&expected| expected != size) {
+            let library = ::mpi::environment::library_version().unwrap_or_default();
+            bail!(
+                "the launcher started {expected} ranks, but MPI sees {size}: it belongs to another MPI than the one \
+                 rldiff was built with ({})",
+                library.lines().next().unwrap_or("unknown")
+            );
+        }
+        ensure!(provided >= Threading::Funneled, "this MPI supports only programs without threads");
+        let host = world.split_shared(world.rank());
+        let local_rank = (host.rank() as usize, host.size() as usize);
+        Ok(Mpi { world, rank, size, local_rank, scratch: RefCell::new(vec![0.0; SUM_PIECE]), _universe: universe })
+    }
+
+    /// Sends `outgoing` to `partner` and hands each received piece, with its offset, to `take`.
+    fn exchange(&self, partner: usize, outgoing: &[f32], incoming: usize, mut take: impl FnMut(usize, &[f32])) {
+        let partner = self.world.process_at_rank(partner as i32);
+        let mut scratch = self.scratch.borrow_mut();
+        // the two directions may differ by one element, hence by one piece; an empty message stands in for it
+        for start in (0..outgoing.len().max(incoming)).step_by(SUM_PIECE) {
+            let send = &outgoing[start.min(outgoing.len())..(start + SUM_PIECE).min(outgoing.len())];
+            let receive = &mut scratch[..incoming.saturating_sub(start).min(SUM_PIECE)];
+            send_receive_into(send, &partner, receive, &partner);
+            take(start, receive);
+        }
+    }
+
+    /// Sum for 2^k ranks: recursive halving with neighbours first (so that each element is summed in the tree), then
+    /// the way back. Every rank sends and receives 2·(1 − 1/size) of the data.
+    fn halve_and_gather(&self, data: &mut [f32]) {
+        let (mut low, mut high) = (0, data.len());
+        let mut halvings = Vec::new();
+        let mut distance = 1;
+        while distance < self.size {
+            let partner = self.rank ^ distance;
+            let middle = low + (high - low) / 2;
+            let keeps_low = self.rank < partner;
+            halvings.push((partner, low, middle, high));
+            let (left, right) = data[low..high].split_at_mut(middle - low);
+            let (mine, theirs) = if keeps_low { (left, right) } else { (right, left) };
+            self.exchange(partner, theirs, mine.len(), |start, piece| {
+                let here = &mut mine[start..start + piece.len()];
+                if keeps_low {
+                    add_right(here, piece);
+                } else {
+                    // the partner is the left operand
+                    here.iter_mut().zip(piece).for_each(|(right, left)| *right = *left + *right);
+                }
+            });
+            (low, high) = if keeps_low { (low, middle) } else { (middle, high) };
+            distance *= 2;
+        }
+        for (partner, low, middle, high) in halvings.into_iter().rev() {
+            let (left, right) = data[low..high].split_at_mut(middle - low);
+            let (mine, theirs) = if self.rank < partner { (left, right) } else { (right, left) };
+            self.exchange(partner, mine, theirs.len(), |start, piece| {
+                theirs[start..start + piece.len()].copy_from_slice(piece);
+            });
+        }
+    }
+
+    /// Sum for any number of ranks: up a binomial tree to rank 0, then a broadcast.
+    fn reduce_to_zero_and_broadcast(&self, data: &mut [f32]) {
+        let mut distance = 1;
+        while distance < self.size {
+            if self.rank % (2 * distance) == distance {
+                let parent = self.world.process_at_rank((self.rank - distance) as i32);
+                data.chunks(SUM_PIECE).for_each(|piece| parent.send(piece));
+                break;
+            }
+            if self.rank + distance < self.size {
+                let child = self.world.process_at_rank((self.rank + distance) as i32);
+                let mut scratch = self.scratch.borrow_mut();
+                for piece in data.chunks_mut(SUM_PIECE) {
+                    let received = &mut scratch[..piece.len()];
+                    child.receive_into(received);
+                    add_right(piece, received);
+                }
+            }
+            distance *= 2;
+        }
+        self.broadcast(data, 0);
+    }
+
+    fn broadcast<T: Equivalence>(&self, data: &mut [T], root: usize) {
+        let root = self.world.process_at_rank(root as i32);
+        data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece));
+    }
+}
+
+impl Communicator for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn local_rank(&self) -> (usize, usize) {
+        self.local_rank
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.world.barrier();
+        Ok(())
+    }
+
+    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
+        let mut length = [data.len() as u64];
+        self.broadcast(&mut length, root);
+        data.resize(length[0] as usize, 0);
+        self.broadcast(data, root);
+        Ok(())
+    }
+
+    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
+        self.broadcast(data, root);
+        Ok(())
+    }
+
+    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let mut lengths = vec![0u64; self.size];
+        self.world.all_gather_into(&(data.len() as u64), &mut lengths[..]);
+        let total: u64 = lengths.iter().sum();
+        if total > GATHER_LIMIT as u64 {
+            let mut all: Vec<Vec<u8>> = lengths.iter().map(|&length| vec![0; length as usize]).collect();
+            all[self.rank].copy_from_slice(data);
+            for (root, bytes) in all.iter_mut().enumerate() {
+                self.broadcast(bytes, root);
+            }
+            return Ok(all);
+        }
+        let counts: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
+        let starts: Vec<i32> = counts.iter().scan(0, |at, count| Some(std::mem::replace(at, *at + count))).collect();
+        let mut joined = vec![0u8; total as usize];
+        self.world.all_gather_varcount_into(data, &mut PartitionMut::new(&mut joined[..], &counts[..], &starts[..]));
+        Ok(starts.iter().zip(&counts).map(|(&at, &n)| joined[at as usize..(at + n) as usize].to_vec()).collect())
+    }
+
+    fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()> {
+        if self.size.is_power_of_two() {
+            self.halve_and_gather(data);
+        } else {
+            self.reduce_to_zero_and_broadcast(data);
+        }
+        Ok(())
+    }
+
+    fn abort(&self, code: i32) -> ! {
+        end_world(code)
+    }
+}
+
+/// Ends all ranks with `code`, from any thread: through MPI where it is up, and by leaving at once should MPI itself
+/// hang (the launcher then ends the others).
+pub(super) fn end_world(code: i32) -> ! {
+    // SAFETY: _exit only ends the process.
+    let leave = move || unsafe { libc::_exit(code) };
+    let _ = std::thread::Builder::new().spawn(move || {
+        std::thread::sleep(Duration::from_secs(3));
+        leave()
+    });
+    let _ = std::io::Write::flush(&mut std::io::stdout());
+    if is_initialized() && !is_finalized() {
+        // a launcher drops what it has not yet forwarded when a rank aborts: give it time for the message
+        std::thread::sleep(Duration::from_millis(200));
+        SimpleCommunicator::world().abort(code);
+    }
+    leave()
+}

@@ -1,0 +1,105 @@
+//! What the integration tests share: starting ranks, and time limits for everything that is started.
+#![allow(dead_code)] // each test target uses its part
+
+use std::io::{Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+/// The launcher of the MPI in use: RLDIFF_MPIRUN, else the one beside MPICC (as set now or when this was built),
+/// else `mpirun` on the PATH.
+pub fn mpirun_path() -> PathBuf {
+    if let Some(path) = std::env::var_os("RLDIFF_MPIRUN") {
+        return path.into();
+    }
+    let compiler = std::env::var("MPICC").ok().or(option_env!("MPICC").map(String::from));
+    let beside = compiler.and_then(|mpicc| Some(Path::new(&mpicc).parent()?.join("mpirun")));
+    beside.filter(|path| path.is_file()).unwrap_or_else(|| "mpirun".into())
+}
+
+/// `mpirun -n ranks` with what the launcher needs on a small machine and as root; add the program and its arguments.
+/// Each rank computes with one thread.
+pub fn mpirun(ranks: usize) -> Command {
+    static OPEN_MPI: OnceLock<bool> = OnceLock::new();
+    let open_mpi = *OPEN_MPI.get_or_init(|| {
+        let path = mpirun_path();
+        let version = Command::new(&path).arg("--version").output();
+        let version = version.unwrap_or_else(|e| panic!("cannot start {} (set RLDIFF_MPIRUN): {e}", path.display()));
+        let text = String::from_utf8_lossy(&version.stdout).to_lowercase();
+        text.contains("open mpi") || text.contains("open-mpi") || text.contains("openrte")
+    });
+    let mut command = Command::new(mpirun_path());
+    if open_mpi {
+        command.args(["--oversubscribe", "--allow-run-as-root"]);
+    }
+    command.args(["-n", &ranks.to_string()]).env("OMP_NUM_THREADS", "1");
+    command
+}
+
+/// Held while ranks run, so that the tests of one target do not crowd each other out of their time limits.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static RUNNING: Mutex<()> = Mutex::new(());
+    RUNNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// What a finished command left behind.
+pub struct Finished {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Finished {
+    /// Panics with the output unless the command ended with code 0.
+    pub fn expect_success(self, what: &str) -> Self {
+        assert!(self.status.success(), "{what}: {}\n{}\n{}", self.status, self.stdout, self.stderr);
+        self
+    }
+}
+
+/// Runs `command` to its end; past `limit` it is killed and the test fails with what it printed.
+pub fn run_within(mut command: Command, limit: Duration) -> Finished {
+    // files instead of pipes: a grandchild that outlives the launcher cannot block the reading
+    let mut outputs = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+    command.stdin(Stdio::null());
+    command.stdout(outputs[0].try_clone().unwrap()).stderr(outputs[1].try_clone().unwrap());
+    let begun = Instant::now();
+    let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
+    let ended = wait_until(&mut child, begun + limit);
+    if ended.is_none() {
+        stop(&mut child);
+    }
+    let took = begun.elapsed();
+    let [stdout, stderr] = outputs.each_mut().map(|file| {
+        let mut bytes = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    match ended {
+        Some(status) => Finished { status, stdout, stderr, took },
+        None => panic!("{command:?} was still running after {limit:?}\n{stdout}\n{stderr}"),
+    }
+}
+
+fn wait_until(child: &mut Child, deadline: Instant) -> Option<ExitStatus> {
+    while Instant::now() < deadline {
+        if let Some(status) = child.try_wait().unwrap() {
+            return Some(status);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    None
+}
+
+/// Asks the launcher to end, so that it takes its ranks along, and insists after two seconds.
+fn stop(child: &mut Child) {
+    // SAFETY: a signal to a child that has not been waited for, so its id cannot have passed to another process.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    if wait_until(child, Instant::now() + Duration::from_secs(2)).is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}

@@ -1,0 +1,209 @@
+//! The communicator and the checkpoints among real ranks: each test starts `mpirun` on this very executable, whose
+//! ignored test `rank_body` is what a rank does.
+
+mod common;
+
+use common::{mpirun, one_at_a_time, run_within, Finished};
+use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
+use std::time::Duration;
+
+const CASE: &str = "RLDIFF_TEST_CASE";
+
+/// Runs `case` on `ranks` ranks; `extra` are environment variables.
+fn launch(ranks: usize, case: &str, extra: &[(&str, &str)]) -> Finished {
+    let _alone = one_at_a_time();
+    let mut command = mpirun(ranks);
+    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
+    command.env(CASE, case).envs(extra.iter().copied());
+    run_within(command, Duration::from_secs(60))
+}
+
+fn succeeds(ranks: usize, case: &str, extra: &[(&str, &str)]) {
+    let done = launch(ranks, case, extra).expect_success(&format!("{case} on {ranks} ranks"));
+    // every rank must have come to its end, and as one world, not as so many worlds of one
+    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
+    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
+}
+
+/// Not a test of its own: the body of each rank that the tests below start.
+#[test]
+#[ignore = "run by mpirun from the other tests"]
+fn rank_body() {
+    let Ok(case) = std::env::var(CASE) else {
+        println!("rank_body: {CASE} is not set, nothing to do");
+        return;
+    };
+    comm::abort_world_on_panic();
+    let comm = comm::start().unwrap();
+    let comm = comm.as_ref();
+    match case.as_str() {
+        "sums" => sums(comm),
+        "lanes" => lanes(comm),
+        "messages" => messages(comm),
+        "agreement" => agreement(comm),
+        "panic" => one_panics(comm, false),
+        "panic in a thread" => one_panics(comm, true),
+        "abort" => one_aborts(comm),
+        other => panic!("unknown case {other}"),
+    }
+    // one write, so that the lines of several ranks stay whole
+    let line = format!("{case} passed, world of {}\n", comm.size());
+    std::io::Write::write_all(&mut std::io::stdout(), line.as_bytes()).unwrap();
+}
+
+/// Values whose sums depend on the order of the additions.
+fn leaf(index: usize, length: usize) -> Vec<f32> {
+    let value = |i: usize| {
+        let word = ((i * 1000 + index) as u32).wrapping_mul(0x9E37_79B9) ^ (i as u32).wrapping_mul(0x85EB_CA6B);
+        (word >> 8) as f32 / 8_388_608.0 * 10f32.powi((word % 7) as i32) * if word & 8 == 0 { 1.0 } else { -1.0 }
+    };
+    (0..length).map(value).collect()
+}
+
+fn assert_same_bits(a: &[f32], b: &[f32], what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let differing = a.iter().zip(b).filter(|(x, y)| x.to_bits() != y.to_bits()).count();
+    assert_eq!(differing, 0, "{what}: {differing} of {} elements differ", a.len());
+}
+
+fn sums(comm: &dyn Communicator) {
+    for length in [0, 1, 7, 1_000_003] {
+        let leaves: Vec<Vec<f32>> = (0..comm.size()).map(|rank| leaf(rank, length)).collect();
+        let mut sum = leaves[comm.rank()].clone();
+        comm.all_reduce_sum_f32(&mut sum).unwrap();
+        assert_same_bits(&sum, &tree_sum(&leaves), &format!("{length} elements"));
+        if length > 7 && comm.size() >= 4 {
+            let mut in_order = leaves[0].clone();
+            for leaf in &leaves[1..] {
+                in_order.iter_mut().zip(leaf).for_each(|(a, b)| *a += b);
+            }
+            assert!(sum.iter().zip(&in_order).any(|(a, b)| a.to_bits() != b.to_bits()), "the order does not show");
+        }
+    }
+}
+
+fn lanes(comm: &dyn Communicator) {
+    const LANES: usize = 16;
+    let of_rank = LANES / comm.size();
+    let leaves: Vec<Vec<f32>> = (0..LANES).map(|lane| leaf(lane, 1001)).collect();
+    let mut tree = TreeSum::new(1001);
+    for lane in &leaves[comm.rank() * of_rank..(comm.rank() + 1) * of_rank] {
+        tree.push(lane.clone());
+    }
+    let mut sum = tree.finish();
+    comm.all_reduce_sum_f32(&mut sum).unwrap();
+    assert_same_bits(&sum, &tree_sum(&leaves), "16 lanes");
+}
+
+fn messages(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    for root in 0..size {
+        let mut bytes = vec![rank as u8; 10 * rank + 1];
+        comm.broadcast_bytes(&mut bytes, root).unwrap();
+        assert_eq!(bytes, vec![root as u8; 10 * root + 1]);
+        let mut values = leaf(rank, 1001);
+        comm.broadcast_f32(&mut values, root).unwrap();
+        assert_same_bits(&values, &leaf(root, 1001), "broadcast");
+    }
+    // nothing, a little, and more than one call or one message carries
+    for unit in [0usize, 3, 40_000_000 / size] {
+        let bytes_of = |rank: usize| vec![rank as u8 + 1; unit * (rank % 3 + usize::from(unit > 3))];
+        let all = comm.all_gather_bytes(&bytes_of(rank)).unwrap();
+        assert_eq!(all.len(), size);
+        assert!(all.iter().enumerate().all(|(r, bytes)| *bytes == bytes_of(r)), "gather of {unit}");
+    }
+    let mut large = vec![rank as f32 + 1.0; (1 << 24) + 5];
+    comm.broadcast_f32(&mut large, size - 1).unwrap();
+    assert!(large.iter().all(|&v| v == size as f32));
+    assert_eq!(comm.local_rank(), (rank, size), "all ranks of this test share a host");
+    comm.barrier().unwrap();
+}
+
+fn agreement(comm: &dyn Communicator) {
+    comm::agree(comm, Ok(())).unwrap();
+    let last = comm.size() - 1;
+    let mine = if comm.rank() == last { Err(anyhow::anyhow!("disk full")) } else { Ok(()) };
+    assert_eq!(comm::agree(comm, mine).unwrap_err().to_string(), format!("rank {last}: disk full"));
+}
+
+fn one_panics(comm: &dyn Communicator, in_a_thread: bool) {
+    if comm.rank() == comm.size() - 1 {
+        let fall = || panic!("the {}th wheel came off", 5);
+        if in_a_thread {
+            std::thread::spawn(fall);
+        } else {
+            fall();
+        }
+    }
+    let mut endless = [0f32];
+    loop {
+        comm.all_reduce_sum_f32(&mut endless).unwrap();
+    }
+}
+
+fn one_aborts(comm: &dyn Communicator) {
+    if comm.rank() == 0 {
+        comm.abort(2);
+    }
+    comm.barrier().unwrap();
+}
+
+#[test]
+fn sums_are_the_tree_sum_bit_for_bit() {
+    for ranks in [1, 2, 3, 4, 8] {
+        succeeds(ranks, "sums", &[]);
+    }
+}
+
+#[test]
+fn sums_over_lanes_do_not_depend_on_the_number_of_ranks() {
+    for ranks in [1, 2, 4, 8] {
+        succeeds(ranks, "lanes", &[]);
+    }
+}
+
+#[test]
+fn broadcasts_and_gathers() {
+    for ranks in [1, 2, 3, 4] {
+        succeeds(ranks, "messages", &[]);
+    }
+}
+
+#[test]
+fn ranks_agree_on_failures() {
+    for ranks in [1, 2, 3] {
+        succeeds(ranks, "agreement", &[]);
+    }
+}
+
+/// Ten seconds is the promise; two seconds were observed on two busy cores.
+fn ends_all(ranks: usize, case: &str) -> Finished {
+    let done = launch(ranks, case, &[]);
+    assert!(!done.status.success(), "{case}: exit code 0\n{}", done.stderr);
+    assert!(done.took < Duration::from_secs(10), "{case} took {:?}", done.took);
+    done
+}
+
+#[test]
+fn a_panic_on_one_rank_ends_all() {
+    for ranks in [1, 2, 4] {
+        for case in ["panic", "panic in a thread"] {
+            let done = ends_all(ranks, case);
+            let expected = format!("rank {}: the 5th wheel came off", ranks - 1);
+            assert!(done.stderr.contains(&expected), "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
+        }
+    }
+}
+
+#[test]
+fn an_abort_on_one_rank_ends_all() {
+    ends_all(2, "abort");
+}
+
+#[test]
+fn without_a_launcher_there_is_one_rank() {
+    let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+    alone.args(["--ignored", "--exact", "rank_body", "--nocapture"]).env(CASE, "agreement");
+    let done = run_within(alone, Duration::from_secs(60)).expect_success("a rank by itself");
+    assert!(done.stdout.contains("agreement passed, world of 1"), "{}", done.stdout);
+}
