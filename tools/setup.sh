@@ -14,7 +14,7 @@ fail() { # what failed, how to mend it
 }
 say() { printf 'set-up: %s\n' "$1" >&2; }
 
-command -v cargo >/dev/null || fail "cargo is missing" "install Rust 1.85 or later (rustup, or your distribution's package)"
+command -v cargo >/dev/null || fail "cargo is missing" "install Rust 1.86 or later (rustup, or your distribution's package)"
 command -v g++ >/dev/null || fail "g++ is missing" "install a C++17 compiler (Debian, Ubuntu: apt-get install g++)"
 command -v python3 >/dev/null || fail "python3 is missing" "install Python 3.9 or later with venv (apt-get install python3-venv)"
 [ -z "${LIBTORCH:-}" ] || [ -f "$LIBTORCH/lib/libtorch_cpu.so" ] ||

@@ -100,7 +100,7 @@ impl Mpi {
                     add_right(here, piece);
                 } else {
                     // the partner is the left operand
-                    here.iter_mut().zip(piece).for_each(|(right, left)| *right = *left + *right);
+                    here.iter_mut().zip(piece).for_each(|(right, left)| *right += *left);
                 }
             });
             (low, high) = if keeps_low { (low, middle) } else { (middle, high) };

@@ -46,7 +46,7 @@ impl ResnetBlock {
     pub fn forward(&self, x: &Tensor, time_activation: Option<&Tensor>) -> Tensor {
         let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
         if let (Some(projection), Some(time)) = (&self.time_emb_proj, time_activation) {
-            h = h + projection.forward(time).unsqueeze(-1).unsqueeze(-1);
+            h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
         let h = self.conv2.forward(&self.norm2.forward(&h).silu());
         match &self.conv_shortcut {

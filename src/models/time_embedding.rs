@@ -25,7 +25,7 @@ impl TimeEmbedding {
         })
     }
 
-    /// The sinusoids in f32: frequencies 10000^(−i/(half − freq_shift)), [B] → [B, channels].
+    /// The sinusoids in f32: frequencies 10000^(−i/(half − freq_shift)); shape `[B]` → `[B, channels]`.
     pub fn sinusoids(&self, t: &Tensor) -> Tensor {
         let half = self.channels / 2;
         let exponent =
@@ -36,7 +36,7 @@ impl TimeEmbedding {
         Tensor::cat(&pair, 1)
     }
 
-    /// Timesteps [B] → embeddings [B, 4·channels] in `kind`.
+    /// Timesteps `[B]` → embeddings `[B, 4·channels]` in `kind`.
     pub fn forward(&self, t: &Tensor, kind: Kind) -> Tensor {
         self.linear_2.forward(&self.linear_1.forward(&self.sinusoids(t).to_kind(kind)).silu())
     }

@@ -132,7 +132,7 @@ impl UNet {
         })
     }
 
-    /// x_t f32 [B, C, H, W], t [B] (any number kind), text embedding [B, tokens, context] → prediction f32 [B, C, H, W].
+    /// x_t f32 [B, C, H, W], t `[B]` (any number kind), text embedding [B, tokens, context] → prediction f32 [B, C, H, W].
     pub fn forward(&self, x_t: &Tensor, t: &Tensor, text: &Tensor) -> Tensor {
         let time = self.time_embedding.forward(t, self.kind).silu();
         let text = text.to_kind(self.kind);

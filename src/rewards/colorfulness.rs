@@ -47,7 +47,7 @@ impl Reward for Colorfulness {
     }
 }
 
-/// M3 of every picture on the scale 0..255, f32 [n]; `images` is f32 [n, 3, H, W] in [0, 1].
+/// M3 of every picture on the scale 0..255, f32 `[n]`; `images` is f32 [n, 3, H, W] in [0, 1].
 pub fn hasler_susstrunk_m3(images: &Tensor) -> Tensor {
     let (red, green, blue) = (images.select(1, 0), images.select(1, 1), images.select(1, 2));
     let rg = (&red - &green) * 255.0;
@@ -57,13 +57,13 @@ pub fn hasler_susstrunk_m3(images: &Tensor) -> Tensor {
     (rg_variance + yb_variance).sqrt() + (rg_mean.square() + yb_mean.square()).sqrt() * MEAN_WEIGHT
 }
 
-/// Standard deviation of the luma of every picture, f32 [n]; `images` is f32 [n, 3, H, W] in [0, 1].
+/// Standard deviation of the luma of every picture, f32 `[n]`; `images` is f32 [n, 3, H, W] in [0, 1].
 pub fn rms_contrast(images: &Tensor) -> Tensor {
     let weights = Tensor::from_slice(&[0.299f32, 0.587, 0.114]).view([1, 3, 1, 1]).to_device(images.device());
     moments(&(images * weights).sum_dim_intlist(1, false, Kind::Float)).1.sqrt()
 }
 
-/// Mean and population variance over the pixels of [n, H, W], each [n]; two passes, so the variance is never negative.
+/// Mean and population variance over the pixels of [n, H, W], each `[n]`; two passes, so the variance is never negative.
 fn moments(values: &Tensor) -> (Tensor, Tensor) {
     let mean = values.mean_dim([1, 2].as_slice(), true, Kind::Float);
     let variance = (values - &mean).square().mean_dim([1, 2].as_slice(), false, Kind::Float);

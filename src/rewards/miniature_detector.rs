@@ -55,7 +55,7 @@ impl Default for MiniatureDetector {
 }
 
 impl MiniatureDetector {
-    /// Confidence, f32 [n] in [0, 1], that `object` (an index into [`objects::NAMES`]) is in each of the pictures.
+    /// Confidence, f32 `[n]` in [0, 1], that `object` (an index into [`objects::NAMES`]) is in each of the pictures.
     pub fn confidence(&self, images: &Tensor, object: usize) -> Tensor {
         ((self.templates[object].evidence(images) - MIDPOINT) / WIDTH).sigmoid()
     }
@@ -104,7 +104,7 @@ impl Template {
         }
     }
 
-    /// Highest evidence over all positions and radii, f32 [n]. Beyond the border of the picture nothing is similar.
+    /// Highest evidence over all positions and radii, f32 `[n]`. Beyond the border of the picture nothing is similar.
     fn evidence(&self, images: &Tensor) -> Tensor {
         let images = images.to_kind(Kind::Float).unsqueeze(1);
         let distance = (images - &self.colors.view([1, -1, 3, 1, 1])).square().sum_dim_intlist(2, false, Kind::Float);
