@@ -4,3 +4,4 @@ pub mod comm;
 pub mod prompts;
 pub mod random;
 pub mod rewards;
+pub mod telemetry;
