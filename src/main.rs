@@ -1,5 +1,1 @@
-fn main() {
-    println!("{}", tch::get_num_threads());
-    let _u = mpi::initialize();
-    println!("{:?}", hdf5::library_version());
-}
+fn main() { println!("{}", tch::get_num_threads()); let _u = mpi::initialize(); println!("{:?}", hdf5::library_version()); }

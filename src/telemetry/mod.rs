@@ -11,6 +11,7 @@
 //! ```
 
 mod atomic_file;
+mod axis;
 mod curves;
 mod grid;
 mod metrics;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::metrics::{names, Metrics};
-use super::screen::{bars, suspended, Screen};
+use super::screen::{bars, knows_its_width, suspended, Screen};
 
 /// Lines between two column headers.
 const HEADER_EVERY: u64 = 20;
@@ -31,9 +31,11 @@ impl Progress {
     /// run.
     pub fn new(screen: Screen, tasks: &[String], done: u64, total: u64) -> Self {
         let bar = (screen == Screen::Bar).then(|| {
-            let style = ProgressStyle::with_template(
-                "{bar:32.cyan/dim} {pos}/{len} after {elapsed_precise}{prefix}\n{wide_msg:.dim}",
-            );
+            let style = ProgressStyle::with_template(if knows_its_width() {
+                "{bar:32.cyan/dim} {pos}/{len} after {elapsed_precise}{prefix}\n{wide_msg:.dim}"
+            } else {
+                "{bar:7} {pos}/{len}{prefix}  {wide_msg}"
+            });
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─");
             let bar = bars().add(ProgressBar::new(total).with_position(done).with_style(style));
             bar.enable_steady_tick(Duration::from_millis(500));
@@ -158,13 +160,13 @@ impl Table {
         line + &format!("  {:>9}", left.map_or_else(|| "-".to_owned(), clock))
     }
 
-    /// The text under the bar.
+    /// The text under the bar, or beside it.
     fn message(&self, metrics: &Metrics) -> String {
         let reward = |task: &String| {
             let reward = metrics.get(&names::reward_mean(task))?;
             Some(format!("{task} {reward:.3}"))
         };
-        self.tasks.iter().filter_map(reward).collect::<Vec<_>>().join(" · ")
+        self.tasks.iter().filter_map(reward).collect::<Vec<_>>().join("  ")
     }
 }
 
@@ -245,7 +247,7 @@ mod tests {
     #[test]
     fn the_bar_tells_the_rewards() {
         let message = table().message(&metrics(0, 0.65));
-        assert_eq!(message, "composition 0.650 · a_task_of_a_long_name -0.650");
+        assert_eq!(message, "composition 0.650  a_task_of_a_long_name -0.650");
         assert_eq!(table().message(&Metrics::new(0)), "");
     }
 

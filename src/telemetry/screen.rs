@@ -18,10 +18,12 @@ pub enum Screen {
 }
 
 impl Screen {
-    /// `RLDIFF_PROGRESS=bar` or `lines` decides; without it a terminal on standard output gets the bar. The variable
-    /// is needed under `mpirun`, whose ranks write into pipes even when they end on a terminal.
+    /// `RLDIFF_PROGRESS=bar` or `lines` decides; without it there is a bar where standard output and error are both a
+    /// terminal. The variable is needed under `mpirun`, whose ranks write into pipes even when those end on a
+    /// terminal; COLUMNS then says how wide that is (80 if it does not).
     pub fn detect() -> Self {
-        Self::choose(std::env::var("RLDIFF_PROGRESS").ok().as_deref(), std::io::stdout().is_terminal())
+        let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+        Self::choose(std::env::var("RLDIFF_PROGRESS").ok().as_deref(), on_terminal)
     }
 
     fn choose(wish: Option<&str>, on_terminal: bool) -> Self {
@@ -34,7 +36,7 @@ impl Screen {
     }
 }
 
-/// Starts env_logger on standard error: `info` and above from rank 0, warnings and errors (with the rank) from the
+/// Starts env_logger on standard error (on standard output, in front of the bar, once there is one): `info` and above from rank 0, warnings and errors (with the rank) from the
 /// others; RUST_LOG overrules. Records never tear the progress bar. A second call does nothing.
 pub fn init_logger(rank: usize) {
     let default_level = if rank == 0 { "info" } else { "warn" };
@@ -47,7 +49,7 @@ pub fn init_logger(rank: usize) {
                 level => writeln!(out, "{}: {rank}{}", level.as_str().to_lowercase(), record.args()),
             }
         })
-        .target(env_logger::Target::Pipe(Box::new(StandardError)))
+        .target(env_logger::Target::Pipe(Box::new(Records)))
         .try_init();
     if let Err(error) = logger {
         log::debug!("a logger is already in place: {error}");
@@ -56,6 +58,11 @@ pub fn init_logger(rank: usize) {
 
 /// The bars on the screen; exists once a bar has been shown.
 static BARS: OnceLock<MultiProgress> = OnceLock::new();
+
+/// Whether bars may have several lines.
+pub(super) fn knows_its_width() -> bool {
+    std::io::stdout().is_terminal()
+}
 
 /// Runs `write` while no bar is on the screen.
 pub(super) fn suspended<T>(write: impl FnOnce() -> T) -> T {
@@ -68,7 +75,7 @@ pub(super) fn suspended<T>(write: impl FnOnce() -> T) -> T {
 /// The bars of this process, drawn on standard output.
 pub(super) fn bars() -> &'static MultiProgress {
     BARS.get_or_init(|| {
-        let target = if std::io::stdout().is_terminal() {
+        let target = if knows_its_width() {
             ProgressDrawTarget::stdout()
         } else {
             ProgressDrawTarget::term_like_with_hz(Box::new(PipedTerminal), 4)
@@ -77,20 +84,27 @@ pub(super) fn bars() -> &'static MultiProgress {
     })
 }
 
-/// Standard error for env_logger, one whole record per write.
-struct StandardError;
+/// Where env_logger writes, one whole record per write. With a bar on the screen its own stream is the only one that
+/// keeps the order: a launcher forwards standard output and error independently.
+struct Records;
 
-impl Write for StandardError {
+impl Write for Records {
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
-        suspended(|| std::io::stderr().write_all(record)).map(|()| record.len())
+        match BARS.get() {
+            Some(bars) => bars.suspend(|| std::io::stdout().write_all(record)),
+            None => std::io::stderr().write_all(record),
+        }
+        .map(|()| record.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stdout().flush()?;
         std::io::stderr().flush()
     }
 }
 
-/// A terminal at the far end of a pipe (`mpirun`'s): it cannot be asked for its width, but obeys ANSI sequences.
+/// A terminal at the far end of a pipe (`mpirun`'s): it cannot be asked for its width, but obeys ANSI sequences. Bars
+/// must keep to one line there, for indicatif starts a second one by filling the first to its exact width.
 #[derive(Debug)]
 struct PipedTerminal;
 
@@ -111,7 +125,7 @@ impl PipedTerminal {
 impl TermLike for PipedTerminal {
     fn width(&self) -> u16 {
         let columns = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
-        columns.unwrap_or(100).max(20)
+        columns.unwrap_or(80).max(20)
     }
 
     fn move_cursor_up(&self, n: usize) -> std::io::Result<()> {

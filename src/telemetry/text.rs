@@ -156,7 +156,7 @@ mod tests {
             assert_eq!(joined, text.split_whitespace().collect::<String>());
         }
         assert_eq!(STYLE.wrap(text, 4000), [text]);
-        assert_eq!(STYLE.wrap("  ", 100), [String::new(); 0]);
+        assert!(STYLE.wrap("  ", 100).is_empty());
         // narrower than any character: one character a line, and it ends
         assert_eq!(STYLE.wrap("abc", 1).len(), 3);
     }
