@@ -79,7 +79,7 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts `folder`/events.out.tfevents.<unix time>.<host>; a number is appended if that name is taken.
+    /// Starts `events.out.tfevents.<unix time>.<host>` in `folder`; a number is appended if that name is taken.
     /// `iterations_done` > 0 for a resumed run: TensorBoard then forgets the later steps of the earlier files.
     pub fn create(folder: &Path, iterations_done: u64) -> Result<Self> {
         let (file, path) = create_file(folder)?;
