@@ -10,3 +10,4 @@ pub mod prompts;
 pub mod random;
 pub mod rewards;
 pub mod store;
+pub mod telemetry;

@@ -1,0 +1,36 @@
+//! What a run says and leaves behind: log lines, metrics, TensorBoard events, curves, picture sheets, the summary.
+//!
+//! Only rank 0 owns these. Nothing here knows a tensor, a communicator or a config: the stages hand over numbers
+//! ([`Metrics`], [`Summary`]) and plain pictures ([`Picture`]), and [`RunFiles`] says where each file of a run lies.
+//!
+//! ```text
+//! iteration ──► Metrics ──┬─► JsonlWriter   metrics.jsonl, every digit
+//!                         ├─► EventWriter   tensorboard/events.out.tfevents.*
+//!                         └─► Progress      bar on a terminal, aligned lines elsewhere
+//! end of run ─► reward_curves.png · before_after.png · summary.json + the table on the screen
+//! ```
+
+mod atomic_file;
+mod axis;
+mod curves;
+mod grid;
+mod metrics;
+mod number;
+mod picture;
+mod progress;
+mod run_files;
+mod screen;
+mod summary;
+mod tensorboard;
+mod text;
+
+pub use atomic_file::write_atomic;
+pub use curves::{draw_reward_curves, plot_series, RewardPanel, Series};
+pub use grid::{before_after_sheet, image_grid, BeforeAfter, Column, GridRow};
+pub use metrics::{names, read_metrics, JsonlWriter, Metrics};
+pub use picture::{read_png, save_png, Picture};
+pub use progress::Progress;
+pub use run_files::RunFiles;
+pub use screen::{init_logger, Screen};
+pub use summary::{Estimate, Summary, TaskSummary};
+pub use tensorboard::EventWriter;
