@@ -15,5 +15,6 @@ pub mod captions;
 pub mod objects;
 pub mod places;
 pub mod portraits;
+pub mod prompts;
 pub mod raster;
 pub mod scene;

@@ -196,6 +196,7 @@ mod tests {
             (Shape::Stroke { from: (-0.6, 0.0), to: (0.6, 0.0), half_width: 0.3 }, 0.72 + PI * 0.09),
         ] {
             let painted = painted_area(shape) / unit;
+            println!("{shape:?}: {painted} of {area}");
             assert!((painted / area - 1.0).abs() < 0.015, "{shape:?}: {painted} instead of {area}");
         }
     }
