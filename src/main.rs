@@ -1,5 +1,3 @@
-fn main() {
-    println!("{}", tch::get_num_threads());
-    let _u = mpi::initialize();
-    println!("{:?}", hdf5::library_version());
+fn main() -> std::process::ExitCode {
+    rldiff::cli::main(std::env::args_os())
 }

@@ -57,6 +57,12 @@ pub fn start() -> Result<Box<dyn Communicator>> {
     }
 }
 
+/// First line of what the MPI library says of itself.
+pub fn library_version() -> String {
+    let version = ::mpi::environment::library_version().unwrap_or_default();
+    version.lines().next().unwrap_or("unknown").trim().to_string()
+}
+
 /// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
 /// that failed and why. A collective call; whoever calls it must reach it even after a failure.
 pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {

@@ -1,5 +1,6 @@
-//! The diffusion process below the sampler: the noise schedule and one transition of it.
+//! The diffusion process: the noise schedule, one transition of it, and roll-outs.
 
+pub mod sampler;
 pub mod schedule;
 pub mod scheduler_config;
 pub mod transition;

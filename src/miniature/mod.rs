@@ -14,6 +14,7 @@
 pub mod blueprint;
 pub mod bpe;
 pub mod captions;
+mod embedded;
 pub mod objects;
 pub mod places;
 pub mod portraits;
@@ -21,3 +22,5 @@ pub mod pretrain;
 pub mod prompts;
 pub mod raster;
 pub mod scene;
+
+pub use embedded::EMBEDDED_MODEL;

@@ -36,7 +36,7 @@ pub struct PretrainSettings {
 
 impl Default for PretrainSettings {
     fn default() -> Self {
-        PretrainSettings { seed: 5, vae_steps: 8000, unet_steps: 9000, vae_batch: 32, unet_batch: 64 }
+        PretrainSettings { seed: 5, vae_steps: 3000, unet_steps: 7000, vae_batch: 16, unet_batch: 64 }
     }
 }
 
@@ -49,6 +49,12 @@ const CAPTION_DROPOUT: f64 = 0.1;
 const EMA_DECAY: f64 = 0.998;
 const KL_WEIGHT: f64 = 3e-4;
 const L1_WEIGHT: f64 = 0.5;
+
+/// # Errors
+/// A number of ranks that cannot share the batches.
+pub fn check_ranks(comm: &dyn Communicator) -> Result<()> {
+    Lanes::new(LANES, comm).map(drop)
+}
 
 /// Trains all three networks; calls `report` with a line now and then.
 pub fn run(settings: PretrainSettings, comm: &dyn Communicator, report: &mut dyn FnMut(String)) -> Result<Pipeline> {

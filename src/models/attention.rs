@@ -4,12 +4,15 @@ use anyhow::{ensure, Result};
 use tch::{Kind, Tensor};
 
 use super::{
+    flops,
     layers::{Conv2d, GroupNorm, LayerNorm, Linear},
     parameters::Builder,
 };
 
 /// softmax(q·kᵀ/√d)·v over `heads` heads; q, k, v of shape [B, tokens, heads·d]. Result [B, tokens of q, heads·d].
 pub fn multi_head(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, causal: bool) -> Tensor {
+    // q·kᵀ and the weighted sum of v
+    flops::add(2 * q.numel() as i64 * k.size()[1]);
     let split = |x: &Tensor| {
         let s = x.size();
         x.view([s[0], s[1], heads, s[2] / heads]).transpose(1, 2)

@@ -3,7 +3,10 @@
 use anyhow::Result;
 use tch::Tensor;
 
-use super::parameters::{Builder, Init};
+use super::{
+    flops,
+    parameters::{Builder, Init},
+};
 
 /// y = x·Wᵀ + b over the last dimension.
 pub struct Linear {
@@ -32,6 +35,7 @@ impl Linear {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        flops::add(x.numel() as i64 * self.weight.size()[0]);
         x.linear(&self.weight, self.bias.as_ref())
     }
 }
@@ -56,7 +60,9 @@ impl Conv2d {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1)
+        let y = x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1);
+        flops::add(y.numel() as i64 * (self.weight.numel() as i64 / self.weight.size()[0]));
+        y
     }
 }
 

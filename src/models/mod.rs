@@ -10,6 +10,7 @@
 //! ```
 
 pub mod attention;
+pub mod flops;
 pub mod folder;
 pub mod layers;
 pub mod parameters;

@@ -5,3 +5,4 @@ pub mod lanes;
 pub mod optimizer;
 pub mod pretraining;
 pub mod surrogate;
+pub mod update;

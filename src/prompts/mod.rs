@@ -9,6 +9,7 @@ pub mod article;
 pub mod compositions;
 pub mod occupations;
 pub mod places;
+pub mod registry;
 
 /// A context c with what a reward may need to know about it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

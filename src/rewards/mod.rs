@@ -12,6 +12,7 @@ pub mod miniature_detector;
 pub mod miniature_skin_tone;
 pub mod parity;
 pub mod random;
+pub mod registry;
 
 /// What a reward says of one batch.
 #[derive(Clone, Debug, Default, PartialEq)]

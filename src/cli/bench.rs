@@ -1,0 +1,87 @@
+//! `rldiff bench iteration`: samples per second of each stage of Algorithm 1.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{config_args::ConfigArgs, Failure, OrMistake};
+use crate::{comm::Communicator, config::Config, run::load_model, telemetry::Metrics, train::Trainer};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Whole iterations of a config, stage by stage: median over the measured iterations.
+    Iteration(IterationArgs),
+}
+
+#[derive(clap::Args)]
+struct IterationArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Iterations that are not counted.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    warm_up: u64,
+    /// Iterations that are.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    measured: u64,
+    /// Print one JSON object with every measured value instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let What::Iteration(args) = args.what;
+    let config = args.config.load(comm).or_mistake()?;
+    tch::set_num_threads(config.run.threads as i32);
+    let mut trainer = Trainer::new(&config, comm, load_model(&config.model.path, comm).or_mistake()?).or_mistake()?;
+    let mut measured = Vec::new();
+    for iteration in 0..args.warm_up + args.measured.max(1) {
+        let metrics = trainer.iterate(iteration, &mut |_, _, _, _| Ok(()))?;
+        if iteration >= args.warm_up {
+            measured.push(metrics);
+        }
+    }
+    if comm.rank() == 0 {
+        print(&config, comm.size(), &measured, args.json)?;
+    }
+    Ok(())
+}
+
+fn print(config: &Config, ranks: usize, measured: &[Metrics], as_json: bool) -> Result<()> {
+    let samples: usize = config.trained_tasks().map(|(_, t)| t.samples).sum();
+    let first = measured.first().expect("at least one iteration is measured");
+    let seconds = first.iter().filter_map(|(name, _)| name.strip_prefix("seconds/").map(String::from));
+    let stages: Vec<(String, Vec<f64>)> = seconds
+        .map(|stage| {
+            let name = format!("seconds/{stage}");
+            (stage, measured.iter().filter_map(|m| m.get(&name)).collect())
+        })
+        .collect();
+    if as_json {
+        let all: serde_json::Map<_, _> = stages.into_iter().map(|(stage, values)| (stage, json!(values))).collect();
+        let threads = config.run.threads;
+        println!("{}", json!({"samples": samples, "ranks": ranks, "threads": threads, "seconds": all}));
+        return Ok(());
+    }
+    println!("{samples} samples per iteration, {ranks} ranks, {} threads each", config.run.threads);
+    println!("{:<12} {:>10} {:>12}", "stage", "seconds", "samples/s");
+    for (stage, values) in stages {
+        let m = median(values);
+        println!("{stage:<12} {m:>10.4} {:>12.1}", samples as f64 / m);
+    }
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 {
+        values[middle]
+    } else {
+        (values[middle - 1] + values[middle]) / 2.0
+    }
+}

@@ -1,0 +1,66 @@
+//! `rldiff eval`: rewards of models on held-out prompts, with the same noise for all of them.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::{config_args::ConfigArgs, Failure, OrMistake};
+use crate::{
+    comm::{agree, Communicator},
+    evaluate::evaluate,
+    run::load_model,
+    telemetry::{write_atomic, Estimate},
+    train::Trainer,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// A model to score: `embedded`, a diffusers folder, or a run's folder. May be given several times; the first is
+    /// what the others are compared with [default: the config's model].
+    #[arg(long = "model", value_name = "DIR")]
+    models: Vec<String>,
+    /// Also write the figures to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let config = args.config.load(comm).or_mistake()?;
+    let models = if args.models.is_empty() { vec![config.model.path.clone()] } else { args.models };
+    tch::set_num_threads(config.run.threads as i32);
+    let mut trainer = Trainer::new(&config, comm, load_model(&models[0], comm).or_mistake()?).or_mistake()?;
+
+    let mut results = Vec::new();
+    for name in &models {
+        let model = load_model(name, comm).or_mistake()?;
+        let tasks = evaluate(&config, &model, &trainer.steps, &mut trainer.tasks, comm)?;
+        if comm.rank() == 0 {
+            println!("{name}");
+            for (i, task) in tasks.iter().enumerate() {
+                let e = Estimate::of(&task.units);
+                let against = results.first().map(|first: &Vec<Vec<f64>>| {
+                    let differences: Vec<f64> = task.units.iter().zip(&first[i]).map(|(a, b)| a - b).collect();
+                    let d = Estimate::of(&differences);
+                    format!("  difference to the first {:+.4} ± {:.4}", d.mean, d.stderr)
+                });
+                println!("  {:<16} {:.4} ± {:.4}{}", task.task, e.mean, e.stderr, against.unwrap_or_default());
+            }
+        }
+        results.push(tasks.into_iter().map(|t| t.units).collect());
+    }
+    if let Some(path) = args.json {
+        let entry = |(name, units): (&String, &Vec<Vec<f64>>)| {
+            let tasks = config.tasks.iter().zip(units).map(|(task, units)| {
+                let e = Estimate::of(units);
+                json!({"name": task.name, "mean": e.mean, "stderr": e.stderr, "values": units})
+            });
+            json!({"model": name, "tasks": tasks.collect::<Vec<_>>()})
+        };
+        let all: Vec<_> = models.iter().zip(&results).map(entry).collect();
+        let written = || write_atomic(&path, &serde_json::to_vec_pretty(&all)?);
+        agree(comm, if comm.rank() == 0 { written() } else { Ok(()) })?;
+    }
+    Ok(())
+}

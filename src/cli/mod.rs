@@ -1,0 +1,147 @@
+//! The command line: one file per command.
+//!
+//! Exit codes: 0 done; 1 a failure at work; 2 a mistake in what was asked for, found before any work; 75 saved and
+//! ready to be started again; 101 a panic.
+
+mod bench;
+mod check;
+mod config_args;
+mod doctor;
+mod eval;
+mod inspect;
+mod pretrain;
+mod sample;
+mod train;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use anyhow::Error;
+use clap::{Parser, Subcommand};
+
+use crate::{
+    comm::{self, abort_world_on_panic, Communicator},
+    telemetry::init_logger,
+};
+
+/// Reinforcement-learning fine-tuning of text-to-image diffusion models, on one core or under MPI.
+///
+/// Without a command and without a CONFIG it runs the embedded miniature's joint experiment. Start it under MPI with
+/// `mpirun -n RANKS rldiff …`: the number of ranks must divide run.lanes.
+#[derive(Parser)]
+#[command(name = "rldiff", version, args_conflicts_with_subcommands = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: train::Args,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fine-tune a model (the default command).
+    Train(train::Args),
+    /// Validate a config, print what follows from it, build everything once, and quit.
+    Check(check::Args),
+    /// Print what a checkpoint, a run or an HDF5 shard holds.
+    Inspect(inspect::Args),
+    /// Make pictures from prompts.
+    Sample(sample::Args),
+    /// Score models on the held-out prompts of a config's tasks.
+    Eval(eval::Args),
+    /// Train the miniature from scratch (it made the embedded weights).
+    Pretrain(pretrain::Args),
+    /// Print versions and paths of everything in use and try each with a small real operation.
+    Doctor(doctor::Args),
+    /// Measure speed.
+    Bench(bench::Args),
+}
+
+/// Why a command ended without success.
+pub enum Failure {
+    /// What was asked for cannot be done; the same on all ranks, found before any work.
+    Mistake(Error),
+    /// Something failed on this rank.
+    AtWork(Error),
+}
+
+impl<E: Into<Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure::AtWork(error.into())
+    }
+}
+
+/// Marks errors of a part of a command as the user's.
+trait OrMistake<T> {
+    fn or_mistake(self) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
+    fn or_mistake(self) -> Result<T, Failure> {
+        self.map_err(|e| Failure::Mistake(e.into()))
+    }
+}
+
+/// Runs the program; `args` begin with its name.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    abort_world_on_panic();
+    let comm = match comm::start() {
+        Ok(comm) => comm,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let comm = comm.as_ref();
+    let first = comm.rank() == 0;
+    init_logger(comm.rank());
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            if first {
+                // nobody is left to tell if the screen is gone
+                let _ = e.print();
+            }
+            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
+        }
+    };
+    match dispatch(cli, comm) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Mistake(e)) => {
+            if first {
+                eprintln!("error: {e:#}");
+            }
+            ExitCode::from(2)
+        }
+        Err(Failure::AtWork(e)) => {
+            match comm.size() {
+                1 => eprintln!("error: {e:#}"),
+                _ => eprintln!("error: rank {}: {e:#}", comm.rank()),
+            }
+            comm.abort(1)
+        }
+    }
+}
+
+fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<(), Failure> {
+    match cli.command {
+        None => train::run(cli.train, comm),
+        Some(Command::Train(args)) => train::run(args, comm),
+        Some(Command::Check(args)) => check::run(args, comm),
+        Some(Command::Inspect(args)) => inspect::run(args, comm),
+        Some(Command::Sample(args)) => sample::run(args, comm),
+        Some(Command::Eval(args)) => eval::run(args, comm),
+        Some(Command::Pretrain(args)) => pretrain::run(args, comm),
+        Some(Command::Doctor(args)) => doctor::run(args, comm),
+        Some(Command::Bench(args)) => bench::run(args, comm),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

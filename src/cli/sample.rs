@@ -1,0 +1,134 @@
+//! `rldiff sample`: pictures from prompts.
+
+use std::path::PathBuf;
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{Failure, OrMistake};
+use crate::{
+    comm::{agree, Communicator},
+    config::RolloutConfig,
+    diffusion::schedule::{Schedule, SchedulerConfig},
+    evaluate::to_picture,
+    prompts::Prompt,
+    run::load_model,
+    task::{NoiseOf, Roller},
+    telemetry::{image_grid, save_png, GridRow, Picture},
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to draw. May be given several times.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    prompts: Vec<String>,
+    /// File with one prompt per line.
+    #[arg(long = "prompts", value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// `embedded`, a diffusers folder, or a run's folder (its tuned model).
+    #[arg(long, default_value = "embedded", value_name = "DIR")]
+    model: String,
+    /// Folder for the pictures.
+    #[arg(long, default_value = "samples", value_name = "DIR")]
+    out: PathBuf,
+    /// Pictures per prompt.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    images: usize,
+    /// DDIM steps.
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    steps: usize,
+    /// Guidance scale g; 1 for no guidance.
+    #[arg(long, default_value_t = 5.0, value_name = "G")]
+    guidance: f64,
+    /// Noise of the transitions: 0 is deterministic DDIM.
+    #[arg(long, default_value_t = 0.0)]
+    eta: f64,
+    /// What to steer away from.
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    negative: String,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// A picture on its way to rank 0.
+#[derive(Serialize, Deserialize)]
+struct Drawn {
+    sample: usize,
+    width: usize,
+    height: usize,
+    rgb: Vec<u8>,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let prompts = prompts(&args).or_mistake()?;
+    tch::set_num_threads(1);
+    let pipeline = load_model(&args.model, comm).or_mistake()?;
+    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let steps = schedule.steps(args.steps, args.eta).or_mistake()?;
+    let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance };
+    let negative = pipeline.embed(&[args.negative.as_str()])?;
+    let roller = Roller { pipeline: &pipeline, steps: &steps, empty_prompt: &negative, rollout: &rollout };
+    let noise = NoiseOf { seed: args.seed, iteration: u32::MAX, task: u8::MAX };
+
+    let mut mine = Vec::new();
+    for sample in (comm.rank()..prompts.len() * args.images).step_by(comm.size()) {
+        // one at a time: a picture's bits must not depend on which others are asked for
+        let conditioning = roller.conditioning(&prompts[sample / args.images..][..1])?;
+        let trajectory = roller.roll_out(&conditioning, noise, sample, 1)?;
+        let picture = to_picture(&tch::no_grad(|| pipeline.vae.decode_scaled(trajectory.x_0())).get(0))?;
+        let (width, height) = (picture.width(), picture.height());
+        mine.push(Drawn { sample, width, height, rgb: picture.rgb().to_vec() });
+    }
+    let gathered = comm.all_gather_bytes(&serde_json::to_vec(&mine)?)?;
+    agree(comm, if comm.rank() == 0 { write(&args, &prompts, &gathered) } else { Ok(()) })?;
+    Ok(())
+}
+
+fn prompts(args: &Args) -> Result<Vec<Prompt>> {
+    let mut texts = args.prompts.clone();
+    if let Some(path) = &args.file {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        texts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(String::from));
+    }
+    ensure!(!texts.is_empty(), "there is nothing to draw: give --prompt or --prompts");
+    ensure!(args.images > 0 && args.steps > 0, "--images and --steps must be at least 1");
+    ensure!((0.0..=1.0).contains(&args.eta) && args.guidance.is_finite(), "--eta is in 0..=1, --guidance finite");
+    Ok(texts.into_iter().map(|text| Prompt { text, objects: Vec::new() }).collect())
+}
+
+/// One PNG per picture and the grid of all.
+fn write(args: &Args, prompts: &[Prompt], gathered: &[Vec<u8>]) -> Result<()> {
+    let mut drawn: Vec<Drawn> = Vec::new();
+    for bytes in gathered {
+        drawn.extend(serde_json::from_slice::<Vec<Drawn>>(bytes)?);
+    }
+    drawn.sort_by_key(|d| d.sample);
+    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create {}", args.out.display()))?;
+    let settings = |prompt: &str, sample: Option<usize>| {
+        let mut all = vec![
+            ("prompt".to_string(), prompt.to_string()),
+            ("negative_prompt".to_string(), args.negative.clone()),
+            ("model".to_string(), args.model.clone()),
+            ("seed".to_string(), args.seed.to_string()),
+            ("steps".to_string(), args.steps.to_string()),
+            ("guidance_scale".to_string(), args.guidance.to_string()),
+            ("eta".to_string(), args.eta.to_string()),
+            ("software".to_string(), format!("rldiff {}", env!("CARGO_PKG_VERSION"))),
+        ];
+        all.extend(sample.map(|s| ("sample".to_string(), s.to_string())));
+        all
+    };
+    let mut rows: Vec<GridRow> =
+        prompts.iter().map(|p| GridRow { caption: p.text.clone(), pictures: Vec::new() }).collect();
+    for d in drawn {
+        let picture = Picture::new(d.width, d.height, d.rgb)?;
+        let prompt = d.sample / args.images;
+        let path = args.out.join(format!("{prompt:04}-{:02}.png", d.sample % args.images));
+        save_png(&path, &picture, &settings(&prompts[prompt].text, Some(d.sample)))?;
+        rows[prompt].pictures.push(picture);
+    }
+    let texts: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
+    save_png(&args.out.join("grid.png"), &image_grid("", &rows)?, &settings(&texts.join("\n"), None))?;
+    println!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! `rldiff [train]`: fine-tuning.
+
+use std::path::PathBuf;
+
+use super::{config_args::ConfigArgs, Failure, OrMistake};
+use crate::{
+    comm::Communicator,
+    run::{Resume, Run},
+    telemetry::RunFiles,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Folder for the results [default: runs/NAME].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on from a checkpoint: `auto` takes the newest of the results' folder (and begins anew where there is none),
+    /// a path names a run or a checkpoint.
+    #[arg(long, value_name = "auto|DIR")]
+    resume: Option<String>,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let config = args.config.load(comm).or_mistake()?;
+    let files = RunFiles::new(args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)));
+    let resume = match args.resume.as_deref() {
+        None => Resume::No,
+        Some("auto") => Resume::Auto,
+        Some(path) => Resume::From(path.into()),
+    };
+    tch::set_num_threads(config.run.threads as i32);
+    let run = Run::prepare(&config, comm, files.clone(), &resume).or_mistake()?;
+    if comm.rank() == 0 {
+        let what = match &args.config.config {
+            Some(path) => path.display().to_string(),
+            None => "the embedded joint experiment (no CONFIG was given)".to_string(),
+        };
+        let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
+        log::info!("rldiff {}: {what} on {ranks}, results in {}", env!("CARGO_PKG_VERSION"), files.root().display());
+    }
+    run.go()?;
+    Ok(())
+}

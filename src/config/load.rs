@@ -1,0 +1,134 @@
+//! From a TOML file and `--set key=value` to a [`Config`].
+
+use std::path::Path;
+
+use anyhow::{bail, Context, Result};
+
+use super::Config;
+
+/// The experiment that a bare `rldiff` runs.
+pub const EMBEDDED_JOINT: &str = include_str!("../../slurm/miniature-joint.toml");
+
+/// Reads a config. `path` None is the embedded joint experiment. Every override is `dotted.key=value` with a TOML
+/// value; a bare word counts as a string. `task.NAME.key` addresses the task of that name.
+///
+/// # Errors
+/// Names the file or override, the key, and what is wrong with it.
+pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
+    let (text, origin) = match path {
+        Some(path) => {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("cannot read config {}", path.display()))?;
+            (text, path.display().to_string())
+        }
+        None => (EMBEDDED_JOINT.to_string(), "embedded joint experiment".to_string()),
+    };
+    parse(&text, &origin, overrides)
+}
+
+/// As [`load`], from text.
+pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Config> {
+    // the text first by itself: its errors carry line and column
+    let mut table: toml::Table = text.parse().map_err(|e| anyhow::anyhow!("{origin}: {}", one_line(&e)))?;
+    for assignment in overrides {
+        apply(&mut table, assignment).with_context(|| format!("--set {assignment}"))?;
+    }
+    serde_path_to_error::deserialize(table).map_err(|e| {
+        let path = e.path().to_string();
+        let inner = one_line(e.inner());
+        match path.as_str() {
+            "." => anyhow::anyhow!("{origin}: {inner}"),
+            _ => anyhow::anyhow!("{origin}: {path}: {inner}"),
+        }
+    })
+}
+
+fn one_line(error: &impl std::fmt::Display) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn apply(table: &mut toml::Table, assignment: &str) -> Result<()> {
+    let Some((key, value)) = assignment.split_once('=') else { bail!("expected KEY=VALUE") };
+    let value = parse_value(value.trim());
+    let mut parts: Vec<&str> = key.trim().split('.').collect();
+    let last = parts.pop().expect("split gives at least one part");
+    let mut place = table;
+    let mut walked = String::new();
+    let mut parts = parts.into_iter();
+    while let Some(part) = parts.next() {
+        walked = if walked.is_empty() { part.to_string() } else { format!("{walked}.{part}") };
+        place = match place.get_mut(part) {
+            Some(toml::Value::Table(inner)) => inner,
+            Some(toml::Value::Array(tasks)) => {
+                let name = parts.next().context("an array needs the name of the element: task.NAME.key")?;
+                let named = |t: &toml::Value| t.get("name").and_then(toml::Value::as_str) == Some(name);
+                match tasks.iter_mut().find(|t| named(t)) {
+                    Some(toml::Value::Table(inner)) => inner,
+                    _ => bail!("there is no {part} named {name}"),
+                }
+            }
+            Some(_) => bail!("{walked} is a value, not a section"),
+            None => bail!("there is no section {walked}"),
+        };
+    }
+    if !place.contains_key(last) {
+        let known: Vec<&str> = place.keys().map(String::as_str).collect();
+        bail!("unknown key {last}; known here: {}", known.join(", "));
+    }
+    place.insert(last.to_string(), value);
+    Ok(())
+}
+
+/// A TOML value, or a bare word as a string.
+fn parse_value(text: &str) -> toml::Value {
+    match format!("value = {text}").parse::<toml::Table>() {
+        Ok(mut table) => table.remove("value").unwrap_or_else(|| toml::Value::String(text.to_string())),
+        Err(_) => toml::Value::String(text.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(overrides: &[&str]) -> String {
+        let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+        format!("{:#}", parse(EMBEDDED_JOINT, "joint", &overrides).unwrap_err())
+    }
+
+    #[test]
+    fn overrides_reach_their_key() {
+        let overrides = ["run.iterations=2", "run.name=x", "task.parity.samples=256", "update.clip_range=1e-3"];
+        let config = parse(EMBEDDED_JOINT, "joint", &overrides.map(String::from)).unwrap();
+        assert_eq!((config.run.iterations, config.run.name.as_str()), (2, "x"));
+        assert_eq!(config.tasks.iter().find(|t| t.name == "parity").unwrap().samples, 256);
+        assert_eq!(config.update.clip_range, 1e-3);
+    }
+
+    #[test]
+    fn mistakes_are_one_line_that_names_the_key() {
+        for (overrides, wanted) in [
+            (&["run.iteration=2"][..], "unknown key iteration"),
+            (&["runs.iterations=2"], "no section runs"),
+            (&["run.iterations"], "KEY=VALUE"),
+            (&["run.iterations=many"], "run.iterations"),
+            (&["run.iterations=-1"], "run.iterations"),
+            (&["task.nobody.samples=1"], "no task named nobody"),
+            (&["task.parity.reward.name=nice"], "nice"),
+        ] {
+            let e = error(overrides);
+            assert!(e.contains(wanted), "{overrides:?}: {e}");
+            assert!(!e.contains('\n'), "{e}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_missing_keys_in_a_file_are_named() {
+        let extra = EMBEDDED_JOINT.replace("[rollout]", "[rollout]\nstep = 3");
+        let e = format!("{:#}", parse(&extra, "my.toml", &[]).unwrap_err());
+        assert!(e.contains("my.toml") && e.contains("rollout") && e.contains("step"), "{e}");
+        let missing = EMBEDDED_JOINT.replace("eta = 1.0", "");
+        let e = format!("{:#}", parse(&missing, "my.toml", &[]).unwrap_err());
+        assert!(e.contains("rollout") && e.contains("eta"), "{e}");
+    }
+}

@@ -1,0 +1,257 @@
+//! A run's configuration: one complete TOML per experiment, no inheritance, unknown keys are errors.
+//!
+//! `load.rs` reads a file and applies `--set`; `validate.rs` is the only place that checks the batch arithmetic.
+
+use serde::{Deserialize, Serialize};
+
+pub mod load;
+pub mod validate;
+
+use crate::policy::advantage::{AdvantageSettings, PerPromptSettings};
+
+pub use validate::Derived;
+
+/// Everything a run is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub run: RunConfig,
+    pub model: ModelConfig,
+    pub rollout: RolloutConfig,
+    pub advantage: AdvantageConfig,
+    pub update: UpdateConfig,
+    pub pretrain: PretrainConfig,
+    pub ema: EmaConfig,
+    pub trajectories: TrajectoryConfig,
+    pub evaluation: EvaluationConfig,
+    #[serde(rename = "task")]
+    pub tasks: Vec<TaskConfig>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Results go to `runs/<name>/` unless `--out` says otherwise.
+    pub name: String,
+    pub seed: u64,
+    pub iterations: u64,
+    /// Fixed pieces of every global batch; the number of ranks must divide it.
+    pub lanes: usize,
+    /// libtorch's threads per rank; part of what the bits of a result depend on.
+    pub threads: usize,
+    /// Iterations between checkpoints; 0 for none.
+    pub checkpoint_every: u64,
+    /// How many of the newest checkpoints stay.
+    pub keep_checkpoints: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// A diffusers folder, or `embedded` for the miniature.
+    pub path: String,
+}
+
+/// Roll-out by DDIM (one transition is `diffusion::transition`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// N.
+    pub steps: usize,
+    /// η; the policy gradient needs σ > 0.
+    pub eta: f64,
+    /// g of classifier-free guidance.
+    pub guidance_scale: f64,
+}
+
+/// Which rewards a reward is compared with (Eq. 10).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalisation {
+    /// The task's whole batch of the iteration.
+    Batch,
+    /// Running statistics of the same prompt (DDPO).
+    PerPrompt,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdvantageConfig {
+    pub normalisation: Normalisation,
+    /// ε of Eq. 10.
+    pub epsilon: f64,
+    /// |Â| is at most this.
+    pub clip: f64,
+    /// The run stops where more than this share of a batch's rewards is not finite.
+    pub max_bad_fraction: f64,
+    /// Rewards kept per prompt (`per_prompt` only).
+    pub prompt_buffer: usize,
+    /// Below this many kept rewards a prompt is compared with the batch (`per_prompt` only).
+    pub prompt_min_count: usize,
+}
+
+impl AdvantageConfig {
+    pub fn settings(&self) -> AdvantageSettings {
+        AdvantageSettings { epsilon: self.epsilon, clip: self.clip, max_bad_fraction: self.max_bad_fraction }
+    }
+
+    pub fn per_prompt(&self) -> PerPromptSettings {
+        PerPromptSettings { buffer_size: self.prompt_buffer, min_count: self.prompt_min_count }
+    }
+}
+
+/// The clipped objective and its AdamW steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateConfig {
+    /// Denoising steps trained on per task and iteration, one AdamW step each.
+    pub timesteps: usize,
+    /// ε of Eq. 7.
+    pub clip_range: f64,
+    /// Denoising steps with |∂μ/∂eps|/σ above this are never trained on; 0 excludes none.
+    pub max_sensitivity: f64,
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// Global gradient norm above which a gradient is scaled down; 0 for never.
+    pub max_grad_norm: f64,
+    /// Optimizer steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+}
+
+/// How L_pre takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PretrainMode {
+    /// Not at all.
+    Off,
+    /// Its own optimizer steps at the end of each iteration (Algorithm 1).
+    Separate,
+    /// β∇L_pre added to every policy gradient (Eq. 8).
+    Combined,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainConfig {
+    pub mode: PretrainMode,
+    /// β.
+    pub weight: f64,
+    /// Pairs per lane and step.
+    pub batch_per_lane: usize,
+    /// Optimizer steps per iteration (`separate` only).
+    pub steps: usize,
+    /// Share of captions replaced by the empty prompt.
+    pub caption_dropout: f64,
+    /// Where the pairs come from.
+    pub data: PairData,
+}
+
+/// Sources of (picture, caption) pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PairData {
+    Miniature,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmaConfig {
+    /// Decay per optimizer step of the average that is evaluated and saved; 0 keeps none.
+    pub decay: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrajectoryConfig {
+    /// Iterations between trajectory shards; 0 for none.
+    pub every: u64,
+    pub latents: StoredLatents,
+    pub precision: StoredPrecision,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoredLatents {
+    /// x_t and x_{t−1} of the steps that were trained on.
+    Selected,
+    /// The whole trajectory.
+    All,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoredPrecision {
+    F16,
+    F32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvaluationConfig {
+    /// Seed of prompts and noise; the same for all models that are compared.
+    pub seed: u64,
+    /// Columns of the before/after sheet per task.
+    pub pictures: usize,
+}
+
+/// A reward with its prompt distribution.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskConfig {
+    pub name: String,
+    /// False: the reward is only evaluated, not trained on.
+    pub train: bool,
+    /// Samples per iteration over all ranks.
+    pub samples: usize,
+    /// Consecutive samples that share a prompt.
+    pub images_per_prompt: usize,
+    /// Factor of the task's loss.
+    pub weight: f64,
+    /// Samples of an evaluation.
+    pub evaluation_samples: usize,
+    pub prompts: PromptConfig,
+    pub reward: RewardConfig,
+}
+
+/// Prompt sources.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "source", rename_all = "snake_case", deny_unknown_fields)]
+pub enum PromptConfig {
+    /// Two objects of the miniature and a relation.
+    MiniatureCompositions {},
+    /// Portraits of the miniature's occupations.
+    MiniatureOccupations {},
+    /// An object of the miniature in a place.
+    MiniaturePlaces {},
+}
+
+/// Rewards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+pub enum RewardConfig {
+    /// Eq. 13 with the miniature's shape-and-colour detector.
+    MiniatureComposition {},
+    /// Eq. 12 over the pictures of a prompt.
+    Parity { classifier: ClassifierConfig },
+    /// Colourfulness and contrast, the miniature's stand-in for human preference.
+    Colorfulness {},
+    /// The control: N(0, 1), whatever the picture.
+    Random {},
+}
+
+/// Attribute classifiers for `parity`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClassifierConfig {
+    MiniatureSkinTone,
+}
+
+impl Config {
+    /// Tasks that are trained on, with their index in the config (which random numbers depend on).
+    pub fn trained_tasks(&self) -> impl Iterator<Item = (usize, &TaskConfig)> {
+        self.tasks.iter().enumerate().filter(|(_, task)| task.train)
+    }
+}

@@ -1,0 +1,133 @@
+//! The batch arithmetic of a config, checked in one place.
+
+use anyhow::{ensure, Result};
+
+use super::{Config, RewardConfig, TaskConfig};
+
+/// Sizes that follow from a config.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Derived {
+    /// Samples per iteration over all trained tasks and ranks.
+    pub samples_per_iteration: usize,
+    /// Policy optimizer steps per iteration.
+    pub policy_steps_per_iteration: usize,
+    /// Pretraining pairs per optimizer step, over all ranks.
+    pub pretrain_batch: usize,
+}
+
+impl Config {
+    /// Checks everything that can be known without the model, and derives the sizes.
+    ///
+    /// # Errors
+    /// Names the key and what it must be.
+    pub fn validate(&self) -> Result<Derived> {
+        let r = &self.run;
+        ensure!(!r.name.is_empty() && !r.name.contains('/'), "run.name {:?} must be a plain folder name", r.name);
+        ensure!(r.lanes > 0, "run.lanes must be at least 1");
+        ensure!(r.threads > 0, "run.threads must be at least 1");
+        ensure!(r.iterations < u64::from(u32::MAX), "run.iterations must be below 2^32");
+        ensure!(r.keep_checkpoints > 0, "run.keep_checkpoints must be at least 1");
+        let o = &self.rollout;
+        ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
+        ensure!((0.0..=1.0).contains(&o.eta), "rollout.eta = {} must be in 0..=1", o.eta);
+        ensure!(o.guidance_scale.is_finite(), "rollout.guidance_scale must be finite");
+        let a = &self.advantage;
+        ensure!(a.clip > 0.0 && a.epsilon >= 0.0, "advantage.clip must be positive, advantage.epsilon not negative");
+        ensure!((0.0..=1.0).contains(&a.max_bad_fraction), "advantage.max_bad_fraction must be in 0..=1");
+        ensure!(a.prompt_buffer > 0, "advantage.prompt_buffer must be at least 1");
+        self.validate_update()?;
+        let p = &self.pretrain;
+        ensure!(p.batch_per_lane > 0, "pretrain.batch_per_lane must be at least 1");
+        ensure!((0.0..=1.0).contains(&p.caption_dropout), "pretrain.caption_dropout must be in 0..=1");
+        ensure!(p.weight >= 0.0, "pretrain.weight must not be negative");
+        ensure!((0.0..1.0).contains(&self.ema.decay), "ema.decay must be in 0..1");
+
+        ensure!(!self.tasks.is_empty(), "there is no [[task]]");
+        ensure!(self.tasks.len() < 256, "at most 255 tasks");
+        for (i, task) in self.tasks.iter().enumerate() {
+            ensure!(self.tasks[..i].iter().all(|t| t.name != task.name), "two tasks are named {}", task.name);
+            self.validate_task(task)?;
+        }
+        ensure!(self.trained_tasks().count() > 0, "no task has train = true");
+        Ok(Derived {
+            samples_per_iteration: self.trained_tasks().map(|(_, t)| t.samples).sum(),
+            policy_steps_per_iteration: self.trained_tasks().count() * self.update.timesteps,
+            pretrain_batch: p.batch_per_lane * r.lanes,
+        })
+    }
+
+    fn validate_update(&self) -> Result<()> {
+        let u = &self.update;
+        ensure!(
+            u.timesteps > 0 && u.timesteps <= self.rollout.steps,
+            "update.timesteps = {} must be in 1..={} (rollout.steps)",
+            u.timesteps,
+            self.rollout.steps
+        );
+        ensure!(self.rollout.eta > 0.0, "rollout.eta must be above 0: without noise there is no policy gradient");
+        ensure!(u.clip_range > 0.0, "update.clip_range must be positive");
+        ensure!(u.learning_rate >= 0.0, "update.learning_rate must not be negative");
+        ensure!((0.0..1.0).contains(&u.beta1) && (0.0..1.0).contains(&u.beta2), "update.beta1, beta2 must be in 0..1");
+        ensure!(u.epsilon > 0.0 && u.weight_decay >= 0.0, "update.epsilon must be positive, weight_decay not negative");
+        ensure!(u.max_grad_norm >= 0.0 && u.max_sensitivity >= 0.0, "update: limits must not be negative (0 for none)");
+        Ok(())
+    }
+
+    fn validate_task(&self, task: &TaskConfig) -> Result<()> {
+        let name = &task.name;
+        ensure!(!name.is_empty() && !name.contains(['/', '.', ' ']), "task name {name:?}: no dots, slashes or spaces");
+        ensure!(task.weight.is_finite() && task.weight >= 0.0, "task.{name}.weight must not be negative");
+        ensure!(task.images_per_prompt > 0, "task.{name}.images_per_prompt must be at least 1");
+        let piece = self.run.lanes * task.images_per_prompt;
+        ensure!(
+            task.samples > 0 && task.samples % piece == 0,
+            "task.{name}.samples = {} must be a multiple of {piece} (run.lanes = {} times images_per_prompt = {})",
+            task.samples,
+            self.run.lanes,
+            task.images_per_prompt
+        );
+        ensure!(
+            task.evaluation_samples > 0 && task.evaluation_samples % task.images_per_prompt == 0,
+            "task.{name}.evaluation_samples = {} must be a multiple of images_per_prompt = {}",
+            task.evaluation_samples,
+            task.images_per_prompt
+        );
+        if let RewardConfig::Parity { .. } = task.reward {
+            ensure!(
+                task.images_per_prompt > 1,
+                "task.{name}.images_per_prompt = {}: parity judges the pictures of a prompt together, it needs several",
+                task.images_per_prompt
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::{parse, EMBEDDED_JOINT};
+
+    #[test]
+    fn the_embedded_config_is_sound() {
+        let config = parse(EMBEDDED_JOINT, "joint", &[]).unwrap();
+        let derived = config.validate().unwrap();
+        assert_eq!(derived.policy_steps_per_iteration, 3 * config.update.timesteps);
+    }
+
+    #[test]
+    fn impossible_numbers_are_refused() {
+        for (set, wanted) in [
+            ("task.parity.samples=100", "multiple of"),
+            ("task.parity.images_per_prompt=1", "parity judges"),
+            ("run.lanes=0", "run.lanes"),
+            ("update.timesteps=7", "update.timesteps = 7"),
+            ("rollout.eta=0.0", "rollout.eta"),
+            ("ema.decay=1.0", "ema.decay"),
+            ("task.parity.evaluation_samples=17", "evaluation_samples"),
+        ] {
+            let config = parse(EMBEDDED_JOINT, "joint", &[set.to_string()]).unwrap();
+            let e = config.validate().unwrap_err().to_string();
+            assert!(e.contains(wanted), "{set}: {e}");
+        }
+    }
+}

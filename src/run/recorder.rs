@@ -1,0 +1,45 @@
+//! What rank 0 writes while the run goes on.
+
+use anyhow::Result;
+
+use crate::{
+    config::Config,
+    telemetry::{write_atomic, EventWriter, JsonlWriter, Metrics, Progress, RunFiles, Screen},
+};
+
+pub struct Recorder {
+    pub metrics: JsonlWriter,
+    events: EventWriter,
+    progress: Progress,
+}
+
+impl Recorder {
+    /// Makes the run's folder, or goes on after `done` iterations in the one that is there.
+    pub fn create(config: &Config, config_toml: &str, files: &RunFiles, done: u64) -> Result<Self> {
+        files.create()?;
+        write_atomic(&files.config(), config_toml.as_bytes())?;
+        let names: Vec<String> = config.trained_tasks().map(|(_, t)| t.name.clone()).collect();
+        let metrics = match done {
+            0 => JsonlWriter::create(&files.metrics())?,
+            done => JsonlWriter::open_for_resume(&files.metrics(), done)?,
+        };
+        Ok(Recorder {
+            metrics,
+            events: EventWriter::create(&files.tensorboard(), done)?,
+            progress: Progress::new(Screen::detect(), &names, done, config.run.iterations),
+        })
+    }
+
+    pub fn iteration(&mut self, metrics: &Metrics) -> Result<()> {
+        self.metrics.append(metrics)?;
+        self.events.metrics(metrics)?;
+        self.progress.iteration(metrics);
+        Ok(())
+    }
+
+    /// Ends the progress display; the event file stays open for the pictures.
+    pub fn finish(self) -> EventWriter {
+        self.progress.finish();
+        self.events
+    }
+}

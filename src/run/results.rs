@@ -1,0 +1,122 @@
+//! The end of a run: base against tuned model, and the files that say so.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{ensure, Result};
+use tch::Kind;
+
+use super::load_model;
+use crate::{
+    comm::{agree, Communicator},
+    config::Config,
+    evaluate::{evaluate, TaskEvaluation},
+    telemetry::{
+        before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
+        RewardPanel, RunFiles, Summary, TaskSummary,
+    },
+    train::Trainer,
+};
+
+/// Evaluates base and tuned model with the same noise, and writes the results.
+pub fn finish(
+    config: &Config,
+    comm: &dyn Communicator,
+    files: &RunFiles,
+    mut trainer: Trainer,
+    events: Option<EventWriter>,
+    started: Instant,
+) -> Result<()> {
+    let first = comm.rank() == 0;
+    if first {
+        log::info!("evaluating the tuned and the base model on held-out prompts");
+    }
+    let weights = trainer.result();
+    if let Some(average) = trainer.learner.average.clone() {
+        trainer.learner.params.values_mut().copy_from_slice(&average);
+    }
+    let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
+    let base_model = load_model(&config.model.path, comm)?;
+    let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
+    let written = if first {
+        trainer.pipeline.save(&files.model(), Kind::Float, Some(&weights)).and_then(|()| {
+            write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
+        })
+    } else {
+        Ok(())
+    };
+    agree(comm, written)
+}
+
+fn write_results(
+    config: &Config,
+    world_size: usize,
+    files: &RunFiles,
+    base: &[TaskEvaluation],
+    tuned: &[TaskEvaluation],
+    ratio_drift: f64,
+    events: Option<EventWriter>,
+    started: Instant,
+) -> Result<()> {
+    let history = read_metrics(&files.metrics())?;
+    ensure!(base.len() == tuned.len(), "evaluations of different configs");
+    let tasks = base
+        .iter()
+        .zip(tuned)
+        .map(|(b, t)| TaskSummary::paired(&b.task, &b.units, &t.units))
+        .collect::<Result<Vec<_>>>()?;
+    let mut seconds_per_stage = BTreeMap::new();
+    let mut training_seconds = 0.0;
+    for metrics in &history {
+        for (name, value) in metrics.iter() {
+            match name.strip_prefix("seconds/") {
+                Some("iteration") => training_seconds += value,
+                Some(stage) => *seconds_per_stage.entry(stage.to_string()).or_insert(0.0) += value,
+                None => {}
+            }
+        }
+    }
+    let samples: usize = config.trained_tasks().map(|(_, t)| t.samples).sum();
+    let summary = Summary {
+        config_name: config.run.name.clone(),
+        tasks,
+        iterations: config.run.iterations,
+        world_size,
+        samples_per_second: (samples * history.len()) as f64 / training_seconds,
+        wall_seconds: started.elapsed().as_secs_f64(),
+        seconds_per_stage,
+        ratio_drift,
+    };
+
+    let sections: Vec<BeforeAfter> =
+        base.iter().zip(tuned).zip(&summary.tasks).map(|((b, t), s)| section(b, t, s)).collect();
+    let sheet = before_after_sheet(&format!("{}: before and after, the same noise", config.run.name), &sections)?;
+    save_png(&files.before_after(), &sheet, &[("config".into(), toml::to_string_pretty(config)?)])?;
+    if let Some(mut events) = events {
+        events.picture(config.run.iterations, "before_after", &sheet)?;
+    }
+    let panels: Vec<RewardPanel> = config
+        .trained_tasks()
+        .map(|(index, task)| RewardPanel { task: task.name.clone(), base: Some(summary.tasks[index].base.mean) })
+        .collect();
+    if history.iter().any(|m| panels.iter().any(|p| m.get(&names::reward_mean(&p.task)).is_some())) {
+        draw_reward_curves(&files.reward_curves(), &config.run.name, &history, &panels)?;
+    }
+    summary.write(&files.summary())?;
+    print!("\n{}", summary.table());
+    println!("\nresults in {}", files.root().display());
+    Ok(())
+}
+
+fn section(base: &TaskEvaluation, tuned: &TaskEvaluation, summary: &TaskSummary) -> BeforeAfter {
+    let columns = base.shown.iter().zip(&tuned.shown).map(|(b, t)| Column {
+        caption: b.prompt.clone(),
+        base: b.picture.clone(),
+        tuned: t.picture.clone(),
+        base_note: format!("{:.2}", b.reward),
+        tuned_note: format!("{:.2}", t.reward),
+    });
+    BeforeAfter {
+        title: format!("{}: {:.3} to {:.3} on held-out prompts", base.task, summary.base.mean, summary.tuned.mean),
+        columns: columns.collect(),
+    }
+}

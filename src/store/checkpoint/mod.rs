@@ -1,0 +1,93 @@
+//! Checkpoints: a folder `iteration-NNNNNN` with one HDF5 shard per rank and a manifest.
+//!
+//! ```text
+//! checkpoints/iteration-000012/
+//! ├── shard-000.h5     elements 0..n/R of every vector; counters, statistics, config and layout as well
+//! ├── shard-001.h5     elements n/R..2n/R …
+//! └── manifest.json    SHA-256 and length of every shard; written last
+//! ```
+//! A shard has the attributes `format` (text), `iteration`, `first` (u64: its first element) and per vector a dataset
+//! f32 `[elements]`: `weights`, `exp_avg`, `exp_avg_sq` (AdamW's moments) and, with EMA, `ema`. Shard 0 has three texts:
+//! `layout` (JSON: name, shape and offset of every parameter in the vectors), `meta` (JSON: step counters and running
+//! statistics) and `config` (TOML). How many ranks wrote it does not matter to who loads it.
+//!
+//! The folder is filled under the name `….partial` and renamed when the manifest is in it, so a name without
+//! `.partial` is a complete checkpoint.
+
+mod load;
+mod manifest;
+mod save;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use load::{load, load_latest, read, Loaded};
+pub use save::{save, SaveReport};
+
+/// Version of the shard format.
+const FORMAT: &str = "rldiff checkpoint 1";
+
+/// Where a parameter lies in the vectors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParameterEntry {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub offset: usize,
+}
+
+/// A training state to save; every rank has all of it.
+pub struct CheckpointRef<'a> {
+    /// Iterations done.
+    pub iteration: u64,
+    /// Counters and statistics.
+    pub meta: &'a Value,
+    pub config_toml: &'a str,
+    pub layout: &'a [ParameterEntry],
+    /// Vectors by name, all of the same length.
+    pub vectors: Vec<(&'a str, &'a [f32])>,
+}
+
+/// A training state that was loaded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    pub iteration: u64,
+    pub meta: Value,
+    pub config_toml: String,
+    pub layout: Vec<ParameterEntry>,
+    pub vectors: Vec<(String, Vec<f32>)>,
+    /// Version of rldiff that wrote it.
+    pub code_version: String,
+}
+
+impl Checkpoint {
+    pub fn vector(&self, name: &str) -> Option<&[f32]> {
+        self.vectors.iter().find(|(n, _)| n == name).map(|(_, values)| values.as_slice())
+    }
+}
+
+fn folder_of(checkpoints: &Path, iteration: u64) -> PathBuf {
+    checkpoints.join(format!("iteration-{iteration:06}"))
+}
+
+/// Complete checkpoints of a folder by iteration, oldest first.
+fn list(checkpoints: &Path) -> std::io::Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    let entries = match std::fs::read_dir(checkpoints) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        Err(e) => return Err(e),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if let Some(iteration) = name.strip_prefix("iteration-").and_then(|n| n.parse().ok()) {
+            found.push((iteration, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}

@@ -1,0 +1,84 @@
+//! What `rldiff inspect` says of a checkpoint, a run's checkpoints, or a trajectory shard.
+
+use std::{
+    fmt::Write,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{bail, Context, Result};
+
+use super::{
+    checkpoint::{self, Checkpoint},
+    h5, state_digest,
+};
+use crate::{comm::Local, kernels::adamw::global_norm};
+
+/// A readable account of `path`: a run's folder or its checkpoints (the newest), one checkpoint, or an HDF5 file.
+pub fn inspect(path: &Path) -> Result<String> {
+    if path.is_file() {
+        return describe_file(path);
+    }
+    let (folder, checkpoint, warnings) = find(path)?;
+    let mut out = String::new();
+    for warning in warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    writeln!(out, "checkpoint    {}", folder.display())?;
+    writeln!(out, "iteration     {}", checkpoint.iteration)?;
+    writeln!(out, "written by    rldiff {}", checkpoint.code_version)?;
+    writeln!(out, "digest        {}", state_digest(&checkpoint)?)?;
+    writeln!(out, "parameters    {} in {} tensors", elements(&checkpoint), checkpoint.layout.len())?;
+    for (name, values) in &checkpoint.vectors {
+        writeln!(out, "{name:<13} norm {:.6e}", global_norm(values))?;
+    }
+    writeln!(out, "\nstate\n{}", serde_json::to_string_pretty(&checkpoint.meta)?)?;
+    writeln!(out, "\nconfig\n{}", checkpoint.config_toml)?;
+    writeln!(out, "tensors (offset, shape, name)")?;
+    for entry in &checkpoint.layout {
+        writeln!(out, "{:>10}  {:<20} {}", entry.offset, format!("{:?}", entry.shape), entry.name)?;
+    }
+    Ok(out)
+}
+
+/// SHA-256 over the whole training state of the checkpoint at `path` (see [`state_digest`]).
+pub fn digest(path: &Path) -> Result<String> {
+    state_digest(&find(path)?.1)
+}
+
+fn elements(checkpoint: &Checkpoint) -> usize {
+    checkpoint.vectors.first().map_or(0, |(_, values)| values.len())
+}
+
+fn find(path: &Path) -> Result<(PathBuf, Checkpoint, Vec<String>)> {
+    if !path.exists() {
+        bail!("{} does not exist", path.display());
+    }
+    if path.join("manifest.json").exists() {
+        return Ok((path.to_path_buf(), checkpoint::read(path)?, Vec::new()));
+    }
+    let inner = path.join("checkpoints");
+    let folder = if inner.is_dir() { inner } else { path.to_path_buf() };
+    let loaded = checkpoint::load_latest(&folder, &Local)?
+        .with_context(|| format!("{} holds no checkpoint", folder.display()))?;
+    Ok((loaded.path, loaded.checkpoint, loaded.warnings))
+}
+
+fn describe_file(path: &Path) -> Result<String> {
+    let file = hdf5::File::open(path).with_context(|| format!("{} is not an HDF5 file", path.display()))?;
+    let mut out = format!("{}\n", path.display());
+    for name in file.attr_names()? {
+        let attribute = file.attr(&name)?;
+        let value = h5::read_text_attribute(&file, &name)
+            .or_else(|_| attribute.read_scalar::<f64>().map(|v| v.to_string()).map_err(anyhow::Error::from))
+            .unwrap_or_else(|_| "(not a number or text)".to_string());
+        writeln!(out, "  @{name} = {value}")?;
+    }
+    let mut names = file.member_names()?;
+    names.sort();
+    for name in names {
+        let dataset = file.dataset(&name).with_context(|| format!("{}: {name}", path.display()))?;
+        let kind = format!("{:?}", dataset.dtype()?.to_descriptor()?);
+        writeln!(out, "  {name:<16} {:<20} {kind}", format!("{:?}", dataset.shape()))?;
+    }
+    Ok(out)
+}

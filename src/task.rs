@@ -1,0 +1,124 @@
+//! A task of the joint training: a prompt distribution and a reward; its share of Algorithm 1 up to the scored samples.
+
+use anyhow::{ensure, Context, Result};
+use tch::Tensor;
+
+use crate::{
+    config::{RolloutConfig, TaskConfig},
+    diffusion::{
+        sampler::{self, Conditioning, Trajectory},
+        schedule::Step,
+    },
+    models::pipeline::Pipeline,
+    prompts::{self, Prompt, PromptSource},
+    random::{self, Coordinates, Purpose},
+    rewards::{self, Reward, Scores},
+};
+
+/// A task with everything it needs at run time.
+pub struct Task {
+    pub config: TaskConfig,
+    /// Position in the config; random numbers depend on it.
+    pub index: u8,
+    pub prompts: Box<dyn PromptSource>,
+    pub reward: Box<dyn Reward>,
+}
+
+impl Task {
+    pub fn new(config: &TaskConfig, index: usize, seed: u64) -> Result<Self> {
+        let index = u8::try_from(index).context("at most 255 tasks")?;
+        Ok(Task {
+            config: config.clone(),
+            index,
+            prompts: prompts::registry::build(&config.prompts)
+                .with_context(|| format!("task {}: prompts", config.name))?,
+            reward: rewards::registry::build(config, seed, index)
+                .with_context(|| format!("task {}: reward", config.name))?,
+        })
+    }
+
+    /// The prompts of the samples `first..first + count` of an iteration.
+    pub fn draw_prompts(&self, seed: u64, iteration: u32, first: usize, count: usize) -> Vec<Prompt> {
+        let per_prompt = self.config.images_per_prompt;
+        (first..first + count)
+            .map(|sample| {
+                let group = (sample / per_prompt) as u32;
+                prompts::registry::draw(self.prompts.as_ref(), seed, iteration, self.index, group)
+            })
+            .collect()
+    }
+
+    /// Judges x_0 of a batch made of whole groups.
+    pub fn score(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
+        let _no_grad = tch::no_grad_guard();
+        let images = pipeline.vae.decode_scaled(x_0);
+        let scores =
+            self.reward.score(&images, prompts).with_context(|| format!("reward of task {}", self.config.name))?;
+        ensure!(
+            scores.rewards.len() == prompts.len(),
+            "reward of task {} gave {} values for {} pictures",
+            self.config.name,
+            scores.rewards.len(),
+            prompts.len()
+        );
+        Ok(Scored { images, scores })
+    }
+}
+
+/// Decoded pictures, f32 `[B, 3, H, W]` in \[0, 1\], with their scores.
+pub struct Scored {
+    pub images: Tensor,
+    pub scores: Scores,
+}
+
+/// What all roll-outs of a run share.
+pub struct Roller<'a> {
+    pub pipeline: &'a Pipeline,
+    pub steps: &'a [Step],
+    /// Embedding of the empty prompt, `[1, tokens, width]`.
+    pub empty_prompt: &'a Tensor,
+    pub rollout: &'a RolloutConfig,
+}
+
+impl Roller<'_> {
+    /// Text of a batch for the U-Net; equal prompts are encoded once.
+    pub fn conditioning(&self, prompts: &[Prompt]) -> Result<Conditioning> {
+        let mut texts: Vec<&str> = Vec::new();
+        let mut rows: Vec<i64> = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let known = texts.iter().position(|t| *t == prompt.text);
+            rows.push(known.unwrap_or(texts.len()) as i64);
+            if known.is_none() {
+                texts.push(&prompt.text);
+            }
+        }
+        let cond = self.pipeline.embed(&texts)?.index_select(0, &Tensor::from_slice(&rows));
+        Ok(Conditioning::new(&cond, self.empty_prompt, self.rollout.guidance_scale))
+    }
+
+    /// Rolls out the samples `first..first + count`: noise is a function of `at` (its sample and step are filled in
+    /// here) and the global sample index alone.
+    pub fn roll_out(&self, conditioning: &Conditioning, at: NoiseOf, first: usize, count: usize) -> Result<Trajectory> {
+        let shape = self.pipeline.latent_shape();
+        let rows = |purpose: Purpose, step: usize| {
+            let at = Coordinates {
+                purpose,
+                step: step as u16,
+                iteration: at.iteration,
+                task: at.task,
+                ..Coordinates::new(at.seed, purpose)
+            };
+            random::normal_rows(at, first as u32, count, &shape)
+        };
+        let x_t = rows(Purpose::InitialLatent, 0);
+        sampler::roll_out(&self.pipeline.unet, self.steps, x_t, conditioning, |i| rows(Purpose::TransitionNoise, i))
+    }
+}
+
+/// Which noise a roll-out draws.
+#[derive(Clone, Copy, Debug)]
+pub struct NoiseOf {
+    pub seed: u64,
+    pub iteration: u32,
+    pub task: u8,
+}

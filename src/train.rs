@@ -1,0 +1,274 @@
+//! Algorithm 1: joint fine-tuning by the clipped policy gradient, task after task.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{ensure, Context, Result};
+use tch::Tensor;
+
+use crate::{
+    comm::{Communicator, TreeSum},
+    config::{Config, Normalisation, PretrainMode},
+    diffusion::schedule::{Schedule, SchedulerConfig, Step},
+    iteration_log::IterationLog,
+    learner::Learner,
+    models::pipeline::Pipeline,
+    pairs::PairSource,
+    policy::{
+        advantage::{self, Advantages},
+        lanes::Lanes,
+        surrogate::{Diagnostics, Objective},
+        update::{lane_objective, LaneBatch},
+    },
+    prompts::Prompt,
+    random::{Coordinates, Purpose},
+    task::{NoiseOf, Roller, Task},
+    telemetry::Metrics,
+};
+
+/// A run's fixed parts and what it has learnt so far.
+pub struct Trainer<'a> {
+    pub config: &'a Config,
+    pub comm: &'a dyn Communicator,
+    pub pipeline: Pipeline,
+    pub schedule: Schedule,
+    /// The roll-out's transitions, in sampling order.
+    pub steps: Vec<Step>,
+    pub tasks: Vec<Task>,
+    pub learner: Learner,
+    lanes: Lanes,
+    pairs: PairSource,
+    sum: TreeSum,
+    empty_prompt: Tensor,
+}
+
+/// A task's samples of one iteration on this rank: one batch per lane, and what the log and the shards want of them.
+pub struct TaskBatch {
+    pub lanes: Vec<LaneBatch>,
+    pub prompts: Vec<Prompt>,
+    /// This rank's rewards.
+    pub rewards: Vec<f32>,
+    /// The global batch's advantages.
+    pub advantages: Advantages,
+    /// First sample of this rank in the global batch.
+    pub first: usize,
+}
+
+impl<'a> Trainer<'a> {
+    pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
+        let lanes = Lanes::new(config.run.lanes, comm)?;
+        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+        let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
+        let tasks = config
+            .tasks
+            .iter()
+            .enumerate()
+            .map(|(i, task)| Task::new(task, i, config.run.seed))
+            .collect::<Result<Vec<_>>>()?;
+        let learner = Learner::new(&pipeline, config)?;
+        let trainer = Trainer {
+            sum: TreeSum::new(learner.params.len()),
+            empty_prompt: pipeline.embed(&[""])?,
+            pairs: PairSource::new(&config.pretrain, config.run.seed),
+            config,
+            comm,
+            pipeline,
+            schedule,
+            steps,
+            tasks,
+            learner,
+            lanes,
+        };
+        trainer.trainable_steps()?;
+        Ok(trainer)
+    }
+
+    /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
+    pub fn iterate(
+        &mut self,
+        iteration: u64,
+        observe: &mut dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()>,
+    ) -> Result<Metrics> {
+        let mut log = IterationLog::new(iteration);
+        for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
+            // 1a–c. prompts, roll-out with the current policy, rewards, advantages
+            let batch = self.sample(task, iteration, &mut log)?;
+            // 1d. the same few timesteps for all samples and ranks
+            let chosen = self.choose_steps(task, iteration)?;
+            observe(self, task, &batch, &chosen)?;
+            // 1e. one optimizer step for each
+            for (pass, &step) in chosen.iter().enumerate() {
+                self.update(task, iteration, pass, step, &batch, &mut log)?;
+            }
+        }
+        // 2. the pretraining loss
+        if self.config.pretrain.mode == PretrainMode::Separate {
+            self.pretrain(iteration, &mut log)?;
+        }
+        let metrics = log.finish(self.comm, self.config)?;
+        self.learner.ratio_drift = self.learner.ratio_drift.max(metrics.get("ratio_drift").unwrap_or(f64::NAN));
+        Ok(metrics)
+    }
+
+    fn sample(&mut self, task: usize, iteration: u64, log: &mut IterationLog) -> Result<TaskBatch> {
+        let seed = self.config.run.seed;
+        let (total, index) = (self.tasks[task].config.samples, self.tasks[task].index);
+        let per_lane = total / self.lanes.count;
+        let noise = NoiseOf { seed, iteration: iteration as u32, task: index };
+        let roller = Roller {
+            pipeline: &self.pipeline,
+            steps: &self.steps,
+            empty_prompt: &self.empty_prompt,
+            rollout: &self.config.rollout,
+        };
+        let (mut rolled, mut prompts, mut rewards) = (Vec::new(), Vec::new(), Vec::new());
+        for lane in self.lanes.mine() {
+            let first = lane * per_lane;
+            let lane_prompts = self.tasks[task].draw_prompts(seed, iteration as u32, first, per_lane);
+            let started = Instant::now();
+            let conditioning = roller.conditioning(&lane_prompts)?;
+            let trajectory = roller.roll_out(&conditioning, noise, first, per_lane)?;
+            log.spent("rollout", started);
+            let started = Instant::now();
+            let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts)?;
+            log.spent("reward", started);
+            log.diagnostics(&self.tasks[task].config.name, &scored.scores);
+            rewards.extend(scored.scores.rewards);
+            rolled.push((conditioning, trajectory));
+            prompts.extend(lane_prompts);
+        }
+        let started = Instant::now();
+        let advantages = self.advantages(task, &prompts, &rewards)?;
+        log.spent("advantage", started);
+        log.rewards(&self.tasks[task].config.name, &advantages, total);
+
+        let first = self.lanes.mine().start * per_lane;
+        let lanes = rolled.into_iter().enumerate().map(|(i, (conditioning, trajectory))| {
+            let from = first + i * per_lane;
+            let advantage = Tensor::from_slice(&advantages.values[from..from + per_lane]);
+            LaneBatch { conditioning, trajectory, advantage }
+        });
+        Ok(TaskBatch { lanes: lanes.collect(), prompts, rewards, first, advantages })
+    }
+
+    /// Advantages of the global batch: rewards of all ranks, in the order of the global sample index.
+    fn advantages(&mut self, task: usize, prompts: &[Prompt], rewards: &[f32]) -> Result<Advantages> {
+        let settings = self.config.advantage.settings();
+        let gathered = self.comm.all_gather_bytes(bytemuck::cast_slice(rewards))?;
+        let all: Vec<f32> = gathered.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(bytes)).collect();
+        let name = &self.tasks[task].config.name;
+        match self.config.advantage.normalisation {
+            Normalisation::Batch => advantage::normalise(&all, &settings),
+            Normalisation::PerPrompt => {
+                let mine: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
+                let texts = self.comm.all_gather_bytes(&serde_json::to_vec(&mine)?)?;
+                let mut everyone: Vec<String> = Vec::with_capacity(all.len());
+                for bytes in &texts {
+                    everyone.extend(serde_json::from_slice::<Vec<String>>(bytes)?);
+                }
+                let per_prompt = self.config.advantage.per_prompt();
+                self.learner.statistics[task].normalise(&everyone, &all, &settings, &per_prompt)
+            }
+        }
+        .with_context(|| format!("task {name}"))
+    }
+
+    /// Indices of the steps that may be trained on.
+    fn trainable_steps(&self) -> Result<Vec<usize>> {
+        let limit = self.config.update.max_sensitivity;
+        let usable = |s: &&Step| s.sigma > 0.0 && (limit == 0.0 || s.sensitivity() <= limit);
+        let indices: Vec<usize> = self.steps.iter().filter(usable).map(|s| s.index).collect();
+        ensure!(
+            indices.len() >= self.config.update.timesteps,
+            "update.timesteps = {}, but only {} of {} steps have noise and a sensitivity within max_sensitivity = {limit}",
+            self.config.update.timesteps,
+            indices.len(),
+            self.steps.len()
+        );
+        Ok(indices)
+    }
+
+    fn choose_steps(&self, task: usize, iteration: u64) -> Result<Vec<usize>> {
+        let usable = self.trainable_steps()?;
+        let at = Coordinates {
+            iteration: iteration as u32,
+            task: self.tasks[task].index,
+            ..Coordinates::new(self.config.run.seed, Purpose::TimestepChoice)
+        };
+        let picked = at.stream().choose(usable.len(), self.config.update.timesteps);
+        Ok(picked.into_iter().map(|i| usable[i]).collect())
+    }
+
+    fn update(
+        &mut self,
+        task: usize,
+        iteration: u64,
+        pass: usize,
+        step: usize,
+        batch: &TaskBatch,
+        log: &mut IterationLog,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let (config, learner) = (self.config, &self.learner);
+        let objective = Objective {
+            clip_range: config.update.clip_range,
+            weight: self.tasks[task].config.weight,
+            samples: batch.advantages.usable_count(),
+        };
+        let first_lane = self.lanes.mine().start;
+        let mut seen = Diagnostics::default();
+        let mut pretraining_loss = 0.0;
+        let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
+            let lane_batch = &batch.lanes[lane - first_lane];
+            let (mut value, diagnostics) =
+                lane_objective(&self.pipeline.unet, &self.steps[step], lane_batch, &objective)?;
+            seen.merge(&diagnostics);
+            if config.pretrain.mode == PretrainMode::Combined {
+                let slot = (self.tasks[task].index as usize * config.update.timesteps + pass) as u16;
+                let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot, lane)?;
+                pretraining_loss += loss.double_value(&[]);
+                value += loss * (config.pretrain.weight / self.lanes.count as f64);
+            }
+            Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
+        })?;
+        let t = self.steps[step].t;
+        let name = &self.tasks[task].config.name;
+        let norm = self.learner.step(&gradient).with_context(|| format!("task {name}, timestep {t}"))?;
+        self.sum.recycle(gradient);
+        log.update(name, t, pass == 0, &seen, norm);
+        if config.pretrain.mode == PretrainMode::Combined {
+            log.pretraining(pretraining_loss, self.lanes.mine().len());
+        }
+        log.spent("update", started);
+        Ok(())
+    }
+
+    fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
+        let started = Instant::now();
+        for slot in 0..self.config.pretrain.steps {
+            let learner = &self.learner;
+            let mut total = 0.0;
+            let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
+                let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot as u16, lane)?;
+                total += loss.double_value(&[]);
+                let value = loss * (self.config.pretrain.weight / self.lanes.count as f64);
+                Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
+            })?;
+            self.learner.step(&gradient).context("pretraining step")?;
+            self.sum.recycle(gradient);
+            log.pretraining(total, self.lanes.mine().len());
+        }
+        log.spent("pretrain", started);
+        Ok(())
+    }
+
+    /// AdamW steps of an iteration: of the policy and of L_pre.
+    pub fn optimizer_steps_per_iteration(&self) -> usize {
+        let policy = self.config.trained_tasks().count() * self.config.update.timesteps;
+        policy + if self.config.pretrain.mode == PretrainMode::Separate { self.config.pretrain.steps } else { 0 }
+    }
+
+    /// The weights by name: what `evaluate` compares and `save` writes.
+    pub fn result(&self) -> BTreeMap<String, Tensor> {
+        self.learner.result()
+    }
+}
