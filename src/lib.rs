@@ -1,4 +1,51 @@
-//! rldiff: reinforcement-learning fine-tuning of text-to-image diffusion models under MPI.
+//! rldiff: reinforcement-learning fine-tuning of text-to-image diffusion models under MPI, after "Large-scale
+//! Reinforcement Learning for Diffusion Models" (Zhang, Tzeng, Du, Kislyuk; arXiv 2401.12244), called "the paper" here.
+//!
+//! # The way of the data
+//! One iteration of Algorithm 1 ([`train::Trainer::iterate`]) does this for each task (a reward with its prompts):
+//! ```text
+//!  prompts ──► models::text_encoder ──┐
+//!  random (Philox) ──► x_T, z_t ──────┼─► diffusion::sampler ──► Trajectory: x_T … x_0, log_prob_old
+//!                                     │      (diffusion::transition, once per step)      │
+//!                                     │                                                  ▼
+//!                                     │                                  models::vae ──► rewards ──► r
+//!                                     │                                                  │ all ranks
+//!                                     │                                                  ▼
+//!                                     │                                  policy::advantage ──► Â
+//!                                     ▼                                                  │
+//!  policy::update: U-Net again on a few stored x_t ──► policy::surrogate (log_prob, w, clipped loss, gradient) ◄─┘
+//!        │ gradients of lanes, then of ranks, in one fixed tree (comm)
+//!        ▼
+//!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
+//! ```
+//! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
+//!
+//! # Notation
+//! | here | paper | meaning |
+//! |---|---|---|
+//! | `x_t`, `x_prev` | x_t, x_{t−1} | scaled latents before and after a denoising step, f32 `[B, C, H, W]` |
+//! | `eps_uncond`, `eps_cond` | ε_θ(x_t, ∅), ε_θ(x_t, c) | both halves of the U-Net's output |
+//! | `guidance_scale` | g | eps = eps_uncond + g (eps_cond − eps_uncond) |
+//! | `alpha_bar` | ᾱ_t | noise schedule |
+//! | `sigma`, `eta` | σ_t, η | noise of a transition; η = 1 is DDPM's |
+//! | `log_prob`, `log_prob_old` | log p_θ, log p_θold | of x_prev given x_t, mean over latent elements |
+//! | ratio w | w_t | exp(log_prob − log_prob_old) |
+//! | `advantage` | Â | normalised reward |
+//! | `clip_range` | ε of Eq. 7 | clipping of w |
+//! | `pretrain.weight` | β | weight of L_pre |
+//! | lane | – | fixed piece of the global batch: what it computes does not depend on the number of ranks |
+//!
+//! # Where the equations are
+//! | equation | place |
+//! |---|---|
+//! | DDIM transition | [`diffusion::transition`], [`kernels::ddim_step`] |
+//! | Eq. 7 clipped objective and its gradient | [`policy::surrogate`], [`kernels::clipped_surrogate`] |
+//! | Eq. 8 with the pretraining loss | [`policy::pretraining`], [`pairs`] |
+//! | Eq. 10 advantage | [`policy::advantage`] |
+//! | Eq. 12 statistical parity | [`rewards::parity`] |
+//! | Eq. 13 object composition | [`rewards::composition`] |
+//! | Algorithm 1 | [`train`] |
+//! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
 pub mod cli;
 pub mod comm;
