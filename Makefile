@@ -28,7 +28,8 @@ build: setup
 	@$(ENVIRONMENT) && cargo build $(CARGO_FLAGS)
 
 run: build
-	@$(ENVIRONMENT) && "$$RLDIFF_MPIRUN" $$RLDIFF_MPIRUN_FLAGS -n $(RANKS) target/release/rldiff $(ARGS)
+	@$(ENVIRONMENT) && if [ -t 1 ]; then export RLDIFF_PROGRESS=$${RLDIFF_PROGRESS:-bar} COLUMNS=$$(tput cols); fi && \
+		"$$RLDIFF_MPIRUN" $$RLDIFF_MPIRUN_FLAGS -n $(RANKS) target/release/rldiff $(ARGS)
 
 check-format:
 	cargo fmt --check

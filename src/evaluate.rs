@@ -56,7 +56,13 @@ pub fn evaluate(
     comm: &dyn Communicator,
 ) -> Result<Vec<TaskEvaluation>> {
     let empty_prompt = pipeline.embed(&[""])?;
-    let roller = Roller { pipeline, steps, empty_prompt: &empty_prompt, rollout: &config.rollout };
+    let roller = Roller {
+        pipeline,
+        steps,
+        empty_prompt: &empty_prompt,
+        rollout: &config.rollout,
+        latent_shape: pipeline.latent_shape(),
+    };
     tasks.iter_mut().map(|task| evaluate_task(config, &roller, task, comm)).collect()
 }
 

@@ -1,4 +1,4 @@
-//! What training changes: the U-Net's weights, the optimizer's moments, the average of the weights.
+//! What training changes: the weights of the U-Net or of its adapters, the optimizer's moments, the average of the weights.
 
 use std::collections::BTreeMap;
 
@@ -30,9 +30,9 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// Makes the U-Net of `pipeline` trainable.
+    /// Makes the U-Net of `pipeline`, or its adapters, trainable.
     pub fn new(pipeline: &Pipeline, config: &Config) -> Result<Self> {
-        let params = FlatParameters::new(&[&pipeline.unet_parameters])?;
+        let params = FlatParameters::new(&[pipeline.trainable()])?;
         let u = &config.update;
         let adamw = AdamW {
             learning_rate: u.learning_rate,

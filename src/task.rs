@@ -78,6 +78,8 @@ pub struct Roller<'a> {
     /// Embedding of the empty prompt, `[1, tokens, width]`.
     pub empty_prompt: &'a Tensor,
     pub rollout: &'a RolloutConfig,
+    /// C, H, W of the latents.
+    pub latent_shape: [i64; 3],
 }
 
 impl Roller<'_> {
@@ -99,7 +101,7 @@ impl Roller<'_> {
     /// Rolls out the samples `first..first + count`: noise is a function of `at` (its sample and step are filled in
     /// here) and the global sample index alone.
     pub fn roll_out(&self, conditioning: &Conditioning, at: NoiseOf, first: usize, count: usize) -> Result<Trajectory> {
-        let shape = self.pipeline.latent_shape();
+        let shape = self.latent_shape;
         let rows = |purpose: Purpose, step: usize| {
             let at = Coordinates {
                 purpose,

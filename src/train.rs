@@ -119,6 +119,7 @@ impl<'a> Trainer<'a> {
             steps: &self.steps,
             empty_prompt: &self.empty_prompt,
             rollout: &self.config.rollout,
+            latent_shape: self.pipeline.latent_shape(),
         };
         let (mut rolled, mut prompts, mut rewards) = (Vec::new(), Vec::new(), Vec::new());
         for lane in self.lanes.mine() {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
-use crate::{comm::Communicator, config::Config, run::load_model, telemetry::Metrics, train::Trainer};
+use crate::{comm::Communicator, config::Config, run::load_for_training, telemetry::Metrics, train::Trainer};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -37,7 +37,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let What::Iteration(args) = args.what;
     let config = args.config.load(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
-    let mut trainer = Trainer::new(&config, comm, load_model(&config.model.path, comm).or_mistake()?).or_mistake()?;
+    let mut trainer = Trainer::new(&config, comm, load_for_training(&config, comm).or_mistake()?).or_mistake()?;
     let mut measured = Vec::new();
     for iteration in 0..args.warm_up + args.measured.max(1) {
         let metrics = trainer.iterate(iteration, &mut |_, _, _, _| Ok(()))?;

@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     models::flops,
     policy::lanes::divisors,
-    run::load_model,
+    run::load_for_training,
     train::Trainer,
 };
 
@@ -30,7 +30,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 fn describe(config: &Config) -> Result<String> {
     let derived = config.validate()?;
     // as one rank, whatever the number of ranks: this builds the model, the prompts and the rewards
-    let trainer = Trainer::new(config, &Local, load_model(&config.model.path, &Local)?)?;
+    let trainer = Trainer::new(config, &Local, load_for_training(config, &Local)?)?;
     let pipeline = &trainer.pipeline;
 
     let mut lines = Vec::new();
@@ -45,6 +45,7 @@ fn describe(config: &Config) -> Result<String> {
             pipeline.vae_parameters.count()
         ),
     );
+    line("trained", format!("{} of them", pipeline.trainable().count()));
     for (index, task) in config.tasks.iter().enumerate() {
         let source = &trainer.tasks[index].prompts;
         let use_ = if task.train {
@@ -87,9 +88,11 @@ fn describe(config: &Config) -> Result<String> {
     let update = derived.samples_per_iteration as f64 * config.update.timesteps as f64 * cfg * 3.0 * unet_forward;
     line("U-Net work per iteration", format!("{:.3} TFLOP", (rollout + update) / 1e12));
     // f32 weights, two moments, gradient, the average, and the frozen networks
-    let trained = pipeline.unet_parameters.count() as f64;
+    let trained = pipeline.trainable().count() as f64;
     let copies = if config.ema.decay > 0.0 { 5.0 } else { 4.0 };
-    let frozen = (pipeline.text_parameters.count() + pipeline.vae_parameters.count()) as f64;
+    let whole = [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters];
+    let all = whole.iter().map(|p| p.count()).sum::<u64>() as f64;
+    let frozen = if pipeline.lora.is_some() { all } else { all - trained };
     line("weights and optimizer", format!("{:.3} GB per rank", (copies * trained + frozen) * 4.0 / 1e9));
     Ok(lines.join("\n"))
 }

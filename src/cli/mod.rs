@@ -8,6 +8,7 @@ mod check;
 mod config_args;
 mod doctor;
 mod eval;
+mod export;
 mod inspect;
 mod pretrain;
 mod sample;
@@ -48,6 +49,8 @@ enum Command {
     Sample(sample::Args),
     /// Score models on the held-out prompts of a config's tasks.
     Eval(eval::Args),
+    /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
+    Export(export::Args),
     /// Train the miniature from scratch (it made the embedded weights).
     Pretrain(pretrain::Args),
     /// Print versions and paths of everything in use and try each with a small real operation.
@@ -130,6 +133,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<(), Failure> {
         Some(Command::Inspect(args)) => inspect::run(args, comm),
         Some(Command::Sample(args)) => sample::run(args, comm),
         Some(Command::Eval(args)) => eval::run(args, comm),
+        Some(Command::Export(args)) => export::run(args, comm),
         Some(Command::Pretrain(args)) => pretrain::run(args, comm),
         Some(Command::Doctor(args)) => doctor::run(args, comm),
         Some(Command::Bench(args)) => bench::run(args, comm),

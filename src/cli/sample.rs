@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{Failure, OrMistake};
@@ -11,8 +11,9 @@ use crate::{
     config::RolloutConfig,
     diffusion::schedule::{Schedule, SchedulerConfig},
     evaluate::to_picture,
+    models::pipeline::Pipeline,
     prompts::Prompt,
-    run::load_model,
+    run::load_with_adapters,
     task::{NoiseOf, Roller},
     telemetry::{image_grid, save_png, GridRow, Picture},
 };
@@ -48,6 +49,19 @@ pub struct Args {
     negative: String,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Height of the pictures in pixels [default: the model's own].
+    #[arg(long, value_name = "PIXELS")]
+    height: Option<i64>,
+    /// Width of the pictures in pixels [default: the model's own].
+    #[arg(long, value_name = "PIXELS")]
+    width: Option<i64>,
+    /// Pictures handed to a rank at once. It never changes a picture: on the CPU each is drawn by itself, since
+    /// libtorch's last bits depend on the batch.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    batch: usize,
+    /// Adapters (diffusers' LoRA layout) to add to the U-Net.
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
 }
 
 /// A picture on its way to rank 0.
@@ -62,26 +76,42 @@ struct Drawn {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let prompts = prompts(&args).or_mistake()?;
     tch::set_num_threads(1);
-    let pipeline = load_model(&args.model, comm).or_mistake()?;
+    let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm).or_mistake()?;
+    let latent_shape = latent_shape(&pipeline, &args).or_mistake()?;
     let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
     let steps = schedule.steps(args.steps, args.eta).or_mistake()?;
     let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance };
     let negative = pipeline.embed(&[args.negative.as_str()])?;
-    let roller = Roller { pipeline: &pipeline, steps: &steps, empty_prompt: &negative, rollout: &rollout };
+    let roller =
+        Roller { pipeline: &pipeline, steps: &steps, empty_prompt: &negative, rollout: &rollout, latent_shape };
     let noise = NoiseOf { seed: args.seed, iteration: u32::MAX, task: u8::MAX };
 
     let mut mine = Vec::new();
-    for sample in (comm.rank()..prompts.len() * args.images).step_by(comm.size()) {
-        // one at a time: a picture's bits must not depend on which others are asked for
-        let conditioning = roller.conditioning(&prompts[sample / args.images..][..1])?;
-        let trajectory = roller.roll_out(&conditioning, noise, sample, 1)?;
-        let picture = to_picture(&tch::no_grad(|| pipeline.vae.decode_scaled(trajectory.x_0())).get(0))?;
-        let (width, height) = (picture.width(), picture.height());
-        mine.push(Drawn { sample, width, height, rgb: picture.rgb().to_vec() });
+    let total = prompts.len() * args.images;
+    for first in (comm.rank() * args.batch..total).step_by(comm.size() * args.batch) {
+        for sample in first..total.min(first + args.batch) {
+            let conditioning = roller.conditioning(&prompts[sample / args.images..][..1])?;
+            let trajectory = roller.roll_out(&conditioning, noise, sample, 1)?;
+            let picture = to_picture(&tch::no_grad(|| pipeline.vae.decode_scaled(trajectory.x_0())).get(0))?;
+            let (width, height) = (picture.width(), picture.height());
+            mine.push(Drawn { sample, width, height, rgb: picture.rgb().to_vec() });
+        }
     }
     let gathered = comm.all_gather_bytes(&serde_json::to_vec(&mine)?)?;
     agree(comm, if comm.rank() == 0 { write(&args, &prompts, &gathered) } else { Ok(()) })?;
     Ok(())
+}
+
+/// Latents of the asked size.
+fn latent_shape(pipeline: &Pipeline, args: &Args) -> Result<[i64; 3]> {
+    let [channels, height, width] = pipeline.latent_shape();
+    let factor = pipeline.vae.config.downscale();
+    let side = |name: &str, wanted: Option<i64>, own: i64| match wanted {
+        None => Ok(own),
+        Some(pixels) if pixels > 0 && pixels % factor == 0 => Ok(pixels / factor),
+        Some(pixels) => bail!("--{name} {pixels} must be a positive multiple of {factor}"),
+    };
+    Ok([channels, side("height", args.height, height)?, side("width", args.width, width)?])
 }
 
 fn prompts(args: &Args) -> Result<Vec<Prompt>> {
@@ -91,7 +121,7 @@ fn prompts(args: &Args) -> Result<Vec<Prompt>> {
         texts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(String::from));
     }
     ensure!(!texts.is_empty(), "there is nothing to draw: give --prompt or --prompts");
-    ensure!(args.images > 0 && args.steps > 0, "--images and --steps must be at least 1");
+    ensure!(args.images > 0 && args.steps > 0 && args.batch > 0, "--images, --steps and --batch must be at least 1");
     ensure!((0.0..=1.0).contains(&args.eta) && args.guidance.is_finite(), "--eta is in 0..=1, --guidance finite");
     Ok(texts.into_iter().map(|text| Prompt { text, objects: Vec::new() }).collect())
 }

@@ -17,6 +17,7 @@ pub use validate::Derived;
 pub struct Config {
     pub run: RunConfig,
     pub model: ModelConfig,
+    pub lora: LoraConfig,
     pub rollout: RolloutConfig,
     pub advantage: AdvantageConfig,
     pub update: UpdateConfig,
@@ -50,6 +51,18 @@ pub struct RunConfig {
 pub struct ModelConfig {
     /// A diffusers folder, or `embedded` for the miniature.
     pub path: String,
+}
+
+/// Low-rank adapters of the U-Net's attention, trained in place of its weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    /// 0 trains the whole U-Net.
+    pub rank: i64,
+    /// The adapters' product is multiplied by alpha / rank.
+    pub alpha: f64,
+    /// `to_q`, `to_k`, `to_v`, `to_out.0`.
+    pub targets: Vec<String>,
 }
 
 /// Roll-out by DDIM (one transition is `diffusion::transition`).

@@ -27,6 +27,14 @@ impl Config {
         ensure!(r.threads > 0, "run.threads must be at least 1");
         ensure!(r.iterations < u64::from(u32::MAX), "run.iterations must be below 2^32");
         ensure!(r.keep_checkpoints > 0, "run.keep_checkpoints must be at least 1");
+        let l = &self.lora;
+        ensure!((0..=4096).contains(&l.rank), "lora.rank = {} must be in 0..=4096", l.rank);
+        ensure!(l.rank == 0 || l.alpha > 0.0, "lora.alpha must be positive");
+        ensure!(l.rank == 0 || !l.targets.is_empty(), "lora.targets must name layers");
+        for target in &l.targets {
+            let known = ["to_q", "to_k", "to_v", "to_out.0"];
+            ensure!(known.contains(&target.as_str()), "lora.targets: {target:?} is not one of {}", known.join(", "));
+        }
         let o = &self.rollout;
         ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
         ensure!((0.0..=1.0).contains(&o.eta), "rollout.eta = {} must be in 0..=1", o.eta);

@@ -5,13 +5,15 @@ use tch::Tensor;
 
 use super::{
     flops,
+    lora::LoraPair,
     parameters::{Builder, Init},
 };
 
-/// y = x·Wᵀ + b over the last dimension.
+/// y = x·Wᵀ + b over the last dimension, plus a low-rank adapter where the builder was asked for one.
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    lora: Option<LoraPair>,
 }
 
 impl Linear {
@@ -20,23 +22,29 @@ impl Linear {
         Ok(Linear {
             weight: b.parameter("weight", &[outputs, inputs], init)?,
             bias: Some(b.parameter("bias", &[outputs], init)?),
+            lora: b.lora(inputs, outputs)?,
         })
     }
 
     pub fn without_bias(b: &Builder, inputs: i64, outputs: i64) -> Result<Self> {
         let init = Init::Uniform((inputs as f64).powf(-0.5));
-        Ok(Linear { weight: b.parameter("weight", &[outputs, inputs], init)?, bias: None })
+        let weight = b.parameter("weight", &[outputs, inputs], init)?;
+        Ok(Linear { weight, bias: None, lora: b.lora(inputs, outputs)? })
     }
 
     /// CLIP's initial distribution: weights N(0, std²), biases zero.
     pub fn normal(b: &Builder, inputs: i64, outputs: i64, std: f64) -> Result<Self> {
         let weight = b.parameter("weight", &[outputs, inputs], Init::Normal(std))?;
-        Ok(Linear { weight, bias: Some(b.parameter("bias", &[outputs], Init::Zeros)?) })
+        Ok(Linear { weight, bias: Some(b.parameter("bias", &[outputs], Init::Zeros)?), lora: None })
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
         flops::add(x.numel() as i64 * self.weight.size()[0]);
-        x.linear(&self.weight, self.bias.as_ref())
+        let y = x.linear(&self.weight, self.bias.as_ref());
+        match &self.lora {
+            Some(lora) => y + lora.forward(x),
+            None => y,
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod attention;
 pub mod flops;
 pub mod folder;
 pub mod layers;
+pub mod lora;
 pub mod parameters;
 pub mod pipeline;
 pub mod resnet;

@@ -5,6 +5,7 @@ use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 use anyhow::{bail, ensure, Result};
 use tch::{Device, Kind, Tensor};
 
+use super::lora::{LoraPair, LoraSettings};
 use crate::random::{Coordinates, Purpose};
 
 /// How a parameter is drawn when no checkpoint gives it.
@@ -59,6 +60,14 @@ struct State {
     kind: Kind,
     device: Device,
     parameters: Parameters,
+    lora: Option<Lora>,
+}
+
+/// Adapters on the way.
+struct Lora {
+    settings: LoraSettings,
+    source: Source,
+    parameters: Parameters,
 }
 
 /// Hands out parameters by path while a network is built, and remembers them.
@@ -71,8 +80,38 @@ pub struct Builder {
 impl Builder {
     /// `kind` is the type the network computes in; `device` where it lies.
     pub fn new(source: Source, kind: Kind, device: Device) -> Self {
-        let state = State { source, kind, device, parameters: Parameters::default() };
+        let state = State { source, kind, device, parameters: Parameters::default(), lora: None };
         Builder { state: Rc::new(RefCell::new(state)), prefix: String::new() }
+    }
+
+    /// Layers that `settings` cover get low-rank adapters, whose values come from `source`; call before building.
+    pub fn with_lora(self, settings: LoraSettings, source: Source) -> Self {
+        self.state.borrow_mut().lora = Some(Lora { settings, source, parameters: Parameters::default() });
+        self
+    }
+
+    /// The adapter of the layer being built, where it gets one; always f32.
+    pub fn lora(&self, inputs: i64, outputs: i64) -> Result<Option<LoraPair>> {
+        let layer = self.prefix.trim_end_matches('.');
+        let mut guard = self.state.borrow_mut();
+        let device = guard.device;
+        let Some(lora) = guard.lora.as_mut().filter(|lora| lora.settings.covers(layer)) else { return Ok(None) };
+        let rank = lora.settings.rank;
+        let mut factor = |name: &str, shape: [i64; 2], init| -> Result<Tensor> {
+            let full = format!("{layer}.{name}.weight");
+            let tensor = take(&mut lora.source, &full, &shape, init, Kind::Float, device)?;
+            let entry = Parameter { name: full, shape: shape.to_vec(), tensor: tensor.shallow_clone() };
+            lora.parameters.entries.push(entry);
+            Ok(tensor)
+        };
+        let a = factor("lora_A", [rank, inputs], Init::Uniform((inputs as f64).powf(-0.5)))?;
+        let b = factor("lora_B", [outputs, rank], Init::Zeros)?;
+        Ok(Some(LoraPair { a, b, scale: lora.settings.scale() }))
+    }
+
+    /// The adapters that were built.
+    pub fn finish_lora(&self) -> Option<(LoraSettings, Parameters)> {
+        self.state.borrow_mut().lora.take().map(|lora| (lora.settings, lora.parameters))
     }
 
     /// The builder of a part: names below it get `name.` in front.
@@ -88,15 +127,7 @@ impl Builder {
         let full = format!("{}{name}", self.prefix);
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let tensor = match &mut state.source {
-            Source::Tensors(tensors) => {
-                let Some(t) = tensors.remove(&full) else { bail!("tensor {full} is missing") };
-                ensure!(t.size() == shape, "tensor {full} has shape {:?}, the config asks for {shape:?}", t.size());
-                t.to_kind(state.kind).to_device(state.device)
-            }
-            Source::Seeded(seed) => draw(*seed, &full, shape, init).to_kind(state.kind).to_device(state.device),
-            Source::ShapesOnly => Tensor::zeros([0], (state.kind, state.device)),
-        };
+        let tensor = take(&mut state.source, &full, shape, init, state.kind, state.device)?;
         state.parameters.entries.push(Parameter { name: full, shape: shape.to_vec(), tensor: tensor.shallow_clone() });
         Ok(tensor)
     }
@@ -110,6 +141,18 @@ impl Builder {
         };
         (std::mem::take(&mut state.parameters), unused)
     }
+}
+
+fn take(source: &mut Source, name: &str, shape: &[i64], init: Init, kind: Kind, device: Device) -> Result<Tensor> {
+    Ok(match source {
+        Source::Tensors(tensors) => {
+            let Some(t) = tensors.remove(name) else { bail!("tensor {name} is missing") };
+            ensure!(t.size() == shape, "tensor {name} has shape {:?}, the config asks for {shape:?}", t.size());
+            t.to_kind(kind).to_device(device)
+        }
+        Source::Seeded(seed) => draw(*seed, name, shape, init).to_kind(kind).to_device(device),
+        Source::ShapesOnly => Tensor::zeros([0], (kind, device)),
+    })
 }
 
 /// Initial values: a stream of its own for every parameter, told apart by a hash of the name (FNV-1a).

@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::{
     folder::{ModelFiles, COMPONENTS},
+    lora::{self, LoraSettings},
     parameters::{Builder, Parameters, Source},
     text_encoder::{TextConfig, TextEncoder},
     tokenizer::Tokenizer,
@@ -16,6 +17,7 @@ use super::{
     vae::{Vae, VaeConfig},
     weights::write_safetensors,
 };
+use crate::telemetry::write_atomic;
 
 pub struct Pipeline {
     pub tokenizer: Tokenizer,
@@ -27,6 +29,8 @@ pub struct Pipeline {
     pub text_parameters: Parameters,
     pub unet_parameters: Parameters,
     pub vae_parameters: Parameters,
+    /// Adapters of the U-Net's attention, where it was built with them.
+    pub lora: Option<(LoraSettings, Parameters)>,
     texts: BTreeMap<String, Vec<u8>>,
 }
 
@@ -55,20 +59,34 @@ fn build<T>(
 
 impl Pipeline {
     /// Builds the networks from the files' configs and weights. All parameters are frozen; training frees some.
-    pub fn from_files(mut files: ModelFiles, device: Device) -> Result<Self> {
+    pub fn from_files(files: ModelFiles, device: Device) -> Result<Self> {
+        Pipeline::with_lora(files, device, None)
+    }
+
+    /// As [`Pipeline::from_files`], with low-rank adapters whose values come from the given source.
+    pub fn with_lora(mut files: ModelFiles, device: Device, lora: Option<(LoraSettings, Source)>) -> Result<Self> {
         let mut weights = std::mem::take(&mut files.weights);
         let mut sources =
             COMPONENTS.map(|(c, _)| Some(Source::Tensors(weights.remove(c).unwrap_or_default()))).into_iter();
         let mut next = || sources.next().flatten().expect("three components");
-        Pipeline::build(files, [next(), next(), next()], device)
+        let pipeline = Pipeline::build(files, [next(), next(), next()], lora, device)?;
+        for p in [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters] {
+            p.freeze();
+        }
+        Ok(pipeline)
     }
 
     /// Random initial weights for the configs in `files`: a model to pretrain, or to measure.
     pub fn seeded(files: ModelFiles, seed: u64, device: Device) -> Result<Self> {
-        Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], device)
+        Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], None, device)
     }
 
-    fn build(files: ModelFiles, sources: [Source; 3], device: Device) -> Result<Self> {
+    fn build(
+        files: ModelFiles,
+        sources: [Source; 3],
+        lora: Option<(LoraSettings, Source)>,
+        device: Device,
+    ) -> Result<Self> {
         let at = |path: &str| format!("{}: {path}", files.origin);
         let text_config = TextConfig::from_json(&files.json("text_encoder/config.json")?)
             .with_context(|| at("text_encoder/config.json"))?;
@@ -83,8 +101,23 @@ impl Pipeline {
         let origin = &files.origin;
         let (text_encoder, text_parameters) =
             build("text_encoder", origin, text_source, kind, device, |b| TextEncoder::new(b, &text_config))?;
-        let (unet, unet_parameters) =
-            build("unet", origin, unet_source, kind, device, |b| UNet::new(b, &unet_config, kind))?;
+        let mut adapters = None;
+        let (unet, unet_parameters) = build("unet", origin, unet_source, kind, device, |b| {
+            let b = match lora {
+                Some((settings, source)) => &b.clone().with_lora(settings, source),
+                None => b,
+            };
+            let unet = UNet::new(b, &unet_config, kind)?;
+            adapters = b.finish_lora();
+            Ok(unet)
+        })?;
+        if let Some((settings, parameters)) = &adapters {
+            ensure!(
+                !parameters.entries.is_empty(),
+                "{origin}: no attention layer of the U-Net is named {}",
+                settings.targets.join(" or ")
+            );
+        }
         let (vae, vae_parameters) = build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
         let scheduler = files.json("scheduler/scheduler_config.json")?;
         Ok(Pipeline {
@@ -96,8 +129,28 @@ impl Pipeline {
             text_parameters,
             unet_parameters,
             vae_parameters,
+            lora: adapters,
             texts: files.texts,
         })
+    }
+
+    /// What fine-tuning changes: the adapters where there are some, else the U-Net.
+    pub fn trainable(&self) -> &Parameters {
+        self.lora.as_ref().map_or(&self.unet_parameters, |(_, adapters)| adapters)
+    }
+
+    /// The whole U-Net, without adapters, for given values of [`Pipeline::trainable`].
+    pub fn unet_with(&self, trained: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+        match &self.lora {
+            Some((settings, _)) => lora::merge(&self.unet_parameters, trained, settings.scale()),
+            None => Ok(trained.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()),
+        }
+    }
+
+    /// Writes given values of the adapters as a LoRA file; without adapters there is none to write.
+    pub fn save_lora(&self, path: &Path, trained: &BTreeMap<String, Tensor>, kind: Kind) -> Result<()> {
+        let (settings, _) = self.lora.as_ref().context("the model has no adapters")?;
+        write_atomic(path, &write_safetensors(&lora::to_file(trained, settings.scale()), kind)?)
     }
 
     /// Prompts → text embeddings f32 [prompts, tokens, width].

@@ -18,7 +18,10 @@ use crate::{
     miniature,
     models::{
         folder::{ModelFiles, ModelLocation},
+        lora::{self, LoraSettings},
+        parameters::Source,
         pipeline::Pipeline,
+        weights::read_safetensors,
     },
     policy::lanes::Lanes,
     store,
@@ -39,14 +42,33 @@ pub fn model_location(name: &str) -> ModelLocation {
     ModelLocation::Disk(if is_run { of_run } else { folder.to_path_buf() })
 }
 
-/// Loads a model on every rank; rank 0 reads. Its weights are frozen.
+/// Loads a model on every rank; rank 0 reads.
 pub fn load_model(name: &str, comm: &dyn Communicator) -> Result<Pipeline> {
     let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
-    let pipeline = Pipeline::from_files(files, Device::Cpu)?;
-    for parameters in [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters] {
-        parameters.freeze();
-    }
-    Ok(pipeline)
+    Pipeline::from_files(files, Device::Cpu)
+}
+
+/// As [`load_model`], with the adapters of a LoRA file added; every rank reads that small file.
+pub fn load_with_adapters(name: &str, lora: Option<&Path>, comm: &dyn Communicator) -> Result<Pipeline> {
+    let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
+    let Some(path) = lora else { return Pipeline::from_files(files, Device::Cpu) };
+    let read = || {
+        let bytes = std::fs::read(path)?;
+        lora::from_file(read_safetensors(&bytes, &path.display().to_string())?)
+    };
+    let (settings, adapters) = read().with_context(|| path.display().to_string())?;
+    Pipeline::with_lora(files, Device::Cpu, Some((settings, Source::Tensors(adapters))))
+}
+
+/// Loads the config's model with the adapters it asks for.
+pub fn load_for_training(config: &Config, comm: &dyn Communicator) -> Result<Pipeline> {
+    let files = ModelFiles::read_and_broadcast(&model_location(&config.model.path), comm)?;
+    let lora = (config.lora.rank > 0).then(|| {
+        let settings =
+            LoraSettings { rank: config.lora.rank, alpha: config.lora.alpha, targets: config.lora.targets.clone() };
+        (settings, Source::Seeded(config.run.seed))
+    });
+    Pipeline::with_lora(files, Device::Cpu, lora)
 }
 
 /// A run that is ready to start.
@@ -67,7 +89,7 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         config.validate()?;
         Lanes::new(config.run.lanes, comm)?;
-        let mut trainer = Trainer::new(config, comm, load_model(&config.model.path, comm)?)?;
+        let mut trainer = Trainer::new(config, comm, load_for_training(config, comm)?)?;
         let mut done = 0;
         if let Some(loaded) = resume::find(resume, &files, comm)? {
             let checkpoint = &loaded.checkpoint;

@@ -37,13 +37,15 @@ pub fn finish(
     let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
     let base_model = load_model(&config.model.path, comm)?;
     let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
-    let written = if first {
-        trainer.pipeline.save(&files.model(), Kind::Float, Some(&weights)).and_then(|()| {
-            write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
-        })
-    } else {
-        Ok(())
+    let save = || -> Result<()> {
+        let pipeline = &trainer.pipeline;
+        pipeline.save(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
+        if pipeline.lora.is_some() {
+            pipeline.save_lora(&files.lora(), &weights, Kind::Float)?;
+        }
+        write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
+    let written = if first { save() } else { Ok(()) };
     agree(comm, written)
 }
 

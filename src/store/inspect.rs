@@ -49,7 +49,9 @@ fn elements(checkpoint: &Checkpoint) -> usize {
     checkpoint.vectors.first().map_or(0, |(_, values)| values.len())
 }
 
-fn find(path: &Path) -> Result<(PathBuf, Checkpoint, Vec<String>)> {
+/// The checkpoint at `path` (a checkpoint, a folder of them or a run's folder: the newest sound one), where it lies,
+/// and what is to be said of newer ones.
+pub fn find(path: &Path) -> Result<(PathBuf, Checkpoint, Vec<String>)> {
     if !path.exists() {
         bail!("{} does not exist", path.display());
     }

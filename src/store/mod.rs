@@ -11,7 +11,7 @@ mod trajectory;
 
 pub use checkpoint::{load, load_latest, save, Checkpoint, CheckpointRef, Loaded, ParameterEntry, SaveReport};
 pub use digest::state_digest;
-pub use inspect::{digest, inspect};
+pub use inspect::{digest, find, inspect};
 pub use trajectory::{LatentPrecision, Latents, TrajectoryShard};
 
 /// Version of the HDF5 library in use.

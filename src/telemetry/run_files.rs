@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 /// ├── before_after.png     same noise: base above tuned
 /// ├── summary.json
 /// ├── model/               the tuned model, a diffusers folder
+/// ├── pytorch_lora_weights.safetensors   the adapters, where those were trained
 /// ├── checkpoints/
 /// └── trajectories/
 /// ```
@@ -67,6 +68,10 @@ impl RunFiles {
 
     pub fn model(&self) -> PathBuf {
         self.root.join("model")
+    }
+
+    pub fn lora(&self) -> PathBuf {
+        self.root.join("pytorch_lora_weights.safetensors")
     }
 
     pub fn checkpoints(&self) -> PathBuf {

@@ -1,0 +1,178 @@
+//! Low-rank adapters: y = x·Wᵀ + b + (alpha/rank)·(x·Aᵀ)·Bᵀ with W frozen, A `[rank, inputs]`, B `[outputs, rank]`
+//! (Hu et al., arXiv 2106.09685). A starts as in PEFT (uniform, bound 1/√inputs), B at zero, so training starts at the
+//! base model.
+//!
+//! Files have the layout that diffusers' `load_lora_weights` reads: `unet.<module>.lora_A.weight` and `lora_B.weight`.
+//! That reader takes alpha = rank where no alpha is given, so alpha/rank is multiplied into B when a file is written.
+
+use std::collections::BTreeMap;
+
+use anyhow::{bail, ensure, Context, Result};
+use tch::{Kind, Tensor};
+
+use super::parameters::Parameters;
+
+/// Which layers get an adapter, and how large it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraSettings {
+    pub rank: i64,
+    pub alpha: f64,
+    /// Last part of the layers' names inside the U-Net's attention: `to_q`, `to_k`, `to_v`, `to_out.0`.
+    pub targets: Vec<String>,
+}
+
+impl LoraSettings {
+    /// alpha / rank.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    /// Does the layer of this name get an adapter?
+    pub fn covers(&self, layer: &str) -> bool {
+        let in_attention = layer.contains(".attn1.") || layer.contains(".attn2.");
+        in_attention && self.targets.iter().any(|target| layer.ends_with(&format!(".{target}")))
+    }
+}
+
+/// Both factors of one layer.
+pub struct LoraPair {
+    pub a: Tensor,
+    pub b: Tensor,
+    pub scale: f64,
+}
+
+impl LoraPair {
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let low = x.linear(&self.a.to_kind(x.kind()), None::<&Tensor>);
+        low.linear(&self.b.to_kind(x.kind()), None::<&Tensor>) * self.scale
+    }
+}
+
+/// The U-Net's weights with the adapters' products added: what a model without adapters needs to be the same.
+///
+/// # Errors
+/// An adapter without its other factor or its layer.
+pub fn merge(unet: &Parameters, adapters: &BTreeMap<String, Tensor>, scale: f64) -> Result<BTreeMap<String, Tensor>> {
+    let _no_grad = tch::no_grad_guard();
+    let mut merged: BTreeMap<String, Tensor> =
+        unet.entries.iter().map(|p| (p.name.clone(), p.tensor.detach())).collect();
+    for (name, a) in adapters {
+        let Some(layer) = name.strip_suffix(".lora_A.weight") else { continue };
+        let b = adapters.get(&format!("{layer}.lora_B.weight")).with_context(|| format!("{layer} lacks lora_B"))?;
+        let weight = merged.get_mut(&format!("{layer}.weight")).with_context(|| format!("no layer {layer}"))?;
+        *weight = (&*weight + (b.matmul(a) * scale).to_kind(weight.kind())).detach();
+    }
+    Ok(merged)
+}
+
+/// Adapters as the tensors of a LoRA file.
+pub fn to_file(adapters: &BTreeMap<String, Tensor>, scale: f64) -> BTreeMap<String, Tensor> {
+    let scaled = |name: &str, t: &Tensor| if name.ends_with(".lora_B.weight") { t * scale } else { t.shallow_clone() };
+    adapters.iter().map(|(name, t)| (format!("unet.{name}"), scaled(name, t))).collect()
+}
+
+/// Adapters and their settings (alpha = rank) from the tensors of a LoRA file.
+///
+/// # Errors
+/// A tensor that is no adapter of the U-Net, or adapters of different ranks.
+pub fn from_file(tensors: BTreeMap<String, Tensor>) -> Result<(LoraSettings, BTreeMap<String, Tensor>)> {
+    let mut adapters = BTreeMap::new();
+    let (mut rank, mut targets) = (None, Vec::<String>::new());
+    for (name, tensor) in tensors {
+        let Some(inner) = name.strip_prefix("unet.") else { bail!("tensor {name} is no adapter of the U-Net") };
+        let layer = inner.strip_suffix(".lora_A.weight").or_else(|| inner.strip_suffix(".lora_B.weight"));
+        let Some(layer) = layer else { bail!("tensor {name} is neither lora_A nor lora_B") };
+        let target = ["to_q", "to_k", "to_v", "to_out.0"].into_iter().find(|t| layer.ends_with(&format!(".{t}")));
+        let Some(target) = target else { bail!("tensor {name}: adapters of this layer are not supported") };
+        if !targets.iter().any(|t| t == target) {
+            targets.push(target.to_string());
+        }
+        if inner.ends_with(".lora_A.weight") {
+            let here = tensor.size()[0];
+            ensure!(*rank.get_or_insert(here) == here, "tensor {name} has rank {here}, others {rank:?}");
+        }
+        adapters.insert(inner.to_string(), tensor.to_kind(Kind::Float));
+    }
+    let rank = rank.context("the file holds no adapter")?;
+    Ok((LoraSettings { rank, alpha: rank as f64, targets }, adapters))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::{
+        miniature::EMBEDDED_MODEL,
+        models::{
+            folder::{ModelFiles, ModelLocation},
+            parameters::Source,
+            pipeline::Pipeline,
+        },
+    };
+
+    fn with_adapters() -> (Pipeline, BTreeMap<String, Tensor>) {
+        let files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
+        let settings = LoraSettings { rank: 4, alpha: 6.0, targets: vec!["to_q".into(), "to_out.0".into()] };
+        let pipeline = Pipeline::with_lora(files, Device::Cpu, Some((settings, Source::Seeded(3)))).unwrap();
+        let named = |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.shallow_clone())).collect();
+        let adapters = named(pipeline.trainable());
+        (pipeline, adapters)
+    }
+
+    fn predict(pipeline: &Pipeline) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
+        let [c, h, w] = pipeline.latent_shape();
+        let x = (Tensor::arange(2 * c * h * w, (Kind::Float, Device::Cpu)) * 0.37).sin().view([2, c, h, w]);
+        let text = pipeline.embed(&["a kite on a book", "a portrait of a nurse"]).unwrap();
+        pipeline.unet.forward(&x, &Tensor::from_slice(&[501i64, 1]), &text)
+    }
+
+    fn base() -> Pipeline {
+        Pipeline::from_files(ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap(), Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn training_starts_at_the_base_model_and_merging_changes_nothing() {
+        let (pipeline, adapters) = with_adapters();
+        // two targets in two attentions of every block
+        assert!(adapters.keys().all(|n| n.contains("to_q.lora_") || n.contains("to_out.0.lora_")));
+        assert_eq!(predict(&pipeline), predict(&base()));
+
+        tch::no_grad(|| {
+            for (name, t) in &adapters {
+                if name.ends_with("lora_B.weight") {
+                    let _ = t.shallow_clone().copy_(&((t.ones_like().cumsum(0, Kind::Float) * 0.7).cos() * 0.3));
+                }
+            }
+        });
+        let tuned = predict(&pipeline);
+        assert!((&tuned - predict(&base())).abs().max().double_value(&[]) > 1e-3);
+        let folder = tempfile::tempdir().unwrap();
+        let merged = folder.path().join("merged");
+        pipeline.save(&merged, Kind::Float, Some(&pipeline.unet_with(&adapters).unwrap())).unwrap();
+        let files = ModelFiles::read(&ModelLocation::Disk(merged)).unwrap();
+        let again = predict(&Pipeline::from_files(files, Device::Cpu).unwrap());
+        // observed 1e-6: W·x + s·B·(A·x) against (W + s·B·A)·x in f32
+        let gap = (again - &tuned).abs().max().double_value(&[]);
+        assert!(gap < 2e-5, "{gap:e}");
+    }
+
+    #[test]
+    fn a_file_gives_the_same_adapters_with_alpha_equal_to_rank() {
+        let (pipeline, mut adapters) = with_adapters();
+        for (name, t) in adapters.iter_mut().filter(|(name, _)| name.ends_with("lora_B.weight")) {
+            *t = t.ones_like() * name.len() as f64;
+        }
+        let (settings, _) = pipeline.lora.as_ref().unwrap();
+        let (read, back) = from_file(to_file(&adapters, settings.scale())).unwrap();
+        assert_eq!((read.rank, read.scale()), (4, 1.0));
+        assert_eq!(read.targets.len(), 2);
+        for (name, t) in &adapters {
+            let scale = if name.ends_with("lora_B.weight") { 1.5 } else { 1.0 };
+            assert_eq!(back[name], t * scale, "{name}");
+        }
+        let strange = BTreeMap::from([("text_encoder.x.lora_A.weight".to_string(), Tensor::from_slice(&[0f32]))]);
+        assert!(from_file(strange).unwrap_err().to_string().contains("text_encoder.x"));
+    }
+}
