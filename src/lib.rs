@@ -63,6 +63,7 @@ pub mod prompts;
 pub mod random;
 pub mod rewards;
 pub mod run;
+pub mod signals;
 pub mod store;
 pub mod task;
 pub mod telemetry;

@@ -108,7 +108,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     match dispatch(cli, comm) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(Failure::Mistake(e)) => {
             if first {
                 eprintln!("error: {e:#}");
@@ -125,10 +125,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<(), Failure> {
+fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     match cli.command {
-        None => train::run(cli.train, comm),
-        Some(Command::Train(args)) => train::run(args, comm),
+        None => return train::run(cli.train, comm),
+        Some(Command::Train(args)) => return train::run(args, comm),
         Some(Command::Check(args)) => check::run(args, comm),
         Some(Command::Inspect(args)) => inspect::run(args, comm),
         Some(Command::Sample(args)) => sample::run(args, comm),
@@ -137,7 +137,8 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<(), Failure> {
         Some(Command::Pretrain(args)) => pretrain::run(args, comm),
         Some(Command::Doctor(args)) => doctor::run(args, comm),
         Some(Command::Bench(args)) => bench::run(args, comm),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

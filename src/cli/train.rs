@@ -1,11 +1,12 @@
 //! `rldiff [train]`: fine-tuning.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::{
     comm::Communicator,
-    run::{Resume, Run},
+    run::{Ending, Resume, Run},
+    signals,
     telemetry::RunFiles,
 };
 
@@ -22,7 +23,10 @@ pub struct Args {
     resume: Option<String>,
 }
 
-pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+/// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
+const START_AGAIN: u8 = 75;
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let config = args.config.load(comm).or_mistake()?;
     let files = RunFiles::new(args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)));
     let resume = match args.resume.as_deref() {
@@ -40,6 +44,9 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
         log::info!("rldiff {}: {what} on {ranks}, results in {}", env!("CARGO_PKG_VERSION"), files.root().display());
     }
-    run.go()?;
-    Ok(())
+    signals::install()?;
+    Ok(match run.go()? {
+        Ending::Complete => ExitCode::SUCCESS,
+        Ending::Interrupted => ExitCode::from(START_AGAIN),
+    })
 }

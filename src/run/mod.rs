@@ -24,7 +24,7 @@ use crate::{
         weights::read_safetensors,
     },
     policy::lanes::Lanes,
-    store,
+    signals, store,
     telemetry::RunFiles,
     train::Trainer,
 };
@@ -71,6 +71,14 @@ pub fn load_for_training(config: &Config, comm: &dyn Communicator) -> Result<Pip
     Pipeline::with_lora(files, Device::Cpu, lora)
 }
 
+/// How a run came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Complete,
+    /// A signal asked for it; the state is saved and `--resume auto` goes on from it.
+    Interrupted,
+}
+
 /// A run that is ready to start.
 pub struct Run<'a> {
     config: &'a Config,
@@ -115,8 +123,8 @@ impl<'a> Run<'a> {
         Ok(Run { config, comm, files, trainer, done, started })
     }
 
-    /// Trains, evaluates and writes everything. A collective call.
-    pub fn go(mut self) -> Result<()> {
+    /// Trains, evaluates and writes everything, or saves and leaves when a signal asks for it. A collective call.
+    pub fn go(mut self) -> Result<Ending> {
         let (config, comm) = (self.config, self.comm);
         let first = comm.rank() == 0;
         if self.done == config.run.iterations && self.files.summary().exists() {
@@ -128,7 +136,7 @@ impl<'a> Run<'a> {
                     self.files.root().display()
                 );
             }
-            return Ok(());
+            return Ok(Ending::Complete);
         }
         let config_toml = toml::to_string_pretty(config)?;
         let begun = if first { self.begin(&config_toml).map(Some) } else { Ok(None) };
@@ -149,16 +157,25 @@ impl<'a> Run<'a> {
             if let Some(recorder) = &mut recorder {
                 recorder.iteration(&metrics)?;
             }
-            let every = config.run.checkpoint_every;
-            if every > 0 && ((iteration + 1) % every == 0 || iteration + 1 == config.run.iterations) {
+            let (every, last) = (config.run.checkpoint_every, iteration + 1 == config.run.iterations);
+            let stop = signals::asked_to_stop(comm)?;
+            if stop || every > 0 && ((iteration + 1) % every == 0 || last) {
                 if let Some(recorder) = &recorder {
                     recorder.metrics.sync()?;
                 }
                 self.save(iteration + 1, &config_toml)?;
             }
+            if stop {
+                if let Some(recorder) = recorder {
+                    recorder.finish();
+                    log::info!("asked to stop: saved after iteration {}; go on with --resume auto", iteration + 1);
+                }
+                return Ok(Ending::Interrupted);
+            }
         }
         let events = recorder.map(Recorder::finish);
-        results::finish(config, comm, &self.files, self.trainer, events, self.started)
+        results::finish(config, comm, &self.files, self.trainer, events, self.started)?;
+        Ok(Ending::Complete)
     }
 
     /// Rank 0, before the first iteration: the folder and its writers.
