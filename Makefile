@@ -18,6 +18,8 @@ VENV := $(CURDIR)/.venv
 export RLDIFF_VENV := $(VENV)
 ENVIRONMENT := source tools/environment.sh
 CARGO_FLAGS := --release --locked $(if $(HDF5_DIR),--no-default-features)
+# Python with diffusers, h5py and tensorboard, which some tests compare with; set the variable to use your own
+TEST_PYTHON := export RLDIFF_TEST_PYTHON="$${RLDIFF_TEST_PYTHON:-$$(tools/setup-tests.sh)}"
 RANKS ?= 2
 ARGS ?=
 
@@ -41,10 +43,10 @@ docs: setup
 	@$(ENVIRONMENT) && RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps --document-private-items
 
 test: check-format build clippy docs
-	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS)
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS)
 
 torture: build
-	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) -- --include-ignored
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS) -- --include-ignored
 
 parity: setup
 	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }

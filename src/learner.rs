@@ -125,6 +125,7 @@ impl Learner {
             self.average = Some(vector("ema")?);
         }
         self.params.values_mut().copy_from_slice(&weights);
+        self.params.publish();
         self.optimizer.exp_avg = exp_avg;
         self.optimizer.exp_avg_sq = exp_avg_sq;
         let meta = &checkpoint.meta;

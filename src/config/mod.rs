@@ -51,6 +51,26 @@ pub struct RunConfig {
 pub struct ModelConfig {
     /// A diffusers folder, or `embedded` for the miniature.
     pub path: String,
+    /// What the U-Net computes in.
+    pub compute: Compute,
+}
+
+/// Number type of the U-Net's weights and activations. Latents, scheduler and log-probabilities are always f32, and so
+/// are the weights that the optimizer changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    F32,
+    Bf16,
+}
+
+impl Compute {
+    pub fn kind(self) -> tch::Kind {
+        match self {
+            Compute::F32 => tch::Kind::Float,
+            Compute::Bf16 => tch::Kind::BFloat16,
+        }
+    }
 }
 
 /// Low-rank adapters of the U-Net's attention, trained in place of its weights.

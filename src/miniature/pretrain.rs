@@ -225,6 +225,7 @@ fn train_denoiser(
         }
     }
     params.values_mut().copy_from_slice(&average);
+    params.publish();
     pipeline.unet_parameters.freeze();
     pipeline.text_parameters.freeze();
     Ok(())

@@ -107,14 +107,16 @@ mod tests {
         models::{
             folder::{ModelFiles, ModelLocation},
             parameters::Source,
-            pipeline::Pipeline,
+            pipeline::{Build, Pipeline},
         },
     };
 
     fn with_adapters() -> (Pipeline, BTreeMap<String, Tensor>) {
         let files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
         let settings = LoraSettings { rank: 4, alpha: 6.0, targets: vec!["to_q".into(), "to_out.0".into()] };
-        let pipeline = Pipeline::with_lora(files, Device::Cpu, Some((settings, Source::Seeded(3)))).unwrap();
+        let pipeline =
+            Pipeline::with(files, Device::Cpu, Build { lora: Some((settings, Source::Seeded(3))), ..Build::default() })
+                .unwrap();
         let named = |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.shallow_clone())).collect();
         let adapters = named(pipeline.trainable());
         (pipeline, adapters)

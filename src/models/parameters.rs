@@ -195,25 +195,28 @@ pub struct LayoutEntry {
     pub offset: usize,
 }
 
-/// The trainable parameters of a network as one flat f32 buffer; the network's tensors are views of it, so an
-/// optimizer step on the buffer is an optimizer step on the network. Gaps between parameters hold zeros.
+/// The trainable parameters of a network as one flat f32 buffer. A network that computes in f32 has views of the
+/// buffer as its tensors; one that computes in bf16 has rounded copies, which [`FlatParameters::publish`] renews. Gaps
+/// between parameters hold zeros.
 pub struct FlatParameters {
     flat: Tensor,
     pub layout: Vec<LayoutEntry>,
-    views: Vec<Tensor>,
+    leaves: Vec<Tensor>,
+    /// Some leaves are rounded copies.
+    rounded: bool,
 }
 
 impl FlatParameters {
     /// Moves the parameters of one or more networks into one buffer and makes them leaves that require a gradient.
-    /// f32 on the CPU.
+    /// f32 or bf16 on the CPU.
     pub fn new(networks: &[&Parameters]) -> Result<Self> {
         let entries: Vec<&Parameter> = networks.iter().flat_map(|n| &n.entries).collect();
         let mut layout = Vec::new();
         let mut end = 0usize;
         for p in &entries {
             ensure!(
-                p.tensor.kind() == Kind::Float,
-                "parameter {} is {:?}, training wants f32",
+                matches!(p.tensor.kind(), Kind::Float | Kind::BFloat16),
+                "parameter {} is {:?}, training wants f32 or bf16",
                 p.name,
                 p.tensor.kind()
             );
@@ -222,16 +225,20 @@ impl FlatParameters {
             end = (end + count).next_multiple_of(ALIGN);
         }
         let flat = Tensor::zeros([end as i64], (Kind::Float, Device::Cpu));
-        let mut views = Vec::new();
+        let (mut leaves, mut rounded) = (Vec::new(), false);
         for (entry, p) in layout.iter().zip(&entries) {
             let count = entry.shape.iter().product::<i64>();
             let mut view = flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice()).detach();
             tch::no_grad(|| view.copy_(&p.tensor));
             let mut leaf = p.tensor.shallow_clone();
-            leaf.set_data(&view);
-            views.push(leaf.set_requires_grad(true));
+            if leaf.kind() == Kind::Float {
+                leaf.set_data(&view);
+            } else {
+                rounded = true;
+            }
+            leaves.push(leaf.set_requires_grad(true));
         }
-        Ok(FlatParameters { flat, layout, views })
+        Ok(FlatParameters { flat, layout, leaves, rounded })
     }
 
     /// Scalars in the buffer, the gaps included.
@@ -245,7 +252,21 @@ impl FlatParameters {
 
     /// The network's tensors, leaves of the autograd graph, in layout order.
     pub fn leaves(&self) -> &[Tensor] {
-        &self.views
+        &self.leaves
+    }
+
+    /// Makes a bf16 network see what was written to the buffer; an f32 network sees it anyway.
+    pub fn publish(&self) {
+        if !self.rounded {
+            return;
+        }
+        tch::no_grad(|| {
+            for (entry, leaf) in self.layout.iter().zip(&self.leaves) {
+                let count = entry.shape.iter().product::<i64>();
+                let value = self.flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice());
+                leaf.shallow_clone().copy_(&value);
+            }
+        });
     }
 
     pub fn values(&self) -> &[f32] {
@@ -253,8 +274,8 @@ impl FlatParameters {
         unsafe { std::slice::from_raw_parts(self.flat.data_ptr() as *const f32, self.len()) }
     }
 
-    /// The buffer to write to. Changes are seen by the network at once; autograd does not notice, so no graph may be
-    /// alive across a write.
+    /// The buffer to write to; call [`FlatParameters::publish`] afterwards. Autograd does not notice a change, so no
+    /// graph may be alive across a write.
     pub fn values_mut(&mut self) -> &mut [f32] {
         // SAFETY: as in `values`; &mut self keeps other Rust views away, and no libtorch kernel runs meanwhile.
         unsafe { std::slice::from_raw_parts_mut(self.flat.data_ptr() as *mut f32, self.len()) }
@@ -275,7 +296,7 @@ impl FlatParameters {
                 target.fill(0.0);
                 continue;
             }
-            gradient.contiguous().view([-1]).f_copy_data(target, count)?;
+            gradient.to_kind(Kind::Float).contiguous().view([-1]).f_copy_data(target, count)?;
         }
         Ok(())
     }
@@ -314,6 +335,23 @@ mod tests {
         assert_eq!(out[..15], [2.0; 15]);
         assert_eq!(out[16..19], [2.0, 4.0, 6.0]);
         assert_eq!(flat.unflatten(flat.values())["a.weight"], before);
+    }
+
+    #[test]
+    fn a_bf16_network_follows_its_f32_buffer() {
+        let builder = Builder::new(Source::Seeded(1), Kind::BFloat16, Device::Cpu);
+        let w = builder.parameter("weight", &[2], Init::Ones).unwrap();
+        let (parameters, _) = builder.finish();
+        let mut flat = FlatParameters::new(&[&parameters]).unwrap();
+        flat.values_mut()[..2].copy_from_slice(&[1.001, 3.0]);
+        flat.publish();
+        // 1.001 rounds to 1 in bf16, and the buffer keeps it
+        assert_eq!(Vec::<f32>::try_from(w.to_kind(Kind::Float)).unwrap(), [1.0, 3.0]);
+        assert_eq!(flat.values()[..2], [1.001, 3.0]);
+        let loss = (&w * &w).sum(Kind::Float);
+        let mut out = vec![0f32; flat.len()];
+        flat.flatten(&Tensor::run_backward(&[loss], flat.leaves(), false, false), &mut out).unwrap();
+        assert_eq!(out[..2], [2.0, 6.0]);
     }
 
     #[test]

@@ -34,6 +34,20 @@ pub struct Pipeline {
     texts: BTreeMap<String, Vec<u8>>,
 }
 
+/// How the U-Net is built; the text encoder and the VAE are always f32.
+pub struct Build {
+    /// Number type of its weights and activations: f32 or bf16. Latents and predictions are f32 in any case.
+    pub unet_kind: Kind,
+    /// Low-rank adapters, and where their values come from.
+    pub lora: Option<(LoraSettings, Source)>,
+}
+
+impl Default for Build {
+    fn default() -> Self {
+        Build { unet_kind: Kind::Float, lora: None }
+    }
+}
+
 /// Tensor names that checkpoints carry though no layer needs them.
 fn harmless(name: &str) -> bool {
     name.ends_with("position_ids")
@@ -58,18 +72,18 @@ fn build<T>(
 }
 
 impl Pipeline {
-    /// Builds the networks from the files' configs and weights. All parameters are frozen; training frees some.
+    /// Builds the networks from the files' configs and weights, in f32. All parameters are frozen; training frees some.
     pub fn from_files(files: ModelFiles, device: Device) -> Result<Self> {
-        Pipeline::with_lora(files, device, None)
+        Pipeline::with(files, device, Build::default())
     }
 
-    /// As [`Pipeline::from_files`], with low-rank adapters whose values come from the given source.
-    pub fn with_lora(mut files: ModelFiles, device: Device, lora: Option<(LoraSettings, Source)>) -> Result<Self> {
+    /// As [`Pipeline::from_files`], built in another way.
+    pub fn with(mut files: ModelFiles, device: Device, how: Build) -> Result<Self> {
         let mut weights = std::mem::take(&mut files.weights);
         let mut sources =
             COMPONENTS.map(|(c, _)| Some(Source::Tensors(weights.remove(c).unwrap_or_default()))).into_iter();
         let mut next = || sources.next().flatten().expect("three components");
-        let pipeline = Pipeline::build(files, [next(), next(), next()], lora, device)?;
+        let pipeline = Pipeline::build(files, [next(), next(), next()], how, device)?;
         for p in [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters] {
             p.freeze();
         }
@@ -78,15 +92,15 @@ impl Pipeline {
 
     /// Random initial weights for the configs in `files`: a model to pretrain, or to measure.
     pub fn seeded(files: ModelFiles, seed: u64, device: Device) -> Result<Self> {
-        Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], None, device)
+        Pipeline::seeded_with(files, seed, device, Build::default())
     }
 
-    fn build(
-        files: ModelFiles,
-        sources: [Source; 3],
-        lora: Option<(LoraSettings, Source)>,
-        device: Device,
-    ) -> Result<Self> {
+    /// As [`Pipeline::seeded`], built in another way.
+    pub fn seeded_with(files: ModelFiles, seed: u64, device: Device, how: Build) -> Result<Self> {
+        Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], how, device)
+    }
+
+    fn build(files: ModelFiles, sources: [Source; 3], how: Build, device: Device) -> Result<Self> {
         let at = |path: &str| format!("{}: {path}", files.origin);
         let text_config = TextConfig::from_json(&files.json("text_encoder/config.json")?)
             .with_context(|| at("text_encoder/config.json"))?;
@@ -102,12 +116,12 @@ impl Pipeline {
         let (text_encoder, text_parameters) =
             build("text_encoder", origin, text_source, kind, device, |b| TextEncoder::new(b, &text_config))?;
         let mut adapters = None;
-        let (unet, unet_parameters) = build("unet", origin, unet_source, kind, device, |b| {
-            let b = match lora {
+        let (unet, unet_parameters) = build("unet", origin, unet_source, how.unet_kind, device, |b| {
+            let b = match how.lora {
                 Some((settings, source)) => &b.clone().with_lora(settings, source),
                 None => b,
             };
-            let unet = UNet::new(b, &unet_config, kind)?;
+            let unet = UNet::new(b, &unet_config, how.unet_kind)?;
             adapters = b.finish_lora();
             Ok(unet)
         })?;

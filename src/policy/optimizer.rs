@@ -54,6 +54,7 @@ impl Optimizer {
             self.steps,
             scale,
         )?;
+        params.publish();
         Ok(norm)
     }
 }

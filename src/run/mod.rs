@@ -20,7 +20,7 @@ use crate::{
         folder::{ModelFiles, ModelLocation},
         lora::{self, LoraSettings},
         parameters::Source,
-        pipeline::Pipeline,
+        pipeline::{Build, Pipeline},
         weights::read_safetensors,
     },
     policy::lanes::Lanes,
@@ -57,7 +57,7 @@ pub fn load_with_adapters(name: &str, lora: Option<&Path>, comm: &dyn Communicat
         lora::from_file(read_safetensors(&bytes, &path.display().to_string())?)
     };
     let (settings, adapters) = read().with_context(|| path.display().to_string())?;
-    Pipeline::with_lora(files, Device::Cpu, Some((settings, Source::Tensors(adapters))))
+    Pipeline::with(files, Device::Cpu, Build { lora: Some((settings, Source::Tensors(adapters))), ..Build::default() })
 }
 
 /// Loads the config's model with the adapters it asks for.
@@ -68,7 +68,7 @@ pub fn load_for_training(config: &Config, comm: &dyn Communicator) -> Result<Pip
             LoraSettings { rank: config.lora.rank, alpha: config.lora.alpha, targets: config.lora.targets.clone() };
         (settings, Source::Seeded(config.run.seed))
     });
-    Pipeline::with_lora(files, Device::Cpu, lora)
+    Pipeline::with(files, Device::Cpu, Build { unet_kind: config.model.compute.kind(), lora })
 }
 
 /// How a run came to its end.

@@ -33,6 +33,7 @@ pub fn finish(
     let weights = trainer.result();
     if let Some(average) = trainer.learner.average.clone() {
         trainer.learner.params.values_mut().copy_from_slice(&average);
+        trainer.learner.params.publish();
     }
     let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
     let base_model = load_model(&config.model.path, comm)?;
