@@ -14,7 +14,7 @@ use crate::{
     prompts::Prompt,
     run::load_model,
     task::{NoiseOf, Roller},
-    telemetry::{image_grid, save_png, GridRow, Picture},
+    telemetry::{can_be_folder, image_grid, save_png, GridRow, Picture},
 };
 
 #[derive(clap::Args)]
@@ -61,6 +61,7 @@ struct Drawn {
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let prompts = prompts(&args).or_mistake()?;
+    agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
     tch::set_num_threads(1);
     let pipeline = load_model(&args.model, comm).or_mistake()?;
     let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
