@@ -1,11 +1,14 @@
 //! Collects the numbers of one iteration on this rank, and merges them over ranks.
+//!
+//! Sums are kept per lane and added in the order of the lanes, so that what is logged has the same bits at every number
+//! of ranks.
 
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -14,33 +17,53 @@ use crate::{
     models::flops,
     policy::{advantage::Advantages, surrogate::Diagnostics},
     rewards::Scores,
-    telemetry::{names, Metrics},
+    telemetry::{names, number, Metrics},
 };
 
 /// Stages whose forward passes are followed by a backward pass of twice the cost.
 const WITH_BACKWARD: [&str; 2] = ["update", "pretrain"];
 
-/// Sums that ranks add up; everything else is the same on all ranks.
+/// A number on its way between ranks; also those that JSON lacks, which a broken reward or ratio brings.
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
+struct Number(#[serde(with = "number")] f64);
+
+/// What is to be merged over lanes; everything else is the same on all ranks.
 #[derive(Default, Serialize, Deserialize)]
 struct Sums {
     /// By metric: sum and count.
-    means: BTreeMap<String, (f64, f64)>,
-    /// By metric: largest value. Infinite ones as strings would not survive JSON, so they travel as bits.
-    maxima: BTreeMap<String, u64>,
-    flops: f64,
+    means: BTreeMap<String, (Number, usize)>,
+    /// By metric: largest value.
+    maxima: BTreeMap<String, Number>,
 }
 
 impl Sums {
-    fn add(&mut self, name: String, sum: f64, count: f64) {
+    fn add(&mut self, name: String, sum: f64, count: usize) {
         let entry = self.means.entry(name).or_default();
-        entry.0 += sum;
+        entry.0 .0 += sum;
         entry.1 += count;
     }
 
     fn maximum(&mut self, name: String, value: f64) {
-        let entry = self.maxima.entry(name).or_insert(value.to_bits());
-        *entry = f64::from_bits(*entry).max(value).to_bits();
+        let entry = self.maxima.entry(name).or_insert(Number(value));
+        entry.0 = entry.0.max(value);
     }
+
+    fn merge(&mut self, other: Sums) {
+        for (name, (sum, count)) in other.means {
+            self.add(name, sum.0, count);
+        }
+        for (name, value) in other.maxima {
+            self.maximum(name, value.0);
+        }
+    }
+}
+
+/// One rank's part.
+#[derive(Default, Serialize, Deserialize)]
+struct Part {
+    /// By lane.
+    lanes: BTreeMap<usize, Sums>,
+    flops: u64,
 }
 
 pub struct IterationLog {
@@ -49,7 +72,7 @@ pub struct IterationLog {
     common: Metrics,
     gradient_norms: Vec<f64>,
     bad_rewards: usize,
-    sums: Sums,
+    part: Part,
     seconds: BTreeMap<&'static str, Duration>,
     flops_before: u64,
 }
@@ -61,7 +84,7 @@ impl IterationLog {
             common: Metrics::new(iteration),
             gradient_norms: Vec::new(),
             bad_rewards: 0,
-            sums: Sums::default(),
+            part: Part::default(),
             seconds: BTreeMap::new(),
             flops_before: flops::counted(),
         }
@@ -70,15 +93,19 @@ impl IterationLog {
     /// Ends a stage that began at `started`.
     pub fn spent(&mut self, stage: &'static str, started: Instant) {
         *self.seconds.entry(stage).or_default() += started.elapsed();
-        let forward = (flops::counted() - self.flops_before) as f64;
-        self.sums.flops += forward * if WITH_BACKWARD.contains(&stage) { 3.0 } else { 1.0 };
+        let forward = flops::counted() - self.flops_before;
+        self.part.flops += forward * if WITH_BACKWARD.contains(&stage) { 3 } else { 1 };
         self.flops_before = flops::counted();
     }
 
-    pub fn diagnostics(&mut self, task: &str, scores: &Scores) {
+    fn lane(&mut self, lane: usize) -> &mut Sums {
+        self.part.lanes.entry(lane).or_default()
+    }
+
+    pub fn diagnostics(&mut self, task: &str, lane: usize, scores: &Scores) {
         for (name, values) in &scores.diagnostics {
             let sum: f64 = values.iter().map(|&v| f64::from(v)).sum();
-            self.sums.add(names::of_task(task, name), sum, values.len() as f64);
+            self.lane(lane).add(names::of_task(task, name), sum, values.len());
         }
     }
 
@@ -89,44 +116,39 @@ impl IterationLog {
         self.bad_rewards += advantages.bad_count;
     }
 
-    pub fn update(&mut self, task: &str, t: i64, first_pass: bool, seen: &Diagnostics, gradient_norm: f64) {
-        let count = seen.samples as f64;
+    /// What a lane saw in the pass over timestep `t`.
+    pub fn objective(&mut self, task: &str, lane: usize, t: i64, first_pass: bool, seen: &Diagnostics) {
+        let sums = self.lane(lane);
         for name in [names::CLIP_FRACTION.to_string(), names::of_task(task, names::CLIP_FRACTION)] {
-            self.sums.add(name, seen.clipped as f64, count);
+            sums.add(name, seen.clipped as f64, seen.samples);
         }
-        self.sums.add(names::APPROX_KL.to_string(), seen.kl_sum, count);
-        self.sums.add(names::of_task(task, "loss"), seen.loss_sum, count);
+        sums.add(names::APPROX_KL.to_string(), seen.kl_sum, seen.samples);
+        sums.add(names::of_task(task, "loss"), seen.loss_sum, seen.samples);
         if first_pass {
-            self.sums.maximum(names::RATIO_DRIFT.to_string(), seen.ratio_drift);
-            self.sums.maximum(format!("{}/t{t}", names::RATIO_DRIFT), seen.ratio_drift);
+            sums.maximum(names::RATIO_DRIFT.to_string(), seen.ratio_drift);
+            sums.maximum(format!("{}/t{t}", names::RATIO_DRIFT), seen.ratio_drift);
         }
+    }
+
+    /// The optimizer step of that pass.
+    pub fn step(&mut self, task: &str, t: i64, gradient_norm: f64) {
         self.gradient_norms.push(gradient_norm);
         self.common.set(format!("{task}/{}/t{t}", names::GRADIENT_NORM), gradient_norm);
     }
 
-    /// `sum` of the mean losses of `lanes` lanes.
-    pub fn pretraining(&mut self, sum: f64, lanes: usize) {
-        self.sums.add(names::PRETRAINING_LOSS.to_string(), sum, lanes as f64);
+    /// A lane's mean loss of one pretraining step.
+    pub fn pretraining(&mut self, lane: usize, loss: f64) {
+        self.lane(lane).add(names::PRETRAINING_LOSS.to_string(), loss, 1);
     }
 
     /// The iteration's metrics, the same on every rank but for rank-local seconds (a collective call).
     pub fn finish(mut self, comm: &dyn Communicator, config: &Config) -> Result<Metrics> {
-        let mut total = Sums::default();
-        for bytes in comm.all_gather_bytes(&serde_json::to_vec(&self.sums)?)? {
-            let part: Sums = serde_json::from_slice(&bytes)?;
-            for (name, (sum, count)) in part.means {
-                total.add(name, sum, count);
-            }
-            for (name, bits) in part.maxima {
-                total.maximum(name, f64::from_bits(bits));
-            }
-            total.flops += part.flops;
-        }
+        let (total, flops) = merge(&comm.all_gather_bytes(&serde_json::to_vec(&self.part)?)?)?;
         for (name, (sum, count)) in total.means {
-            self.common.set(name, sum / count);
+            self.common.set(name, sum.0 / count as f64);
         }
-        for (name, bits) in total.maxima {
-            self.common.set(name, f64::from_bits(bits));
+        for (name, value) in total.maxima {
+            self.common.set(name, value.0);
         }
         let norms = &self.gradient_norms;
         self.common.set(names::GRADIENT_NORM, norms.iter().sum::<f64>() / norms.len() as f64);
@@ -138,7 +160,59 @@ impl IterationLog {
         let samples: usize = config.trained_tasks().map(|(_, t)| t.samples).sum();
         self.common.set(names::SECONDS, seconds);
         self.common.set(names::SAMPLES_PER_SECOND, samples as f64 / seconds);
-        self.common.set(names::TFLOPS, total.flops / seconds / 1e12);
+        self.common.set(names::TFLOPS, flops as f64 / seconds / 1e12);
         Ok(self.common)
+    }
+}
+
+/// Sums of all lanes and floating-point operations of all ranks, from the parts of all ranks in rank order.
+fn merge(parts: &[Vec<u8>]) -> Result<(Sums, u64)> {
+    let (mut total, mut flops) = (Sums::default(), 0);
+    for bytes in parts {
+        // ranks hold consecutive lanes: rank order is lane order
+        let part: Part = serde_json::from_slice(bytes).context("metrics of another rank")?;
+        part.lanes.into_values().for_each(|lane| total.merge(lane));
+        flops += part.flops;
+    }
+    Ok((total, flops))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums over `values` (one per lane) on `ranks` ranks.
+    fn merged(values: &[f64], ranks: usize) -> (f64, usize, f64) {
+        let part_of = |rank: usize| {
+            let mut part = Part { flops: 1, ..Part::default() };
+            for lane in rank * values.len() / ranks..(rank + 1) * values.len() / ranks {
+                let sums = part.lanes.entry(lane).or_default();
+                sums.add("kl".into(), values[lane], 1);
+                sums.maximum("drift".into(), values[lane]);
+            }
+            serde_json::to_vec(&part).unwrap()
+        };
+        let (total, flops) = merge(&(0..ranks).map(part_of).collect::<Vec<_>>()).unwrap();
+        assert_eq!(flops, ranks as u64);
+        let (sum, count) = total.means["kl"];
+        (sum.0, count, total.maxima["drift"].0)
+    }
+
+    #[test]
+    fn sums_have_the_same_bits_at_every_number_of_ranks() {
+        let values: Vec<f64> = (0..12).map(|i| 0.1 + 1e-3 / f64::from(i + 3)).collect();
+        // one sum per rank, as a rank would form it by itself, has other bits: the lanes must travel
+        let of_ranks: f64 = values.chunks(6).map(|half| half.iter().sum::<f64>()).sum();
+        assert_ne!(of_ranks, merged(&values, 1).0);
+        for ranks in [2, 3, 4, 12] {
+            assert_eq!(merged(&values, ranks), merged(&values, 1), "{ranks} ranks");
+        }
+    }
+
+    #[test]
+    fn broken_numbers_travel() {
+        let (sum, count, largest) = merged(&[1.0, f64::NAN, f64::INFINITY, 2.0], 2);
+        assert!(sum.is_nan());
+        assert_eq!((count, largest), (4, f64::INFINITY));
     }
 }

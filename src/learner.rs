@@ -15,6 +15,7 @@ use crate::{
         optimizer::{update_average, Optimizer},
     },
     store::checkpoint::{Checkpoint, CheckpointRef, ParameterEntry},
+    telemetry::number,
 };
 
 pub struct Learner {
@@ -72,7 +73,7 @@ impl Learner {
         json!({
             "optimizer_steps": self.optimizer.steps,
             "prompt_statistics": self.statistics,
-            "ratio_drift": self.ratio_drift,
+            "ratio_drift": number::to_value(self.ratio_drift),
         })
     }
 
@@ -132,7 +133,7 @@ impl Learner {
         self.optimizer.steps = meta["optimizer_steps"].as_u64().context("the checkpoint lacks optimizer_steps")?;
         self.statistics = serde_json::from_value(meta["prompt_statistics"].clone()).context("prompt_statistics")?;
         ensure!(self.statistics.len() > 0, "the checkpoint has no prompt_statistics");
-        self.ratio_drift = meta["ratio_drift"].as_f64().context("the checkpoint lacks ratio_drift")?;
+        self.ratio_drift = number::from_value(&meta["ratio_drift"]).context("the checkpoint lacks ratio_drift")?;
         Ok(())
     }
 }

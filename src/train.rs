@@ -16,7 +16,7 @@ use crate::{
     policy::{
         advantage::{self, Advantages},
         lanes::Lanes,
-        surrogate::{Diagnostics, Objective},
+        surrogate::Objective,
         update::{lane_objective, LaneBatch},
     },
     prompts::Prompt,
@@ -132,7 +132,7 @@ impl<'a> Trainer<'a> {
             let started = Instant::now();
             let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts)?;
             log.spent("reward", started);
-            log.diagnostics(&self.tasks[task].config.name, &scored.scores);
+            log.diagnostics(&self.tasks[task].config.name, lane, &scored.scores);
             rewards.extend(scored.scores.rewards);
             rolled.push((conditioning, trajectory));
             prompts.extend(lane_prompts);
@@ -216,29 +216,23 @@ impl<'a> Trainer<'a> {
             samples: batch.advantages.usable_count(),
         };
         let first_lane = self.lanes.mine().start;
-        let mut seen = Diagnostics::default();
-        let mut pretraining_loss = 0.0;
+        let (t, name) = (self.steps[step].t, &self.tasks[task].config.name);
         let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
             let lane_batch = &batch.lanes[lane - first_lane];
             let (mut value, diagnostics) =
                 lane_objective(&self.pipeline.unet, &self.steps[step], lane_batch, &objective)?;
-            seen.merge(&diagnostics);
+            log.objective(name, lane, t, pass == 0, &diagnostics);
             if config.pretrain.mode == PretrainMode::Combined {
                 let slot = (self.tasks[task].index as usize * config.update.timesteps + pass) as u16;
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot, lane)?;
-                pretraining_loss += loss.double_value(&[]);
+                log.pretraining(lane, loss.double_value(&[]));
                 value += loss * (config.pretrain.weight / self.lanes.count as f64);
             }
             Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
         })?;
-        let t = self.steps[step].t;
-        let name = &self.tasks[task].config.name;
         let norm = self.learner.step(&gradient).with_context(|| format!("task {name}, timestep {t}"))?;
         self.sum.recycle(gradient);
-        log.update(name, t, pass == 0, &seen, norm);
-        if config.pretrain.mode == PretrainMode::Combined {
-            log.pretraining(pretraining_loss, self.lanes.mine().len());
-        }
+        log.step(name, t, norm);
         log.spent("update", started);
         Ok(())
     }
@@ -247,16 +241,14 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         for slot in 0..self.config.pretrain.steps {
             let learner = &self.learner;
-            let mut total = 0.0;
             let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot as u16, lane)?;
-                total += loss.double_value(&[]);
+                log.pretraining(lane, loss.double_value(&[]));
                 let value = loss * (self.config.pretrain.weight / self.lanes.count as f64);
                 Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
             })?;
             self.learner.step(&gradient).context("pretraining step")?;
             self.sum.recycle(gradient);
-            log.pretraining(total, self.lanes.mine().len());
         }
         log.spent("pretrain", started);
         Ok(())

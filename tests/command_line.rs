@@ -1,194 +1,232 @@
-//! The command line as its users meet it: mistakes end with one line and code 2 before any work, help reads well, and
-//! the small commands do what they say.
+//! The command line as a user meets it: mistakes are one line and exit code 2, and change nothing on disk.
 
 mod common;
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
-use common::{mpirun, one_at_a_time, run_within, Finished};
-use rldiff::telemetry::read_png;
+use common::{empty_folder, files_below, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use rldiff::{config::load::EMBEDDED_JOINT, store, telemetry::read_png};
 
-const RLDIFF: &str = env!("CARGO_BIN_EXE_rldiff");
+const LIMIT: Duration = Duration::from_secs(60);
 
-/// Runs rldiff in `folder`.
-fn rldiff(folder: &Path, arguments: &[&str]) -> Finished {
-    let mut command = Command::new(RLDIFF);
-    command.args(arguments).current_dir(folder);
-    run_within(command, Duration::from_secs(60))
-}
-
-/// A mistake: code 2, one line on stderr that has all of `words`, nothing written.
-fn refused(arguments: &[&str], words: &[&str]) {
-    let folder = tempfile::tempdir().unwrap();
-    refused_in(folder.path(), arguments, words);
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{arguments:?} left something behind");
-}
-
-fn refused_in(folder: &Path, arguments: &[&str], words: &[&str]) {
-    let done = rldiff(folder, arguments);
-    assert_eq!(done.status.code(), Some(2), "{arguments:?}\n{}\n{}", done.stdout, done.stderr);
-    assert_eq!(done.stderr.trim().lines().count(), 1, "{arguments:?}: {}", done.stderr);
-    for word in words {
-        assert!(done.stderr.contains(word), "{arguments:?}: no {word:?} in {}", done.stderr);
-    }
-}
-
-#[test]
-fn mistakes_in_settings() {
-    for (set, words) in [
-        ("run.iteration=2", &["run.iteration", "unknown key"][..]),
-        ("rnu.iterations=2", &["no section rnu"]),
-        ("run.iterations=many", &["run.iterations"]),
-        ("run.iterations=-1", &["run.iterations"]),
-        ("run.iterations=2.5", &["run.iterations"]),
-        ("run.lanes=0", &["run.lanes"]),
-        ("run.lanes=7", &["task.composition.samples", "multiple of 7"]),
-        ("task.parity.samples=100", &["task.parity.samples = 100", "multiple"]),
-        ("task.nobody.samples=64", &["no task named nobody"]),
-        ("task.parity.reward.name=nice", &["nice"]),
-        ("update.timesteps=7", &["update.timesteps = 7"]),
-        // only five of the six steps are below the embedded config's max_sensitivity
-        ("update.timesteps=6", &["update.timesteps = 6", "max_sensitivity"]),
-        ("rollout.eta=0", &["rollout.eta"]),
-        ("rollout.steps=5000", &["rollout.steps = 5000"]),
-        ("pretrain.mode=sometimes", &["pretrain.mode", "sometimes"]),
-        ("lora.rank=-3", &["lora.rank"]),
-        ("lora.targets=[\"to_z\"]", &["lora.targets", "to_z"]),
-        ("model.path=/no/such/model", &["/no/such/model", "does not exist"]),
-        ("run.name=\"../elsewhere\"", &["run.name"]),
-        ("nonsense", &["KEY=VALUE"]),
-    ] {
-        refused(&["--set", set], words);
-    }
-}
-
-#[test]
-fn mistakes_in_files_and_arguments() {
-    refused(&["absent.toml"], &["absent.toml"]);
-    refused(&["check", "absent.toml"], &["absent.toml"]);
-    refused(&["inspect", "absent"], &["absent"]);
-    refused(&["--resume", "absent"], &["absent"]);
-    refused(&["export", "absent", "--out", "x"], &["absent"]);
-    refused(&["sample"], &["--prompt"]);
-    refused(&["sample", "--prompt", "x", "--eta", "2"], &["--eta"]);
-    refused(&["sample", "--prompt", "x", "--height", "33"], &["--height 33", "multiple of 4"]);
-    refused(&["sample", "--prompt", "x", "--model", "absent"], &["absent"]);
-    refused(&["sample", "--prompts", "absent.txt"], &["absent.txt"]);
-    refused(&["eval", "--model", "absent"], &["absent"]);
-    refused(&["pretrain", "--out", "x", "--vae-steps", "0"], &["--vae-steps"]);
-
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name);
-    fs::write(at("syntax.toml"), "[run\nname = 3").unwrap();
-    refused_in(folder.path(), &["syntax.toml"], &["syntax.toml"]);
-    let joint = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/miniature-joint.toml")).unwrap();
-    fs::write(at("extra.toml"), joint.replace("[rollout]", "[rollout]\nspeed = 3")).unwrap();
-    refused_in(folder.path(), &["extra.toml"], &["extra.toml", "rollout", "speed"]);
-    fs::write(at("missing.toml"), joint.replace("eta = 1.0", "")).unwrap();
-    refused_in(folder.path(), &["missing.toml"], &["missing.toml", "eta"]);
-    fs::write(at("binary.toml"), [0xff, 0xfe, 0]).unwrap();
-    refused_in(folder.path(), &["binary.toml"], &["binary.toml"]);
-    fs::write(at("text.h5"), "not HDF5").unwrap();
-    refused_in(folder.path(), &["inspect", "text.h5"], &["text.h5"]);
-    fs::create_dir(at("empty")).unwrap();
-    refused_in(folder.path(), &["inspect", "empty"], &["empty"]);
-    refused_in(folder.path(), &["--resume", "empty"], &["empty"]);
-    fs::create_dir(at("halfmodel")).unwrap();
-    fs::write(at("halfmodel/model_index.json"), "{}").unwrap();
-    refused_in(folder.path(), &["sample", "--prompt", "x", "--model", "halfmodel"], &["halfmodel", "is missing"]);
-    fs::write(at("latin1.txt"), [0xe9, b'\n']).unwrap();
-    refused_in(folder.path(), &["sample", "--prompts", "latin1.txt"], &["latin1.txt"]);
-}
-
-#[test]
-fn unknown_words_are_refused_by_the_parser() {
-    let folder = tempfile::tempdir().unwrap();
-    for arguments in [&["--no-such-option"][..], &["sample", "--steps", "x"], &["bench", "nothing"]] {
-        let done = rldiff(folder.path(), arguments);
-        assert_eq!(done.status.code(), Some(2), "{arguments:?}: {}", done.stderr);
-        assert!(done.stderr.starts_with("error:"), "{}", done.stderr);
-    }
-}
-
-#[test]
-fn a_number_of_ranks_that_does_not_divide_the_lanes() {
+fn run(ranks: usize, folder: &Path, args: &[&str]) -> Finished {
     let _alone = one_at_a_time();
-    let folder = tempfile::tempdir().unwrap();
-    let mut command = mpirun(3);
-    command.arg(RLDIFF).current_dir(folder.path());
-    let done = run_within(command, Duration::from_secs(60));
+    let mut command = rldiff(ranks, folder);
+    command.args(args);
+    run_within(command, LIMIT)
+}
+
+/// Runs in `folder` and expects exit code 2, one line on stderr with all of `wanted`, and no change in the folder.
+fn mistake(folder: &Path, args: &[&str], wanted: &[&str]) {
+    let before = files_below(folder);
+    let done = run(1, folder, args);
+    assert_eq!(done.status.code(), Some(2), "{args:?}\n{}\n{}", done.stdout, done.stderr);
+    assert_eq!(done.stderr.lines().count(), 1, "{args:?}\n{}", done.stderr);
+    assert!(done.stderr.starts_with("error: "), "{args:?}: {}", done.stderr);
+    for text in wanted {
+        assert!(done.stderr.contains(text), "{args:?}: no {text:?} in {}", done.stderr);
+    }
+    assert_eq!(done.stdout, "", "{args:?}");
+    assert_eq!(files_below(folder), before, "{args:?} wrote something");
+    assert!(!folder.join("runs").exists() && !folder.join("samples").exists(), "{args:?} made a folder");
+}
+
+#[test]
+fn mistakes_in_settings_are_one_line_that_names_the_key() {
+    let folder = empty_folder("mistakes-settings");
+    for (setting, wanted) in [
+        ("run.iteration=2", "unknown key iteration"),
+        ("runs.iterations=2", "runs"),
+        ("run.iterations", "KEY=VALUE"),
+        ("=2", "unknown key"),
+        ("run.iterations=many", "run.iterations"),
+        ("run.iterations=2.5", "run.iterations"),
+        ("run.iterations=-1", "run.iterations"),
+        ("run.threads=0", "run.threads"),
+        ("run.name=a/b", "run.name"),
+        ("task.nobody.samples=8", "nobody"),
+        ("task.parity.samples=100", "task.parity.samples"),
+        ("task.parity.samples=0", "task.parity.samples"),
+        ("task.composition.weight=-1.0", "task.composition.weight"),
+        ("task.composition.reward.name=nice", "nice"),
+        ("rollout.steps=0", "rollout.steps"),
+        ("rollout.eta=1.5", "rollout.eta"),
+        ("update.timesteps=7", "update.timesteps"),
+        ("update.clip_range=nan", "update.clip_range"),
+        ("update.beta1=1.0", "update.beta1"),
+        ("update.max_sensitivity=1e-6", "max_sensitivity"),
+        ("advantage.normalisation=median", "advantage.normalisation"),
+        ("pretrain.caption_dropout=1.1", "pretrain.caption_dropout"),
+        ("ema.decay=1.0", "ema.decay"),
+    ] {
+        mistake(&folder, &["--set", setting], &[wanted]);
+    }
+}
+
+#[test]
+fn mistakes_in_files_are_one_line_that_names_the_file() {
+    let folder = empty_folder("mistakes-files");
+    let write = |name: &str, text: &str| fs::write(folder.join(name), text).unwrap();
+    write("syntax.toml", &EMBEDDED_JOINT.replace("seed = 1\n", "seed = = 1\n"));
+    write("unknown.toml", &EMBEDDED_JOINT.replace("[rollout]", "[rollout]\nstep = 3"));
+    write("type.toml", &EMBEDDED_JOINT.replace("seed = 1\n", "seed = \"one\"\n"));
+    write("missing.toml", &EMBEDDED_JOINT.replace("eta = 1.0", ""));
+    write("twice.toml", &EMBEDDED_JOINT.replace("name = \"parity\"\ntrain", "name = \"preference\"\ntrain"));
+    write("empty.toml", "");
+    write("arithmetic.toml", &EMBEDDED_JOINT.replace("samples = 128", "samples = 120"));
+    fs::create_dir_all(folder.join("model")).unwrap();
+    write("model/model_index.json", "{}");
+    for command in ["train", "check", "eval"] {
+        mistake(&folder, &[command, "nothing.toml"], &["nothing.toml"]);
+    }
+    // a command that is none counts as a config
+    mistake(&folder, &["frobnicate"], &["frobnicate"]);
+    mistake(&folder, &["syntax.toml"], &["syntax.toml", "line"]);
+    mistake(&folder, &["unknown.toml"], &["unknown.toml", "rollout", "step"]);
+    mistake(&folder, &["check", "type.toml"], &["type.toml", "run.seed"]);
+    mistake(&folder, &["missing.toml"], &["missing.toml", "rollout", "eta"]);
+    mistake(&folder, &["twice.toml"], &["twice.toml", "preference"]);
+    mistake(&folder, &["empty.toml"], &["empty.toml"]);
+    mistake(&folder, &["arithmetic.toml"], &["arithmetic.toml", "task.parity.samples = 120", "multiple of 128"]);
+    mistake(&folder, &["--set", "model.path=nowhere"], &["nowhere"]);
+    mistake(&folder, &["check", "--set", "model.path=model"], &["model", "scheduler_config.json"]);
+    mistake(&folder, &["eval", "--model", "nowhere"], &["nowhere"]);
+}
+
+#[test]
+fn mistakes_in_arguments_are_one_line() {
+    let folder = empty_folder("mistakes-arguments");
+    fs::write(folder.join("file"), b"not an HDF5 file").unwrap();
+    fs::create_dir_all(folder.join("run/checkpoints")).unwrap();
+    mistake(&folder, &["--frobnicate"], &["--frobnicate"]);
+    mistake(&folder, &["--set"], &["--set"]);
+    mistake(&folder, &["pretrain"], &["--out"]);
+    mistake(&folder, &["pretrain", "--out", "file"], &["file exists already"]);
+    mistake(&folder, &["sample"], &["--prompt"]);
+    mistake(&folder, &["sample", "--prompts", "nowhere"], &["nowhere"]);
+    mistake(&folder, &["sample", "--prompt", "a cat", "--steps", "0"], &["--steps"]);
+    mistake(&folder, &["sample", "--prompt", "a cat", "--steps", "1001"], &["1001"]);
+    mistake(&folder, &["sample", "--prompt", "a cat", "--images", "few"], &["--images"]);
+    mistake(&folder, &["sample", "--prompt", "a cat", "--model", "nowhere"], &["nowhere"]);
+    mistake(&folder, &["sample", "--prompt", "a cat", "--out", "file"], &["file is not a folder"]);
+    mistake(&folder, &["--out", "file"], &["file is not a folder"]);
+    mistake(&folder, &["--out", "file/run"], &["file is not a folder"]);
+    mistake(&folder, &["--resume", "nowhere"], &["nowhere holds no checkpoint"]);
+    mistake(&folder, &["--resume", "run"], &["run holds no checkpoint"]);
+    mistake(&folder, &["inspect"], &["<PATH>"]);
+    mistake(&folder, &["inspect", "nowhere"], &["nowhere does not exist"]);
+    mistake(&folder, &["inspect", "file"], &["file is not an HDF5 file"]);
+    mistake(&folder, &["inspect", "run"], &["holds no checkpoint"]);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_with_its_file_and_rank() {
+    let folder = empty_folder("mistakes-damage");
+    store::round_trip(&folder.join("run/checkpoints")).unwrap();
+    let sound = run(1, &folder, &["inspect", "--digest", "run"]).expect_success("inspect");
+    assert_eq!(sound.stdout.trim().len(), 64, "{}", sound.stdout);
+    let shard = folder.join("run/checkpoints/iteration-000001/shard-000.h5");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    for args in [&["inspect", "run"][..], &["inspect", "--digest", "run/checkpoints/iteration-000001"]] {
+        mistake(&folder, args, &["shard-000.h5", "rank 0"]);
+    }
+    for resume in ["run", "auto", "run/checkpoints/iteration-000001"] {
+        mistake(&folder, &["--out", "run", "--resume", resume], &["shard-000.h5", "rank 0"]);
+    }
+}
+
+/// The launcher may add lines of its own.
+#[test]
+fn ranks_that_cannot_share_the_lanes_are_refused() {
+    let folder = empty_folder("mistakes-ranks");
+    let done = run(3, &folder, &set(&SMALL));
     assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
-    let said: Vec<&str> = done.stderr.lines().filter(|line| line.starts_with("error:")).collect();
-    assert_eq!(said.len(), 1, "{}", done.stderr);
-    assert!(said[0].contains("3 ranks") && said[0].contains("1, 2, 4, 8"), "{}", said[0]);
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    let lines: Vec<&str> = done.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(lines, ["error: 3 ranks cannot share 4 lanes evenly; possible numbers of ranks: 1, 2, 4"]);
+    assert!(files_below(&folder).is_empty() && !folder.join("runs").exists());
+    let done = run(2, &folder, &["--set", "run.iteration=2"]);
+    assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
+    assert_eq!(done.stderr.matches("unknown key iteration").count(), 1, "{}", done.stderr);
 }
 
 #[test]
 fn every_command_has_help() {
-    let folder = tempfile::tempdir().unwrap();
-    let all = ["train", "check", "inspect", "sample", "eval", "export", "pretrain", "doctor", "bench"];
-    let help = rldiff(folder.path(), &["--help"]).expect_success("--help").stdout;
-    for command in all {
-        assert!(help.contains(&format!("\n  {command} ")), "{command} is not in the help\n{help}");
-        let own = rldiff(folder.path(), &[command, "--help"]).expect_success(command).stdout;
-        assert!(own.contains("Usage:"), "{own}");
+    let folder = empty_folder("help");
+    let names = ["train", "check", "inspect", "sample", "eval", "pretrain", "doctor", "bench"];
+    let overview = run(1, &folder, &["--help"]).expect_success("help");
+    for name in names {
+        assert!(overview.stdout.contains(&format!("\n  {name} ")), "{name}\n{}", overview.stdout);
+        let done = run(1, &folder, &[name, "--help"]).expect_success(name);
+        assert!(done.stdout.contains(&format!("Usage: rldiff {name}")), "{}", done.stdout);
+        assert_eq!(done.stderr, "");
     }
-    rldiff(folder.path(), &["--version"]).expect_success("--version");
+    run(1, &folder, &["bench", "iteration", "--help"]).expect_success("bench iteration");
+    let version = run(1, &folder, &["--version"]).expect_success("version");
+    assert_eq!(version.stdout.trim(), format!("rldiff {}", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
-fn check_and_doctor() {
-    let folder = tempfile::tempdir().unwrap();
-    let said = rldiff(folder.path(), &["check"]).expect_success("check").stdout;
-    for words in ["miniature-joint is sound", "numbers of ranks", "1, 2, 4, 8", "GFLOP", "1077572"] {
-        assert!(said.contains(words), "{said}");
+fn check_prints_the_batch_arithmetic_and_writes_nothing() {
+    let folder = empty_folder("check");
+    let args = [vec!["check"], set(&SMALL)].concat();
+    let done = run(1, &folder, &args).expect_success("check");
+    for wanted in [
+        "miniature-joint is sound",
+        "8 samples per iteration, 2 per lane, 4 prompts",
+        "samples per iteration      16",
+        // 3 tasks, 2 timesteps each, and one step of the pretraining loss
+        "7 per iteration, 14 in all",
+        "numbers of ranks           1, 2, 4",
+        "GFLOP per sample",
+        "GB per rank",
+    ] {
+        assert!(done.stdout.contains(wanted), "no {wanted:?} in\n{}", done.stdout);
     }
-    for name in ["composition", "parity", "preference"] {
-        let config = format!("{}/slurm/miniature-{name}.toml", env!("CARGO_MANIFEST_DIR"));
-        let said = rldiff(folder.path(), &["check", &config]).expect_success(name).stdout;
-        assert_eq!(said.matches("evaluated only").count(), 2, "{said}");
-    }
-    let said = rldiff(folder.path(), &["doctor"]).expect_success("doctor").stdout;
-    for words in ["libtorch works   yes", "MPI works        yes", "HDF5 works       yes", "libtorch_cpu.so"] {
-        assert!(said.contains(words), "{said}");
-    }
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert!(files_below(&folder).is_empty());
 }
 
 #[test]
-fn pictures_do_not_depend_on_ranks_or_batch() {
-    let folder = tempfile::tempdir().unwrap();
-    let common = ["--prompt", "a kite on a book", "--prompt", "a portrait of a nurse", "--images", "3"];
-    let common = [&["sample"][..], &common, &["--steps", "4", "--eta", "1", "--seed", "77"]].concat();
-    rldiff(folder.path(), &[&common[..], &["--out", "one"]].concat()).expect_success("sample");
-    rldiff(folder.path(), &[&common[..], &["--out", "batch", "--batch", "4"]].concat()).expect_success("sample");
-    {
-        let _alone = one_at_a_time();
-        let mut command = mpirun(2);
-        command.arg(RLDIFF).args(&common).args(["--out", "two"]).current_dir(folder.path());
-        run_within(command, Duration::from_secs(60)).expect_success("two ranks");
-    }
-    let mut names: Vec<_> = fs::read_dir(folder.path().join("one")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    names.sort();
-    assert_eq!(names.len(), 7);
-    for name in &names {
-        let of = |run: &str| fs::read(folder.path().join(run).join(name)).unwrap();
-        assert!(of("one") == of("two"), "{name:?} differs at 2 ranks");
-        assert!(of("one") == of("batch"), "{name:?} differs with --batch 4");
-    }
-    let (picture, text) = read_png(&folder.path().join("one/0001-02.png")).unwrap();
-    assert_eq!((picture.width(), picture.height()), (32, 32));
-    for (key, value) in [("prompt", "a portrait of a nurse"), ("seed", "77"), ("steps", "4"), ("sample", "5")] {
-        assert!(text.contains(&(key.to_string(), value.to_string())), "{key} in {text:?}");
+fn doctor_tries_every_library() {
+    let folder = empty_folder("doctor");
+    for ranks in [1, 2] {
+        let done = run(ranks, &folder, &["doctor"]).expect_success("doctor");
+        for library in ["libtorch", "MPI", "HDF5"] {
+            let works = format!("{library} works");
+            let line = done.stdout.lines().find(|line| line.starts_with(&works));
+            assert!(line.is_some_and(|line| line.ends_with(" yes")), "{works}\n{}", done.stdout);
+        }
+        assert!(done.stdout.contains(&format!("{ranks} in all")), "{}", done.stdout);
     }
 }
 
 #[test]
-fn sizes_other_than_the_models_own() {
-    let folder = tempfile::tempdir().unwrap();
-    let arguments = ["sample", "--prompt", "a tree", "--steps", "2", "--height", "40", "--width", "64", "--out", "x"];
-    rldiff(folder.path(), &arguments).expect_success("sample");
-    let (picture, _) = read_png(&folder.path().join("x/0000-00.png")).unwrap();
-    assert_eq!((picture.width(), picture.height()), (64, 40));
+fn sample_writes_the_same_pictures_at_every_number_of_ranks() {
+    let folder = empty_folder("sample");
+    let prompts = ["a red apple", "a portrait of a «doctor»"];
+    let mut args = vec!["sample", "--images", "2", "--steps", "2", "--seed", "3", "--eta", "1"];
+    prompts.iter().for_each(|prompt| args.extend(["--prompt", prompt]));
+    for (ranks, out) in [(1, "one"), (2, "two")] {
+        run(ranks, &folder, &[&args[..], &["--out", out]].concat()).expect_success("sample");
+    }
+    let (one, two) = (files_below(&folder.join("one")), files_below(&folder.join("two")));
+    let names: Vec<_> = one.iter().map(|(path, _)| path.file_name().unwrap().to_str().unwrap()).collect();
+    assert_eq!(names, ["0000-00.png", "0000-01.png", "0001-00.png", "0001-01.png", "grid.png"]);
+    assert!(one.iter().map(|f| &f.1).eq(two.iter().map(|f| &f.1)), "other pictures on two ranks");
+
+    let mut pictures = Vec::new();
+    for (index, (path, _)) in one[..4].iter().enumerate() {
+        let (picture, text) = read_png(path).unwrap();
+        let value = |key: &str| text.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
+        assert_eq!(value("prompt"), Some(prompts[index / 2]));
+        assert_eq!((value("seed"), value("steps"), value("sample")), (Some("3"), Some("2"), Some(&*index.to_string())));
+        assert_eq!((picture.width(), picture.height()), (32, 32));
+        assert!(pictures.iter().all(|other: &Vec<u8>| other != picture.rgb()), "the same picture twice");
+        pictures.push(picture.rgb().to_vec());
+    }
+    let (grid, text) = read_png(&one[4].0).unwrap();
+    assert!(grid.width() > 64 && grid.height() > 64);
+    assert!(text.iter().any(|(key, value)| key == "prompt" && *value == prompts.join("\n")), "{text:?}");
 }

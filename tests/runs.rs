@@ -1,330 +1,453 @@
-//! Whole runs of the binary: what they leave, that the number of ranks does not show, that resuming is exact.
-//! Everything that should be equal is compared bit for bit.
+//! Whole runs of the program on a small config: what they leave, that the number of ranks does not change a bit of it,
+//! that a run that was killed or stopped goes on as if it had not been, and how failures end.
 
 mod common;
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use common::{mpirun, one_at_a_time, run_within, Finished};
-use rldiff::telemetry::{read_metrics, Metrics, RunFiles, Summary};
+use common::{empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use rldiff::{
+    store,
+    telemetry::{read_metrics, read_png, Metrics, RunFiles, Summary},
+};
 
-const RLDIFF: &str = env!("CARGO_BIN_EXE_rldiff");
-/// A whole test may take this long on busy cores; seconds were observed.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(180);
+const TASKS: [&str; 3] = ["composition", "parity", "preference"];
+const FOUR: [&str; 2] = ["run.iterations=4", "trajectories.every=1"];
 
-/// The embedded experiment made small.
-const SMALL: [&str; 13] = [
-    "run.lanes=4",
-    "run.iterations=4",
-    "run.checkpoint_every=1",
-    "run.keep_checkpoints=9",
-    "trajectories.every=2",
-    "pretrain.batch_per_lane=2",
-    "task.composition.samples=8",
-    "task.parity.samples=64",
-    "task.parity.train=false",
-    "task.preference.samples=8",
-    "task.composition.evaluation_samples=8",
-    "task.parity.evaluation_samples=32",
-    "task.preference.evaluation_samples=8",
-];
-
-fn settings(extra: &[&str]) -> Vec<String> {
-    SMALL.iter().chain(extra).flat_map(|s| ["--set".to_string(), s.to_string()]).collect()
-}
-
-fn command(ranks: usize, out: &Path, extra: &[&str]) -> Command {
-    let mut command = if ranks == 1 {
-        Command::new(RLDIFF)
-    } else {
-        let mut launcher = mpirun(ranks);
-        launcher.arg(RLDIFF);
-        launcher
-    };
-    command.arg("--out").arg(out).args(settings(extra));
+/// `mpirun -n ranks rldiff --out out`, the small config changed by `settings`, and `more` arguments.
+fn command(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Command {
+    let mut command = rldiff(ranks, out.parent().unwrap());
+    command.args(set(&SMALL)).args(set(settings)).args(more).arg("--out").arg(out);
     command
 }
 
-fn run(ranks: usize, out: &Path, extra: &[&str]) -> Finished {
-    let _alone = one_at_a_time();
-    run_within(command(ranks, out, extra), LIMIT).expect_success(&format!("{ranks} ranks, {extra:?}"))
+fn train(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Finished {
+    let done = run_within(command(ranks, out, settings, more), LIMIT);
+    done.expect_success(&format!("{} on {ranks} ranks, {settings:?} {more:?}", out.display()))
 }
 
-fn resume(ranks: usize, out: &Path, extra: &[&str]) -> Finished {
-    let _alone = one_at_a_time();
-    let mut command = command(ranks, out, extra);
-    command.args(["--resume", "auto"]);
-    run_within(command, LIMIT)
+/// Four iterations on one rank, never interrupted.
+fn straight() -> &'static RunFiles {
+    static RUN: OnceLock<RunFiles> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let out = empty_folder("runs-straight").join("run");
+        train(1, &out, &FOUR, &[]);
+        RunFiles::new(out)
+    })
 }
 
-fn digest(path: &Path) -> String {
-    let mut command = Command::new(RLDIFF);
-    command.args(["inspect", "--digest"]).arg(path);
-    run_within(command, LIMIT).expect_success("inspect").stdout
+/// The same on two ranks, with whole trajectories in f16.
+fn on_two_ranks() -> &'static RunFiles {
+    static RUN: OnceLock<RunFiles> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let out = empty_folder("runs-two-ranks").join("run");
+        train(2, &out, &[&FOUR[..], &["trajectories.latents=all", "trajectories.precision=f16"]].concat(), &[]);
+        RunFiles::new(out)
+    })
 }
 
-/// All metrics but the measured ones, as text with every digit.
-fn numbers(out: &Path) -> Vec<Vec<(String, String)>> {
-    let measured = |name: &str| name.starts_with("seconds/") || ["samples_per_second", "tflops"].contains(&name);
-    let of = |m: &Metrics| {
-        let kept = m.iter().filter(|(name, _)| !measured(name));
-        kept.map(|(name, value)| (name.to_string(), format!("{value:?}"))).collect()
-    };
-    read_metrics(&RunFiles::new(out).metrics()).unwrap().iter().map(of).collect()
+fn checkpoint(files: &RunFiles, iteration: u64) -> PathBuf {
+    files.checkpoints().join(format!("iteration-{iteration:06}"))
 }
 
-/// State, model and metrics of two runs are the same bits.
-fn assert_same(a: &Path, b: &Path, what: &str) {
-    assert_eq!(digest(a), digest(b), "{what}: training state");
-    let unet = |run: &Path| fs::read(run.join("model/unet/diffusion_pytorch_model.safetensors")).unwrap();
-    assert!(unet(a) == unet(b), "{what}: U-Net");
-    let (a, b) = (numbers(a), numbers(b));
-    assert_eq!(a.len(), b.len(), "{what}: iterations");
-    for (line_a, line_b) in a.iter().zip(&b) {
-        for (x, y) in line_a.iter().zip(line_b) {
-            assert_eq!(x, y, "{what}: metrics");
-        }
-        assert_eq!(line_a.len(), line_b.len(), "{what}: number of metrics");
+/// A copy of `run` that ends after checkpoint `iteration`, without its results.
+fn copy_until(run: &RunFiles, iteration: u64, name: &str) -> RunFiles {
+    let copy = RunFiles::new(empty_folder(name).join("run"));
+    for (path, bytes) in files_below(run.root()) {
+        let target = copy.root().join(path.strip_prefix(run.root()).unwrap());
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::write(target, bytes).unwrap();
     }
+    for later in iteration + 1..=4 {
+        fs::remove_dir_all(checkpoint(&copy, later)).unwrap();
+    }
+    fs::remove_file(copy.summary()).unwrap();
+    copy
+}
+
+/// What an iteration computed: every metric but the measured times, as bits.
+fn computed(metrics: &Metrics) -> (u64, Vec<(String, u64)>) {
+    let measured = |name: &str| name.starts_with("seconds/") || name == "samples_per_second" || name == "tflops";
+    let values = metrics.iter().filter(|(name, _)| !measured(name));
+    (metrics.iteration, values.map(|(name, value)| (name.to_string(), value.to_bits())).collect())
+}
+
+fn computed_lines(files: &RunFiles) -> Vec<(u64, Vec<(String, u64)>)> {
+    read_metrics(&files.metrics()).unwrap().iter().map(computed).collect()
+}
+
+/// The two runs have the same training state, tuned model, metrics and evaluation, bit for bit.
+fn assert_same_run(a: &RunFiles, b: &RunFiles, iteration: u64) {
+    let names = format!("{} and {}", a.root().display(), b.root().display());
+    let digest = |files: &RunFiles| store::digest(&checkpoint(files, iteration)).unwrap();
+    assert_eq!(digest(a), digest(b), "{names}: other states");
+    let model = |files: &RunFiles| -> Vec<_> {
+        let relative = |(path, bytes): (PathBuf, _)| (path.strip_prefix(files.root()).unwrap().to_path_buf(), bytes);
+        files_below(&files.model()).into_iter().map(relative).collect()
+    };
+    assert!(model(a) == model(b), "{names}: other models");
+    let (of_a, of_b) = (computed_lines(a), computed_lines(b));
+    assert_eq!((of_a.len(), of_b.len()), (iteration as usize, iteration as usize), "{names}: lines of metrics");
+    for (line, other) in of_a.iter().zip(&of_b) {
+        let differing: Vec<_> = line.1.iter().zip(&other.1).filter(|(x, y)| x != y).collect();
+        assert!(line == other, "{names}, iteration {}: {differing:?}", line.0);
+    }
+    let summary = |files: &RunFiles| Summary::read(&files.summary()).unwrap();
+    assert_eq!(summary(a).tasks, summary(b).tasks, "{names}");
+    assert_eq!((summary(a).iterations, summary(b).iterations), (iteration, iteration), "{names}");
 }
 
 #[test]
-fn what_a_run_leaves() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("run");
-    let done = run(1, &out, &["task.parity.train=true", "run.iterations=2", "update.max_sensitivity=0.0"]);
-    assert!(done.stdout.contains("in std. errors") && done.stdout.contains("preference"), "{}", done.stdout);
-
-    let files = RunFiles::new(&out);
-    for path in [files.config(), files.metrics(), files.reward_curves(), files.before_after(), files.summary()] {
-        assert!(path.metadata().unwrap().len() > 100, "{}", path.display());
+fn a_run_leaves_everything_it_promises() {
+    let _alone = one_at_a_time();
+    let files = straight();
+    let config = fs::read_to_string(files.config()).unwrap();
+    assert!(config.contains("iterations = 4") && config.contains("lanes = 4"), "{config}");
+    for picture in [files.before_after(), files.reward_curves()] {
+        assert!(read_png(&picture).unwrap().0.width() > 100, "{}", picture.display());
     }
+    let events = files_below(&files.tensorboard());
+    assert!(events.len() == 1 && events[0].1.len() > 10_000, "events of {} files", events.len());
+    for part in ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"] {
+        assert!(files.model().join(part).is_file(), "{part}");
+    }
+    for iteration in 0..4 {
+        for task in TASKS {
+            let shard = files.trajectories().join(format!("iteration-{iteration:06}/{task}-rank-000.h5"));
+            assert!(store::inspect(&shard).unwrap().contains("log_probs"), "{}", shard.display());
+        }
+    }
+    let shown = run_within(
+        {
+            let mut inspect = rldiff(1, files.root());
+            inspect.args(["inspect", "."]);
+            inspect
+        },
+        LIMIT,
+    )
+    .expect_success("inspect");
+    assert!(shown.stdout.contains("iteration     4") && shown.stdout.contains("exp_avg_sq"), "{}", shown.stdout);
+
     let summary: serde_json::Value = serde_json::from_slice(&fs::read(files.summary()).unwrap()).unwrap();
-    for (i, name) in ["composition", "parity", "preference"].iter().enumerate() {
-        assert_eq!(summary["tasks"][i]["name"], *name);
+    let tasks = summary["tasks"].as_array().unwrap();
+    assert_eq!(tasks.iter().map(|task| task["name"].as_str().unwrap()).collect::<Vec<_>>(), TASKS);
+    for task in tasks {
         for model in ["base", "tuned"] {
-            assert!(summary["tasks"][i][model]["mean"].is_number(), "{summary}");
-            assert!(summary["tasks"][i][model]["stderr"].is_number(), "{summary}");
+            assert!(task[model]["mean"].is_number() && task[model]["stderr"].is_number(), "{task}");
         }
     }
     assert!(summary["samples_per_second"].as_f64().unwrap() > 0.0);
-    assert_eq!(Summary::read(&files.summary()).unwrap().ratio_drift, 0.0);
-    assert_eq!(fs::read_dir(files.tensorboard()).unwrap().count(), 1);
-    assert!(files.model().join("model_index.json").exists());
-
-    let history = read_metrics(&files.metrics()).unwrap();
-    assert_eq!(history.len(), 2);
-    for metrics in &history {
-        for name in ["clip_fraction", "approx_kl", "ratio_drift", "gradient_norm", "bad_rewards", "pretraining_loss"] {
-            assert!(metrics.get(name).is_some_and(f64::is_finite), "{name} in {metrics:?}");
-        }
-        for stage in ["rollout", "reward", "advantage", "update", "pretrain", "iteration"] {
-            assert!(metrics.get(&format!("seconds/{stage}")).is_some(), "{stage}");
-        }
-        for name in ["samples_per_second", "tflops", "parity/reward_mean", "composition/reward_std"] {
-            assert!(metrics.get(name).is_some(), "{name}");
-        }
-        // before the first update of a task's batch every ratio is exactly 1
-        assert_eq!(metrics.get("ratio_drift"), Some(0.0));
+    assert_eq!(summary["ratio_drift"].as_f64(), Some(0.0));
+    for stage in ["rollout", "reward", "advantage", "update", "pretrain"] {
+        assert!(summary["seconds_per_stage"][stage].is_number(), "{stage}");
     }
-
-    // a second run of the name keeps the first
-    run(1, &out, &["run.iterations=1"]);
-    assert_eq!(read_metrics(&RunFiles::new(folder.path().join("run.1")).metrics()).unwrap().len(), 2);
-    assert_eq!(read_metrics(&files.metrics()).unwrap().len(), 1);
 }
 
-/// Every timestep comes first sooner or later; none of them may have a ratio other than 1 before its update.
 #[test]
-fn the_first_ratio_is_one_at_every_timestep() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("run");
-    run(
-        1,
-        &out,
-        &["run.iterations=12", "update.timesteps=1", "update.max_sensitivity=0.0", "update.learning_rate=1e-3"],
-    );
-    let mut seen = std::collections::BTreeSet::new();
-    for metrics in read_metrics(&RunFiles::new(&out).metrics()).unwrap() {
-        for (name, value) in metrics.iter().filter(|(name, _)| name.starts_with("ratio_drift")) {
-            assert_eq!(value, 0.0, "{name}");
-            seen.insert(name.to_string());
+fn every_promised_metric_is_logged_and_the_first_pass_has_ratio_one() {
+    let _alone = one_at_a_time();
+    let lines = read_metrics(&straight().metrics()).unwrap();
+    assert_eq!(lines.iter().map(|line| line.iteration).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    for line in &lines {
+        let of_tasks = TASKS.iter().flat_map(|t| ["reward_mean", "reward_std"].map(|name| format!("{t}/{name}")));
+        let stages = ["rollout", "reward", "advantage", "update", "pretrain", "iteration"];
+        let others = ["clip_fraction", "approx_kl", "ratio_drift", "gradient_norm", "bad_rewards", "pretraining_loss"];
+        let speed = ["samples_per_second", "tflops"];
+        let wanted = of_tasks
+            .chain(stages.map(|stage| format!("seconds/{stage}")))
+            .chain(others.map(String::from))
+            .chain(speed.map(String::from));
+        for name in wanted {
+            assert!(line.get(&name).is_some_and(f64::is_finite), "iteration {}: {name}", line.iteration);
+        }
+        let drifts: Vec<_> = line.iter().filter(|(name, _)| name.starts_with("ratio_drift")).collect();
+        assert!(drifts.len() >= 2 && drifts.iter().all(|(_, drift)| *drift == 0.0), "{drifts:?}");
+        assert!(line.get("gradient_norm").unwrap() > 0.0 && line.get("tflops").unwrap() > 0.0);
+        assert_eq!(line.get("bad_rewards"), Some(0.0));
+        for task in TASKS {
+            let norms = line.iter().filter(|(name, _)| name.starts_with(&format!("{task}/gradient_norm/t"))).count();
+            assert_eq!(norms, 2, "{task}: one gradient norm per timestep");
         }
     }
-    // the total and the six timesteps
-    assert_eq!(seen.len(), 7, "{seen:?}");
 }
 
 #[test]
-fn the_number_of_ranks_does_not_show() {
-    let folder = tempfile::tempdir().unwrap();
-    let one = folder.path().join("1");
-    run(1, &one, &["run.iterations=2", "task.parity.train=true"]);
-    for ranks in [2, 4] {
-        let many = folder.path().join(ranks.to_string());
-        run(ranks, &many, &["run.iterations=2", "task.parity.train=true"]);
-        assert_same(&one, &many, &format!("{ranks} ranks"));
-    }
+fn two_ranks_compute_the_same_bits_as_one() {
+    let _alone = one_at_a_time();
+    assert_same_run(straight(), on_two_ranks(), 4);
 }
 
+/// Two iterations on four ranks, the other two on one; the results of the shorter run do not pass for the longer one's.
 #[test]
-#[ignore = "long: 8 and 16 ranks on few cores"]
-fn nor_do_many_ranks() {
-    let folder = tempfile::tempdir().unwrap();
-    let extra = ["run.lanes=16", "task.composition.samples=16", "task.preference.samples=16"];
-    run(1, &folder.path().join("1"), &extra);
-    for ranks in [8, 16] {
-        let many = folder.path().join(ranks.to_string());
-        run(ranks, &many, &extra);
-        assert_same(&folder.path().join("1"), &many, &format!("{ranks} ranks"));
-    }
+fn a_stopped_run_is_extended_on_another_number_of_ranks() {
+    let _alone = one_at_a_time();
+    let files = RunFiles::new(empty_folder("runs-extended").join("run"));
+    train(4, files.root(), &["run.iterations=2"], &[]);
+    let at = |run: &RunFiles| store::digest(&checkpoint(run, 2)).unwrap();
+    assert_eq!(at(&files), at(straight()), "four ranks");
+    assert_eq!(computed_lines(&files), computed_lines(straight())[..2], "four ranks");
+    train(1, files.root(), &FOUR, &["--resume", "auto"]);
+    assert_same_run(straight(), &files, 4);
+    assert_eq!(files_below(&files.tensorboard()).len(), 2, "one event file for each start");
+
+    // ended after the last checkpoint, before the evaluation: what lies there is of the shorter run
+    let text = fs::read_to_string(files.summary()).unwrap();
+    fs::write(files.summary(), text.replace("\"iterations\": 4", "\"iterations\": 2")).unwrap();
+    train(1, files.root(), &FOUR, &["--resume", "auto"]);
+    assert_same_run(straight(), &files, 4);
 }
 
-/// Settings that carry state of their own from one iteration to the next.
-const STATEFUL: [&str; 6] = [
-    "ema.decay=0.9",
-    "advantage.normalisation=per_prompt",
-    "advantage.prompt_min_count=1",
-    "pretrain.mode=combined",
-    "lora.rank=0",
-    "model.compute=f32",
-];
-
-#[test]
-fn a_stopped_run_resumes_to_the_same_bits_with_any_number_of_ranks() {
-    let folder = tempfile::tempdir().unwrap();
-    for (name, extra) in
-        [("plain", &[][..]), ("stateful", &STATEFUL), ("adapters in bf16", &["lora.rank=2", "model.compute=bf16"])]
-    {
-        let through = folder.path().join(format!("{name} through"));
-        run(1, &through, extra);
-        let halves = folder.path().join(name);
-        run(1, &halves, &[extra, &["run.iterations=2"]].concat());
-        resume(2, &halves, extra).expect_success("resume");
-        assert_same(&through, &halves, name);
+/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
+fn descendants(root: i32) -> Vec<i32> {
+    let parent_of = |pid: i32| -> Option<i32> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // "pid (name) state parent …"; the name may hold anything
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    };
+    let all: Vec<(i32, i32)> = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Some((pid, parent_of(pid)?)))
+        .collect();
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let here = found[next];
+        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
+        next += 1;
     }
+    found
 }
 
-#[test]
-fn a_killed_run_resumes_to_the_same_bits() {
-    let folder = tempfile::tempdir().unwrap();
-    let (through, killed) = (folder.path().join("through"), folder.path().join("killed"));
-    run(1, &through, &[]);
-    let mut child = command(1, &killed, &[]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let checkpoint = killed.join("checkpoints/iteration-000002");
-    let begun = Instant::now();
-    while !checkpoint.exists() {
-        assert!(begun.elapsed() < LIMIT && child.try_wait().unwrap().is_none(), "no checkpoint");
-        std::thread::sleep(Duration::from_millis(5));
+/// Starts `command` and kills all its processes as soon as `files` has `lines` lines of metrics.
+fn kill_after(mut command: Command, files: &RunFiles, lines: usize) {
+    let mut child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while read_metrics(&files.metrics()).map_or(0, |metrics| metrics.len()) < lines {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        assert!(started.elapsed() < LIMIT, "no {lines} lines of metrics after {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(10));
     }
-    child.kill().unwrap();
+    for pid in descendants(child.id() as i32) {
+        // SAFETY: a signal to this child, which has not been waited for, and to processes that it started.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
     child.wait().unwrap();
-    let done = resume(1, &killed, &[]).expect_success("resume");
-    assert!(done.stderr.contains("after iteration"), "{}", done.stderr);
-    assert_same(&through, &killed, "killed");
+}
 
-    // finished: says so and changes nothing
-    let before = fs::metadata(killed.join("summary.json")).unwrap().modified().unwrap();
-    let again = resume(1, &killed, &[]).expect_success("resume of a finished run");
-    assert!(again.stdout.contains("all 4 iterations are done"), "{}", again.stdout);
-    assert_eq!(fs::metadata(killed.join("summary.json")).unwrap().modified().unwrap(), before);
+/// Killed in the fourth iteration, after the checkpoint of the second: the third is done again.
+#[test]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let _alone = one_at_a_time();
+    let files = RunFiles::new(empty_folder("runs-killed").join("run"));
+    let settings = [&FOUR[..], &["run.checkpoint_every=2"]].concat();
+    kill_after(command(2, files.root(), &settings, &[]), &files, 3);
+    assert!(!files.summary().exists() && !checkpoint(&files, 4).exists());
+    train(1, files.root(), &settings, &["--resume", "auto"]);
+    assert_same_run(straight(), &files, 4);
+    // the two ranks' shards of iterations that were done again by one rank are gone
+    let shards: Vec<_> = files_below(&files.trajectories()).into_iter().map(|(path, _)| path).collect();
+    let of_second_rank = shards.iter().filter(|path| path.to_string_lossy().contains("rank-001")).count();
+    assert_eq!((shards.len(), of_second_rank), (2 * 3 * 2 + 2 * 3, 2 * 3), "{shards:?}");
+}
 
-    // damaged: the newest is named, the one before is used, and the end is the same again
-    let shard = killed.join("checkpoints/iteration-000004/shard-000.h5");
+/// Before there is a checkpoint a run begins anew, whatever the killed one left.
+#[test]
+fn a_run_killed_before_its_first_checkpoint_begins_anew() {
+    let _alone = one_at_a_time();
+    let files = RunFiles::new(empty_folder("runs-killed-early").join("run"));
+    let settings = ["run.iterations=3", "run.checkpoint_every=3"];
+    kill_after(command(1, files.root(), &settings, &[]), &files, 1);
+    train(1, files.root(), &["run.iterations=1"], &["--resume", "auto"]);
+    assert_eq!(computed_lines(&files), computed_lines(straight())[..1]);
+    assert!(files.root().with_file_name("run.1").join("metrics.jsonl").is_file(), "the earlier metrics are gone");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let _alone = one_at_a_time();
+    let files = copy_until(straight(), 4, "runs-damaged");
+    let shard = checkpoint(&files, 4).join("shard-000.h5");
     let mut bytes = fs::read(&shard).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
+    let last = bytes.len() - 1;
+    bytes[last] ^= 128;
     fs::write(&shard, bytes).unwrap();
-    let done = resume(1, &killed, &[]).expect_success("resume from the one before");
+    let done = train(2, files.root(), &FOUR, &["--resume", "auto"]);
     assert!(done.stderr.contains("iteration-000004") && done.stderr.contains("rank 0"), "{}", done.stderr);
-    assert_same(&through, &killed, "damaged");
+    assert_same_run(straight(), &files, 4);
 }
 
 #[test]
-fn a_signal_saves_and_asks_to_be_started_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let (through, stopped) = (folder.path().join("through"), folder.path().join("stopped"));
-    let sparse = ["run.checkpoint_every=100"];
-    run(1, &through, &sparse);
-    for signal in [libc::SIGUSR1, libc::SIGTERM] {
-        let mut started = command(1, &stopped, &sparse);
-        started.args(["--resume", "auto"]).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = started.spawn().unwrap();
-        // the second time the file is there from the start; what matters is that a signal comes at some point
-        let begun = Instant::now();
-        while !stopped.join("metrics.jsonl").exists() {
-            assert!(begun.elapsed() < LIMIT);
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        std::thread::sleep(Duration::from_millis(1500));
-        // SAFETY: a signal to a child that has not been waited for.
-        unsafe { libc::kill(child.id() as i32, signal) };
-        let status = child.wait().unwrap();
-        assert!(matches!(status.code(), Some(0 | 75)), "{status}");
+fn a_run_resumed_into_another_folder_takes_its_metrics_along() {
+    let _alone = one_at_a_time();
+    let files = RunFiles::new(empty_folder("runs-elsewhere").join("run"));
+    let from = checkpoint(straight(), 2);
+    train(1, files.root(), &["run.iterations=3"], &["--resume", from.to_str().unwrap()]);
+    assert_eq!(computed_lines(&files), computed_lines(straight())[..3]);
+    assert_eq!(store::digest(files.root()).unwrap(), store::digest(&checkpoint(straight(), 3)).unwrap());
+}
+
+/// State of every kind: the average of the weights, running rewards per prompt, β∇L_pre in the policy's steps.
+#[test]
+fn every_part_of_the_state_survives_a_resume() {
+    let _alone = one_at_a_time();
+    let settings = [
+        "ema.decay=0.9",
+        "advantage.normalisation=per_prompt",
+        "advantage.prompt_min_count=2",
+        "pretrain.mode=combined",
+        "trajectories.every=0",
+    ];
+    let folder = empty_folder("runs-variant");
+    let [whole, parts] = ["whole", "parts"].map(|name| RunFiles::new(folder.join(name)));
+    train(1, whole.root(), &[&settings[..], &["run.iterations=2"]].concat(), &[]);
+    train(2, parts.root(), &[&settings[..], &["run.iterations=1"]].concat(), &[]);
+    train(1, parts.root(), &[&settings[..], &["run.iterations=2"]].concat(), &["--resume", "auto"]);
+    assert_same_run(&whole, &parts, 2);
+    let shown = store::inspect(whole.root()).unwrap();
+    assert!(shown.contains("\nema ") && shown.contains("a portrait of"), "{shown}");
+    assert_ne!(store::digest(whole.root()).unwrap(), store::digest(&checkpoint(straight(), 2)).unwrap());
+}
+
+#[test]
+fn another_config_is_refused_and_a_finished_run_says_so() {
+    let _alone = one_at_a_time();
+    let files = straight();
+    let before = files_below(files.root());
+    for (setting, wanted) in [
+        ("update.clip_range=1e-3", "update.clip_range = 0.0001, now 0.001"),
+        ("run.seed=2", "run.seed = 1, now 2"),
+        ("task.parity.weight=2.0", "task.parity.weight = 1.0, now 2.0"),
+        ("ema.decay=0.5", "ema.decay"),
+        ("run.iterations=3", "run.iterations is 3"),
+    ] {
+        let settings = [&FOUR[..], &[setting]].concat();
+        let done = run_within(command(1, files.root(), &settings, &["--resume", "auto"]), LIMIT);
+        assert_eq!(done.status.code(), Some(2), "{setting}\n{}", done.stderr);
+        assert!(done.stderr.lines().count() == 1 && done.stderr.contains(wanted), "{setting}: {}", done.stderr);
     }
-    resume(1, &stopped, &sparse).expect_success("resume");
-    assert_same(&through, &stopped, "signals");
-}
-
-#[test]
-fn a_changed_config_is_not_resumed() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("run");
-    run(1, &out, &["run.iterations=1"]);
-    for changed in ["update.clip_range=1e-3", "run.seed=9", "task.composition.weight=0.5", "rollout.steps=7"] {
-        let done = resume(1, &out, &[changed]);
-        assert_eq!(done.status.code(), Some(2), "{changed}: {}", done.stderr);
-        assert!(done.stderr.contains("another config"), "{changed}: {}", done.stderr);
-        assert_eq!(done.stderr.trim().lines().count(), 1, "{}", done.stderr);
-    }
-}
-
-#[test]
-fn failures_at_work_name_the_file_and_end_all_ranks() {
-    let folder = tempfile::tempdir().unwrap();
     for ranks in [1, 2] {
-        let out: PathBuf = folder.path().join(format!("run{ranks}"));
-        let _alone = one_at_a_time();
-        let begun = Instant::now();
-        let mut child = command(ranks, &out, &["run.iterations=50"]);
-        // a file where the shards' folder should be: made as soon as the run's folder is there
-        let blocker = out.join("trajectories");
-        let watched = out.clone();
-        let blocking = std::thread::spawn(move || {
-            while !watched.is_dir() && begun.elapsed() < LIMIT {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            fs::write(blocker, "in the way").unwrap();
-        });
-        child.stdin(Stdio::null());
-        let done = run_within(child, LIMIT);
-        blocking.join().unwrap();
-        assert_eq!(done.status.code(), Some(1), "{ranks} ranks: {}", done.stderr);
-        assert!(done.stderr.contains("trajectories/iteration-000001"), "{}", done.stderr);
+        let done = train(ranks, files.root(), &FOUR, &["--resume", "auto"]);
+        assert!(done.stdout.contains("all 4 iterations are done"), "{}", done.stdout);
     }
+    assert!(files_below(files.root()) == before, "a refused or finished run changed its folder");
 }
 
 #[test]
-fn shards_and_checkpoints_are_readable_by_h5py() {
-    let Some(python) = std::env::var_os("RLDIFF_TEST_PYTHON").filter(|p| !p.is_empty()) else {
-        eprintln!("SKIPPED: RLDIFF_TEST_PYTHON is not set (a Python with h5py)");
+fn earlier_results_are_moved_aside() {
+    let _alone = one_at_a_time();
+    let files = copy_until(straight(), 4, "runs-aside");
+    let before = fs::read(files.metrics()).unwrap();
+    // no iteration at all: base and tuned model are the same
+    train(1, files.root(), &["run.iterations=0"], &[]);
+    let aside = RunFiles::new(files.root().with_file_name("run.1"));
+    assert_eq!(fs::read(aside.metrics()).unwrap(), before);
+    assert!(checkpoint(&aside, 4).exists() && !files.checkpoints().exists());
+    let summary = Summary::read(&files.summary()).unwrap();
+    assert!(summary.tasks.iter().all(|task| task.base == task.tuned && task.difference.mean == 0.0));
+}
+
+#[test]
+fn other_programs_read_the_hdf5_files() {
+    let Some(python) = std::env::var_os("RLDIFF_TEST_PYTHON") else {
+        eprintln!("SKIPPED: set RLDIFF_TEST_PYTHON to a python with h5py to read the HDF5 files with it");
         return;
     };
-    let folder = tempfile::tempdir().unwrap();
-    let short = ["run.iterations=2", "pretrain.mode=off"];
-    run(2, &folder.path().join("selected"), &short);
-    run(
-        1,
-        &folder.path().join("all"),
-        &[&short[..], &["trajectories.latents=all", "trajectories.precision=f16"]].concat(),
-    );
-    let mut command = Command::new(python);
-    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/read_shards.py")).arg(folder.path());
-    let done = run_within(command, LIMIT).expect_success("h5py");
-    assert!(done.stdout.contains("all shards are as documented"), "{}", done.stdout);
+    let _alone = one_at_a_time();
+    let mut reader = Command::new(python);
+    reader.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/read_hdf5.py"));
+    reader.args([straight().root(), on_two_ranks().root()]);
+    let done = run_within(reader, LIMIT).expect_success("h5py");
+    assert_eq!(done.stdout.trim(), "ok");
+}
+
+/// Expects the run to end with a failure that names `file`, without waiting for anything.
+fn fails(command: Command, file: &str) {
+    let done = run_within(command, LIMIT);
+    assert!(!done.status.success(), "no failure\n{}", done.stderr);
+    assert!(done.stderr.contains(file), "{file} is not named\n{}", done.stderr);
+    // start, one iteration and the end of all ranks; six seconds were observed on two busy cores
+    assert!(done.took < Duration::from_secs(60), "took {:?}", done.took);
+}
+
+#[test]
+fn files_that_cannot_be_written_end_all_ranks() {
+    let _alone = one_at_a_time();
+    let files = copy_until(straight(), 2, "runs-blocked");
+    fs::remove_dir_all(files.trajectories()).unwrap();
+    fs::write(files.trajectories(), b"in the way").unwrap();
+    fails(command(2, files.root(), &FOUR, &["--resume", "auto"]), "trajectories/iteration-000002");
+
+    let blocked = files.checkpoints().join("iteration-000003.partial");
+    fs::write(&blocked, b"in the way").unwrap();
+    let settings = [&FOUR[..], &["trajectories.every=0"]].concat();
+    fails(command(2, files.root(), &settings, &["--resume", "auto"]), "iteration-000003.partial");
+    assert!(checkpoint(&files, 2).exists() && !checkpoint(&files, 3).exists());
+
+    // out of the way, it goes on
+    fs::remove_file(&blocked).unwrap();
+    fs::remove_file(files.trajectories()).unwrap();
+    train(1, files.root(), &FOUR, &["--resume", "auto"]);
+    assert_same_run(straight(), &files, 4);
+}
+
+/// From the moment the run's folder is there, rank 1 may write no file of more than four kilobytes.
+fn limit_rank_1(files: &RunFiles) {
+    let is_rank_1 = |pid: &i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let ranks = [&b"PMI_RANK=1"[..], b"OMPI_COMM_WORLD_RANK=1"];
+        name.trim() == "rldiff" && environment.split(|&byte| byte == 0).any(|variable| ranks.contains(&variable))
+    };
+    let started = Instant::now();
+    while !files.config().exists() {
+        assert!(started.elapsed() < LIMIT, "the run did not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = descendants(std::process::id() as i32).into_iter().find(is_rank_1).expect("there is a rank 1");
+    let limit = libc::rlimit { rlim_cur: 4096, rlim_max: 4096 };
+    // SAFETY: `limit` outlives the call, and the old limit is not asked for.
+    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// One rank cannot write its shard, of trajectories or of the checkpoint: all end, and the file is named.
+#[test]
+fn a_failure_of_one_rank_ends_all() {
+    let _alone = one_at_a_time();
+    for (every, file) in [("1", "composition-rank-001.h5"), ("0", "shard-001.h5")] {
+        let files = RunFiles::new(empty_folder("runs-one-fails").join("run"));
+        // without the signal a write beyond the limit is an error like that of a full disk
+        let mut command = mpirun(2);
+        command.args(["sh", "-c", "trap '' XFSZ; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_rldiff")]);
+        command.args(set(&SMALL)).arg("--out").arg(files.root());
+        command.args(["--set", "run.iterations=1", "--set", &format!("trajectories.every={every}")]);
+        std::thread::scope(|scope| {
+            scope.spawn(|| limit_rank_1(&files));
+            fails(command, file);
+        });
+        assert!(!files.summary().exists() && !checkpoint(&files, 1).exists());
+    }
+}
+
+#[test]
+#[ignore = "long: eight ranks"]
+fn eight_ranks_compute_the_same_bits_as_one() {
+    let _alone = one_at_a_time();
+    let settings = ["run.lanes=8", "task.composition.samples=8", "task.parity.samples=16", "task.preference.samples=8"];
+    let folder = empty_folder("runs-eight-ranks");
+    let runs = [1, 4, 8].map(|ranks| {
+        let files = RunFiles::new(folder.join(format!("ranks-{ranks}")));
+        train(ranks, files.root(), &settings, &[]);
+        files
+    });
+    assert_same_run(&runs[0], &runs[1], 2);
+    assert_same_run(&runs[0], &runs[2], 2);
 }

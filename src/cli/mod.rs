@@ -101,8 +101,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(e) => {
             if first {
-                // nobody is left to tell if the screen is gone
-                let _ = e.print();
+                print_usage(&e);
             }
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
@@ -123,6 +122,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             comm.abort(1)
         }
     }
+}
+
+/// Help as clap lays it out, a mistake as one line like all others.
+fn print_usage(error: &clap::Error) {
+    use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
+        // nobody is left to tell if the screen is gone
+        let _ = error.print();
+        return;
+    }
+    let text = error.to_string();
+    let message = text.split("\n\n").next().unwrap_or_default();
+    eprintln!("{} (see rldiff --help)", message.split_whitespace().collect::<Vec<_>>().join(" "));
 }
 
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {

@@ -15,7 +15,7 @@ use crate::{
     prompts::Prompt,
     run::load_with_adapters,
     task::{NoiseOf, Roller},
-    telemetry::{image_grid, save_png, GridRow, Picture},
+    telemetry::{can_be_folder, image_grid, save_png, GridRow, Picture},
 };
 
 #[derive(clap::Args)]
@@ -75,6 +75,7 @@ struct Drawn {
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let prompts = prompts(&args).or_mistake()?;
+    agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
     tch::set_num_threads(1);
     let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm).or_mistake()?;
     let latent_shape = latent_shape(&pipeline, &args).or_mistake()?;

@@ -7,7 +7,10 @@ mod trajectories;
 
 pub use resume::Resume;
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{ensure, Context, Result};
 use tch::Device;
@@ -25,7 +28,7 @@ use crate::{
     },
     policy::lanes::Lanes,
     signals, store,
-    telemetry::RunFiles,
+    telemetry::{can_be_folder, RunFiles, Summary},
     train::Trainer,
 };
 use recorder::Recorder;
@@ -87,6 +90,8 @@ pub struct Run<'a> {
     trainer: Trainer<'a>,
     /// Iterations that a checkpoint holds.
     done: u64,
+    /// That checkpoint.
+    origin: Option<PathBuf>,
     started: Instant,
 }
 
@@ -97,8 +102,9 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         config.validate()?;
         Lanes::new(config.run.lanes, comm)?;
+        agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
         let mut trainer = Trainer::new(config, comm, load_for_training(config, comm)?)?;
-        let mut done = 0;
+        let (mut done, mut origin) = (0, None);
         if let Some(loaded) = resume::find(resume, &files, comm)? {
             let checkpoint = &loaded.checkpoint;
             if comm.rank() == 0 {
@@ -110,6 +116,7 @@ impl<'a> Run<'a> {
                 .restore(checkpoint)
                 .with_context(|| format!("cannot resume from {}", loaded.path.display()))?;
             done = checkpoint.iteration;
+            origin = Some(loaded.path.clone());
             ensure!(
                 done <= config.run.iterations,
                 "{} has {done} iterations, run.iterations is {}",
@@ -120,14 +127,14 @@ impl<'a> Run<'a> {
                 log::info!("resuming {} after iteration {done}", loaded.path.display());
             }
         }
-        Ok(Run { config, comm, files, trainer, done, started })
+        Ok(Run { config, comm, files, trainer, done, origin, started })
     }
 
     /// Trains, evaluates and writes everything, or saves and leaves when a signal asks for it. A collective call.
     pub fn go(mut self) -> Result<Ending> {
         let (config, comm) = (self.config, self.comm);
         let first = comm.rank() == 0;
-        if self.done == config.run.iterations && self.files.summary().exists() {
+        if self.is_finished()? {
             if first {
                 println!(
                     "{}: all {} iterations are done; see {}",
@@ -178,10 +185,21 @@ impl<'a> Run<'a> {
         Ok(Ending::Complete)
     }
 
+    /// Whether all iterations are done and the results are theirs, not those of the run before it was extended. Rank 0
+    /// looks.
+    fn is_finished(&self) -> Result<bool> {
+        let has_results = || Summary::read(&self.files.summary()).is_ok_and(|s| s.iterations == self.done);
+        let mut finished =
+            vec![u8::from(self.comm.rank() == 0 && self.done == self.config.run.iterations && has_results())];
+        self.comm.broadcast_bytes(&mut finished, 0)?;
+        Ok(finished == [1])
+    }
+
     /// Rank 0, before the first iteration: the folder and its writers.
     fn begin(&self, config_toml: &str) -> Result<Recorder> {
-        if self.done == 0 {
-            resume::move_aside(self.files.root())?;
+        match &self.origin {
+            None => resume::move_aside(self.files.root())?,
+            Some(checkpoint) => resume::return_to(checkpoint, self.done, &self.files)?,
         }
         Recorder::create(self.config, config_toml, &self.files, self.done)
     }

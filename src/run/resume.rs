@@ -41,7 +41,7 @@ pub fn find(resume: &Resume, files: &RunFiles, comm: &dyn Communicator) -> Resul
 }
 
 /// A resumed run equals the uninterrupted one only under the config it was started with; what may change is where it
-/// ends, what it writes and how it evaluates.
+/// ends, what it writes and how it evaluates. (The checkpoint has the U-Net only, so the model must be the same.)
 pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     let stored = load::parse(&checkpoint.config_toml, "the checkpoint's config", &[])?;
     let mut wanted = config.clone();
@@ -49,7 +49,6 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
-    wanted.model = stored.model.clone();
     wanted.trajectories = stored.trajectories.clone();
     wanted.evaluation = stored.evaluation.clone();
     for (task, before) in wanted.tasks.iter_mut().zip(&stored.tasks) {
@@ -58,10 +57,54 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     if wanted == stored {
         return Ok(());
     }
-    let (before, now) = (toml::to_string(&stored)?, toml::to_string(&wanted)?);
-    let changed = before.lines().zip(now.lines()).find(|(a, b)| a != b);
-    let (before, now) = changed.unwrap_or(("fewer or more settings", "fewer or more settings"));
-    bail!("the checkpoint was made with another config ({before}; now {now}): resume with the same one, or start anew")
+    let (before, now) = (toml::Value::try_from(&stored)?, toml::Value::try_from(&wanted)?);
+    let difference = first_difference("", &before, &now).unwrap_or_default();
+    bail!("the checkpoint was made with another config: {difference}; resume with the same one, or start anew")
+}
+
+/// The first setting in which two configs differ, addressed as on the command line, with both values.
+fn first_difference(key: &str, before: &toml::Value, now: &toml::Value) -> Option<String> {
+    use toml::Value::{Array, Table};
+    let inside = |part: &str| if key.is_empty() { part.to_string() } else { format!("{key}.{part}") };
+    match (before, now) {
+        (Table(a), Table(b)) if a.keys().eq(b.keys()) => {
+            a.iter().zip(b.values()).find_map(|((part, x), y)| first_difference(&inside(part), x, y))
+        }
+        (Array(a), Array(b)) if a.len() == b.len() => a.iter().zip(b).enumerate().find_map(|(i, (x, y))| {
+            let name = x.get("name").and_then(toml::Value::as_str).map_or(i.to_string(), String::from);
+            first_difference(&inside(&name), x, y)
+        }),
+        (Array(a), Array(b)) => Some(format!("{} {key}s, now {}", a.len(), b.len())),
+        _ if before == now => None,
+        _ => Some(format!("{key} = {before}, now {now}")),
+    }
+}
+
+/// Makes the results' folder what it was when the run had done `done` iterations at `checkpoint`. Where the checkpoint
+/// is another folder's, what is here is moved aside and that folder's metrics are taken over. Trajectories of later
+/// iterations go: the run will write them again, perhaps on fewer ranks. (Metrics are cut when they are opened.)
+pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
+    let here = fs::canonicalize(files.checkpoints()).ok();
+    let there = checkpoint.parent().and_then(|folder| fs::canonicalize(folder).ok());
+    if here.is_none() || here != there {
+        move_aside(files.root())?;
+        files.create()?;
+        let of_run = there.as_deref().and_then(Path::parent).map(|root| RunFiles::new(root).metrics());
+        if let Some(metrics) = of_run.filter(|path| path.is_file()) {
+            fs::copy(&metrics, files.metrics()).with_context(|| format!("cannot copy {}", metrics.display()))?;
+        }
+        return Ok(());
+    }
+    let Ok(shards) = fs::read_dir(files.trajectories()) else { return Ok(()) };
+    for entry in shards {
+        let path = entry?.path();
+        let iteration =
+            path.file_name().and_then(|name| name.to_str()?.strip_prefix("iteration-")?.parse::<u64>().ok());
+        if iteration.is_some_and(|iteration| iteration >= done) {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Renames what an earlier run left, so that nothing is lost.

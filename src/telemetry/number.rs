@@ -1,12 +1,12 @@
 //! Numbers in JSON, without loss: a finite f64 as its shortest round-trip form, the others as "NaN", "inf", "-inf".
 //!
 //! JSON has no word for a number that is not finite, and the usual way out, `null`, hides which of the three it was.
-//! For serde: `#[serde(with = "super::number")]`.
+//! For serde: `#[serde(with = "number")]`.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-pub(super) fn to_value(number: f64) -> Value {
+pub(crate) fn to_value(number: f64) -> Value {
     match serde_json::Number::from_f64(number) {
         Some(finite) => Value::Number(finite),
         None => Value::String(word(number).to_owned()),
@@ -14,7 +14,7 @@ pub(super) fn to_value(number: f64) -> Value {
 }
 
 /// `None` if `value` is neither a number nor one of the three words.
-pub(super) fn from_value(value: &Value) -> Option<f64> {
+pub(crate) fn from_value(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
         Value::String(text) => match text.as_str() {
@@ -37,11 +37,11 @@ fn word(number: f64) -> &'static str {
     }
 }
 
-pub(super) fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
     to_value(*number).serialize(serializer)
 }
 
-pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     let value = Value::deserialize(deserializer)?;
     from_value(&value).ok_or_else(|| {
         serde::de::Error::custom(format!("expected a number, \"NaN\", \"inf\" or \"-inf\", got {value}"))

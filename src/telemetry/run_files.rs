@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 
 /// The files of one run.
 ///
@@ -83,6 +83,14 @@ impl RunFiles {
     }
 }
 
+/// Whether `path` is a folder or could be made one: the nearest thing on the way to it that exists is a folder.
+pub fn can_be_folder(path: &Path) -> Result<()> {
+    match path.ancestors().find(|p| p.exists()) {
+        Some(existing) if !existing.is_dir() => bail!("{} is not a folder", existing.display()),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,5 +111,9 @@ mod tests {
         std::fs::write(folder.path().join("runs"), b"").unwrap();
         let error = RunFiles::new(folder.path().join("runs/joint")).create().unwrap_err();
         assert!(format!("{error:#}").contains("runs/joint"), "{error:#}");
+        let error = can_be_folder(&folder.path().join("runs/joint/model")).unwrap_err().to_string();
+        assert!(error.ends_with("runs is not a folder"), "{error}");
+        can_be_folder(&folder.path().join("results/joint")).unwrap();
+        can_be_folder(Path::new("results")).unwrap();
     }
 }

@@ -103,3 +103,63 @@ fn stop(child: &mut Child) {
         let _ = child.wait();
     }
 }
+
+/// An empty folder of this name for a test's files; what an earlier run of the test left is removed.
+pub fn empty_folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// The program on `ranks` ranks (one rank: without a launcher) in `folder`; add its arguments.
+pub fn rldiff(ranks: usize, folder: &Path) -> Command {
+    let program = env!("CARGO_BIN_EXE_rldiff");
+    let mut command = if ranks == 1 { Command::new(program) } else { mpirun(ranks) };
+    if ranks > 1 {
+        command.arg(program);
+    }
+    command.current_dir(folder).env("OMP_NUM_THREADS", "1");
+    command
+}
+
+/// Settings that make the embedded joint experiment small: a second of work per iteration.
+pub const SMALL: [&str; 14] = [
+    "run.iterations=2",
+    "run.checkpoint_every=1",
+    "run.keep_checkpoints=9",
+    "run.lanes=4",
+    "update.timesteps=2",
+    "pretrain.batch_per_lane=2",
+    "evaluation.pictures=2",
+    "task.composition.samples=4",
+    "task.composition.evaluation_samples=4",
+    "task.parity.images_per_prompt=2",
+    "task.parity.samples=8",
+    "task.parity.evaluation_samples=8",
+    "task.preference.samples=4",
+    "task.preference.evaluation_samples=4",
+];
+
+/// `--set` before each setting.
+pub fn set<'a>(settings: &[&'a str]) -> Vec<&'a str> {
+    settings.iter().flat_map(|setting| ["--set", *setting]).collect()
+}
+
+/// All files below `folder`, sorted, with their contents.
+pub fn files_below(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files_below(&path));
+        } else {
+            let bytes = std::fs::read(&path).unwrap();
+            found.push((path, bytes));
+        }
+    }
+    found.sort();
+    found
+}

@@ -6,7 +6,11 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{list, manifest::Manifest, Checkpoint, ParameterEntry, FORMAT};
+use super::{
+    list,
+    manifest::{self, Manifest},
+    Checkpoint, ParameterEntry, FORMAT,
+};
 use crate::{comm::Communicator, store::h5};
 
 /// A checkpoint with what is to be said about it.
@@ -30,6 +34,7 @@ pub fn load_latest(checkpoints: &Path, comm: &dyn Communicator) -> Result<Option
 /// Loads the checkpoint in `path`. A collective call.
 pub fn load(path: &Path, comm: &dyn Communicator) -> Result<Loaded> {
     let found = (comm.rank() == 0).then(|| {
+        ensure!(path.join(manifest::NAME).is_file(), "{} holds no checkpoint", path.display());
         let checkpoint = read(path)?;
         Ok(Some(Loaded { checkpoint, path: path.to_path_buf(), warnings: Vec::new() }))
     });

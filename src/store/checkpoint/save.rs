@@ -28,8 +28,9 @@ pub struct SaveReport {
     pub bytes: u64,
 }
 
-/// Saves the state to `checkpoints/iteration-N` and removes all but the newest `keep_last`. A collective call; an
-/// error on one rank is an error on all, and leaves what was there before.
+/// Saves the state to `checkpoints/iteration-N` and removes all but the newest `keep_last`. Later ones, which a run
+/// that went back leaves behind, are removed first: they would outlive what is saved now. A collective call; an error
+/// on one rank is an error on all, and leaves what was there before.
 pub fn save(
     checkpoints: &Path,
     checkpoint: &CheckpointRef,
@@ -58,7 +59,7 @@ pub fn save(
         };
         manifest.write(&partial)?;
         publish(&partial, &path)?;
-        remove_old(checkpoints, keep_last)
+        remove_others(checkpoints, checkpoint.iteration, keep_last)
     };
     agree(comm, if comm.rank() == 0 { finish() } else { Ok(()) })?;
     Ok(SaveReport { path, took: started.elapsed(), bytes: entry.bytes })
@@ -110,6 +111,10 @@ fn write_shard(folder: &Path, checkpoint: &CheckpointRef, comm: &dyn Communicato
 fn publish(partial: &Path, path: &Path) -> Result<()> {
     let replaced = path.with_extension("replaced");
     if path.exists() {
+        if replaced.exists() {
+            // of a save that was interrupted between its last two steps
+            fs::remove_dir_all(&replaced).with_context(|| format!("cannot remove {}", replaced.display()))?;
+        }
         fs::rename(path, &replaced).with_context(|| format!("cannot replace {}", path.display()))?;
     }
     fs::rename(partial, path).with_context(|| format!("cannot rename {}", partial.display()))?;
@@ -121,9 +126,10 @@ fn publish(partial: &Path, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn remove_old(checkpoints: &Path, keep_last: usize) -> Result<()> {
+fn remove_others(checkpoints: &Path, newest: u64, keep_last: usize) -> Result<()> {
     let all = list(checkpoints).with_context(|| format!("cannot read {}", checkpoints.display()))?;
-    for (_, path) in all.iter().rev().skip(keep_last) {
+    let (kept, later): (Vec<_>, Vec<_>) = all.iter().partition(|(iteration, _)| *iteration <= newest);
+    for (_, path) in later.into_iter().chain(kept.into_iter().rev().skip(keep_last)) {
         fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(())

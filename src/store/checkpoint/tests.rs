@@ -80,6 +80,22 @@ fn only_the_newest_stay_and_nothing_temporary() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
 }
 
+/// A run that fell back past damaged checkpoints must not remove its new one for being older than those.
+#[test]
+fn what_is_saved_outlives_what_was_saved_later_before() {
+    let folder = tempfile::tempdir().unwrap();
+    for iteration in [1, 5, 6] {
+        store(folder.path(), iteration, 0.0, 9);
+    }
+    fs::create_dir(folder.path().join("iteration-000002.replaced")).unwrap();
+    fs::write(folder.path().join("iteration-000002.replaced/shard-000.h5"), b"interrupted").unwrap();
+    store(folder.path(), 2, 1.0, 1);
+    store(folder.path(), 2, 2.0, 1);
+    let newest = load_latest(folder.path(), &Local).unwrap().unwrap().checkpoint;
+    assert_eq!((newest.iteration, newest.vector("weights").unwrap()), (2, &state(2.0).weights[..]));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
 /// Flips one bit in every 97th byte position of every file in turn: each must be noticed, and the one before used.
 #[test]
 fn every_damage_is_noticed_before_hdf5_sees_the_file() {
