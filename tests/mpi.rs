@@ -3,11 +3,15 @@
 
 mod common;
 
-use common::{mpirun, one_at_a_time, run_within, Finished};
+use common::{empty_folder, mpirun, one_at_a_time, run_within, Finished};
 use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
+use rldiff::store::{self, CheckpointRef, ParameterEntry};
+use serde_json::json;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const CASE: &str = "RLDIFF_TEST_CASE";
+const FOLDER: &str = "RLDIFF_TEST_FOLDER";
 
 /// Runs `case` on `ranks` ranks; `extra` are environment variables.
 fn launch(ranks: usize, case: &str, extra: &[(&str, &str)]) -> Finished {
@@ -44,6 +48,9 @@ fn rank_body() {
         "panic" => one_panics(comm, false),
         "panic in a thread" => one_panics(comm, true),
         "abort" => one_aborts(comm),
+        "save" => save(comm),
+        "load" => load(comm),
+        "failing save" => failing_save(comm),
         other => panic!("unknown case {other}"),
     }
     // one write, so that the lines of several ranks stay whole
@@ -146,6 +153,93 @@ fn one_aborts(comm: &dyn Communicator) {
         comm.abort(2);
     }
     comm.barrier().unwrap();
+}
+
+/// Elements of the checkpoints by iteration: none, fewer than ranks, and a number that no number of ranks divides.
+const ELEMENTS: [usize; 3] = [0, 2, 50_003];
+
+fn folder() -> PathBuf {
+    std::env::var_os(FOLDER).expect("set by the test").into()
+}
+
+/// A checkpoint of `weights` and `moments`.
+fn save_vectors(
+    comm: &dyn Communicator,
+    folder: &std::path::Path,
+    iteration: u64,
+    weights: &[f32],
+    moments: &[f32],
+) -> anyhow::Result<()> {
+    let meta = json!({"optimizer_steps": 7, "share": 0.1 + 0.2});
+    let layout = [ParameterEntry { name: "conv.weight".into(), shape: vec![weights.len()], offset: 0 }];
+    let vectors = vec![("weights", weights), ("exp_avg", moments)];
+    let checkpoint = CheckpointRef { iteration, meta: &meta, config_toml: "[run]\n", layout: &layout, vectors };
+    store::save(folder, &checkpoint, 9, comm).map(drop)
+}
+
+fn save(comm: &dyn Communicator) {
+    for (iteration, length) in ELEMENTS.into_iter().enumerate() {
+        let (weights, moments) = (leaf(1, length), leaf(2, length));
+        save_vectors(comm, &folder(), iteration as u64, &weights, &moments).unwrap();
+    }
+}
+
+/// Every checkpoint that any number of ranks has saved, and the newest of each folder.
+fn load(comm: &dyn Communicator) {
+    for saved_by in 1..=4 {
+        let folder = folder().join(format!("ranks-{saved_by}"));
+        for (iteration, length) in ELEMENTS.into_iter().enumerate() {
+            let loaded = store::load(&folder.join(format!("iteration-{iteration:06}")), comm).unwrap().checkpoint;
+            let what = format!("{length} elements, saved by {saved_by}, loaded by {}", comm.size());
+            assert_eq!((loaded.iteration, loaded.config_toml.as_str()), (iteration as u64, "[run]\n"), "{what}");
+            assert_eq!(loaded.meta, json!({"optimizer_steps": 7, "share": 0.1 + 0.2}), "{what}");
+            assert_eq!(loaded.layout[0].shape, [length], "{what}");
+            assert_same_bits(loaded.vector("weights").unwrap(), &leaf(1, length), &what);
+            assert_same_bits(loaded.vector("exp_avg").unwrap(), &leaf(2, length), &what);
+        }
+        let newest = store::load_latest(&folder, comm).unwrap().expect("there are checkpoints");
+        assert_eq!((newest.checkpoint.iteration, newest.warnings.len()), (2, 0));
+    }
+}
+
+/// The last rank's vectors do not fit together: all ranks get its error, and the checkpoint before stays the newest.
+fn failing_save(comm: &dyn Communicator) {
+    let (folder, last) = (folder(), comm.size() - 1);
+    let values = leaf(1, 101);
+    save_vectors(comm, &folder, 1, &values, &values).unwrap();
+    let moments = if comm.rank() == last { &values[..100] } else { &values };
+    let error = save_vectors(comm, &folder, 2, &values, moments).unwrap_err().to_string();
+    assert_eq!(error, format!("rank {last}: vector exp_avg has 100 elements, the first has 101"));
+    assert_eq!(store::load_latest(&folder, comm).unwrap().unwrap().checkpoint.iteration, 1);
+    save_vectors(comm, &folder, 2, &values, &values).unwrap();
+    assert_eq!(store::load_latest(&folder, comm).unwrap().unwrap().checkpoint.iteration, 2);
+    // what rank 0 finds is the same error everywhere
+    let error = store::load(&folder.join("nothing"), comm).unwrap_err().to_string();
+    assert!(error.ends_with("nothing holds no checkpoint"), "{error}");
+}
+
+#[test]
+fn checkpoints_are_loaded_bit_for_bit_by_any_number_of_ranks() {
+    let folder = empty_folder("mpi-checkpoints");
+    for ranks in 1..=4 {
+        succeeds(ranks, "save", &[(FOLDER, folder.join(format!("ranks-{ranks}")).to_str().unwrap())]);
+        let shards = std::fs::read_dir(folder.join(format!("ranks-{ranks}/iteration-000002"))).unwrap().count();
+        assert_eq!(shards, ranks + 1, "one shard per rank and the manifest");
+    }
+    for ranks in 1..=4 {
+        succeeds(ranks, "load", &[(FOLDER, folder.to_str().unwrap())]);
+    }
+    let digests = (1..=4).map(|ranks| store::digest(&folder.join(format!("ranks-{ranks}"))).unwrap());
+    let digests: Vec<String> = digests.collect();
+    assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+}
+
+#[test]
+fn an_error_of_one_rank_during_a_save_is_an_error_on_all() {
+    for ranks in [1, 2, 3] {
+        let folder = empty_folder("mpi-failing-save");
+        succeeds(ranks, "failing save", &[(FOLDER, folder.to_str().unwrap())]);
+    }
 }
 
 #[test]

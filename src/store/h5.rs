@@ -20,6 +20,9 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> 
     written.with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// Bytes by which a file in memory grows at least.
+const GROWTH: usize = 1 << 16;
+
 fn temporary_name(path: &Path) -> PathBuf {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
@@ -28,7 +31,9 @@ fn temporary_name(path: &Path) -> PathBuf {
 fn fill_and_rename(temporary: &Path, path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
     let folder = path.parent().context("a file without a folder")?;
     fs::create_dir_all(folder)?;
-    let file = hdf5::File::create(temporary)?;
+    // In memory until it is closed: where a full disk makes HDF5 fail on the way, datasets are closed with an error
+    // that nobody sees, and closing the file then crashes the process (HDF5 2.2). Costs the file's size in memory.
+    let file = hdf5::File::with_options().with_fapl(|access| access.core_options(GROWTH, true)).create(temporary)?;
     fill(&file)?;
     file.close()?;
     File::open(temporary)?.sync_all()?;
