@@ -11,6 +11,7 @@ mod eval;
 mod inspect;
 mod pretrain;
 mod sample;
+mod tokenize;
 mod train;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -52,6 +53,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Print versions and paths of everything in use and try each with a small real operation.
     Doctor(doctor::Args),
+    /// Print the token ids of prompts read from standard input, one JSON array per line.
+    Tokenize(tokenize::Args),
     /// Measure speed.
     Bench(bench::Args),
 }
@@ -132,6 +135,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<(), Failure> {
         Some(Command::Eval(args)) => eval::run(args, comm),
         Some(Command::Pretrain(args)) => pretrain::run(args, comm),
         Some(Command::Doctor(args)) => doctor::run(args, comm),
+        Some(Command::Tokenize(args)) => tokenize::run(args, comm),
         Some(Command::Bench(args)) => bench::run(args, comm),
     }
 }

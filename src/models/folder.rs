@@ -55,16 +55,7 @@ impl ModelFiles {
     /// # Errors
     /// Names the missing or damaged file.
     pub fn read(location: &ModelLocation) -> Result<Self> {
-        let origin = match location {
-            ModelLocation::Disk(dir) => {
-                if !dir.is_dir() {
-                    bail!("model folder {} does not exist", dir.display());
-                }
-                dir.display().to_string()
-            }
-            ModelLocation::Embedded(_) => "embedded miniature".to_string(),
-        };
-        let mut files = ModelFiles { origin, ..Default::default() };
+        let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
         for &(path, required) in TEXT_FILES {
             match location.bytes(path)? {
                 Some(bytes) => drop(files.texts.insert(path.to_string(), bytes.to_vec())),
@@ -80,6 +71,26 @@ impl ModelFiles {
                 tensors = modernise_vae_names(tensors)?;
             }
             files.weights.insert(component.to_string(), tensors);
+        }
+        Ok(files)
+    }
+
+    /// Reads only what the tokenizer needs: `tokenizer/`, and `text_encoder/config.json` where it is there. A folder
+    /// that itself holds `vocab.json` is taken for the `tokenizer/` of a model.
+    pub fn read_tokenizer(location: &ModelLocation) -> Result<Self> {
+        let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
+        let bare = location.bytes("vocab.json")?.is_some();
+        for &(path, required) in TEXT_FILES {
+            let inside = path.strip_prefix("tokenizer/");
+            if inside.is_none() && path != "text_encoder/config.json" {
+                continue;
+            }
+            let on_disk = inside.filter(|_| bare).unwrap_or(path);
+            match location.bytes(on_disk)? {
+                Some(bytes) => drop(files.texts.insert(path.to_string(), bytes.to_vec())),
+                None if required && inside.is_some() => bail!("{}: {on_disk} is missing", files.origin),
+                None => {}
+            }
         }
         Ok(files)
     }
@@ -143,6 +154,15 @@ impl ModelFiles {
 }
 
 impl ModelLocation {
+    /// The folder's name for errors, if there is a folder.
+    fn origin(&self) -> Result<String> {
+        match self {
+            ModelLocation::Disk(dir) if !dir.is_dir() => bail!("model folder {} does not exist", dir.display()),
+            ModelLocation::Disk(dir) => Ok(dir.display().to_string()),
+            ModelLocation::Embedded(_) => Ok("embedded miniature".to_string()),
+        }
+    }
+
     fn bytes(&self, path: &str) -> Result<Option<Bytes>> {
         match self {
             ModelLocation::Embedded(files) => {

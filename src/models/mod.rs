@@ -3,7 +3,7 @@
 //! ```text
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
-//! tokenizer.rs    text -> token ids          text_encoder.rs   CLIP text model
+//! tokenizer.rs, prompt_cleaning.rs   text -> token ids        text_encoder.rs   CLIP text model
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
 //! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save
@@ -15,6 +15,7 @@ pub mod folder;
 pub mod layers;
 pub mod parameters;
 pub mod pipeline;
+pub mod prompt_cleaning;
 pub mod resnet;
 pub mod text_encoder;
 pub mod time_embedding;
