@@ -12,6 +12,7 @@ mod export;
 mod inspect;
 mod pretrain;
 mod sample;
+mod tokenize;
 mod train;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -55,6 +56,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Print versions and paths of everything in use and try each with a small real operation.
     Doctor(doctor::Args),
+    /// Print the token ids of prompts read from standard input, one JSON array per line.
+    Tokenize(tokenize::Args),
     /// Measure speed.
     Bench(bench::Args),
 }
@@ -148,6 +151,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Some(Command::Export(args)) => export::run(args, comm),
         Some(Command::Pretrain(args)) => pretrain::run(args, comm),
         Some(Command::Doctor(args)) => doctor::run(args, comm),
+        Some(Command::Tokenize(args)) => tokenize::run(args, comm),
         Some(Command::Bench(args)) => bench::run(args, comm),
     }?;
     Ok(ExitCode::SUCCESS)

@@ -10,7 +10,10 @@ use anyhow::{anyhow, bail, Context, Result};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::weights::{modernise_vae_names, read_safetensors, tensor_bytes};
+use super::{
+    weight_files::{read_weights, warn_of_bad_values},
+    weights::{ensure_no_pointer, modernise_vae_names, tensor_bytes},
+};
 use crate::comm::Communicator;
 
 /// Where a model comes from.
@@ -55,31 +58,47 @@ impl ModelFiles {
     /// # Errors
     /// Names the missing or damaged file.
     pub fn read(location: &ModelLocation) -> Result<Self> {
-        let origin = match location {
-            ModelLocation::Disk(dir) => {
-                if !dir.is_dir() {
-                    bail!("model folder {} does not exist", dir.display());
-                }
-                dir.display().to_string()
-            }
-            ModelLocation::Embedded(_) => "embedded miniature".to_string(),
-        };
-        let mut files = ModelFiles { origin, ..Default::default() };
+        let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
         for &(path, required) in TEXT_FILES {
             match location.bytes(path)? {
-                Some(bytes) => drop(files.texts.insert(path.to_string(), bytes.to_vec())),
+                Some(bytes) => files.keep_text(path, &bytes)?,
                 None if required => bail!("{}: {path} is missing", files.origin),
                 None => {}
             }
         }
         for (component, stem) in COMPONENTS {
-            let path = format!("{component}/{stem}.safetensors");
-            let bytes = location.bytes(&path)?.with_context(|| format!("{}: {path} is missing", files.origin))?;
-            let mut tensors = read_safetensors(&bytes, &format!("{}: {path}", files.origin))?;
+            let mut tensors = read_weights(location, &files.origin, component, stem)?;
+            warn_of_bad_values(&tensors, &format!("{}: {component}", files.origin));
             if component == "vae" {
-                tensors = modernise_vae_names(tensors)?;
+                tensors = modernise_vae_names(tensors).with_context(|| format!("{}: vae", files.origin))?;
             }
             files.weights.insert(component.to_string(), tensors);
+        }
+        Ok(files)
+    }
+
+    fn keep_text(&mut self, path: &str, bytes: &[u8]) -> Result<()> {
+        ensure_no_pointer(bytes, &format!("{}: {path}", self.origin))?;
+        self.texts.insert(path.to_string(), bytes.to_vec());
+        Ok(())
+    }
+
+    /// Reads only what the tokenizer needs: `tokenizer/`, and `text_encoder/config.json` where it is there. A folder
+    /// that itself holds `vocab.json` is taken for the `tokenizer/` of a model.
+    pub fn read_tokenizer(location: &ModelLocation) -> Result<Self> {
+        let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
+        let bare = location.bytes("vocab.json")?.is_some();
+        for &(path, required) in TEXT_FILES {
+            let inside = path.strip_prefix("tokenizer/");
+            if inside.is_none() && path != "text_encoder/config.json" {
+                continue;
+            }
+            let on_disk = inside.filter(|_| bare).unwrap_or(path);
+            match location.bytes(on_disk)? {
+                Some(bytes) => files.keep_text(path, &bytes)?,
+                None if required && inside.is_some() => bail!("{}: {on_disk} is missing", files.origin),
+                None => {}
+            }
         }
         Ok(files)
     }
@@ -143,7 +162,17 @@ impl ModelFiles {
 }
 
 impl ModelLocation {
-    fn bytes(&self, path: &str) -> Result<Option<Bytes>> {
+    /// The folder's name for errors, if there is a folder.
+    fn origin(&self) -> Result<String> {
+        match self {
+            ModelLocation::Disk(dir) if !dir.is_dir() => bail!("model folder {} does not exist", dir.display()),
+            ModelLocation::Disk(dir) => Ok(dir.display().to_string()),
+            ModelLocation::Embedded(_) => Ok("embedded miniature".to_string()),
+        }
+    }
+
+    /// A file's contents; None if there is no such file.
+    pub(super) fn bytes(&self, path: &str) -> Result<Option<Bytes>> {
         match self {
             ModelLocation::Embedded(files) => {
                 Ok(files.iter().find(|(p, _)| *p == path).map(|(_, b)| Bytes::Embedded(b)))
@@ -154,7 +183,7 @@ impl ModelLocation {
 }
 
 /// A file's contents without a copy.
-enum Bytes {
+pub(super) enum Bytes {
     Embedded(&'static [u8]),
     Mapped(memmap2::Mmap),
     Empty,

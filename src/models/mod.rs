@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
+//! weight_files.rs which file holds a network's weights
+//! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
-//! tokenizer.rs    text -> token ids          text_encoder.rs   CLIP text model
+//! tokenizer.rs, prompt_cleaning.rs   text -> token ids        text_encoder.rs   CLIP text model
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
 //! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save
@@ -15,12 +17,17 @@ pub mod folder;
 pub mod layers;
 pub mod lora;
 pub mod parameters;
+pub mod pickle;
 pub mod pipeline;
+pub mod prompt_cleaning;
 pub mod resnet;
 pub mod text_encoder;
 pub mod time_embedding;
 pub mod tokenizer;
+pub mod torch_file;
 pub mod unet;
 pub mod unet_config;
 pub mod vae;
+pub mod weight_files;
 pub mod weights;
+pub mod zip_entries;

@@ -108,7 +108,7 @@ impl Pipeline {
             UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
         let vae_config =
             VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
-        let tokenizer = Tokenizer::load(&files, text_config.max_position_embeddings as usize)?;
+        let tokenizer = Tokenizer::from_files(&files)?;
 
         let [text_source, unet_source, vae_source] = sources;
         let kind = Kind::Float;

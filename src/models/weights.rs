@@ -6,11 +6,17 @@ use anyhow::{bail, ensure, Context, Result};
 use safetensors::{tensor::TensorView, Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
+/// Fails if `bytes` are what Git leaves in place of a large file that was not fetched.
+pub fn ensure_no_pointer(bytes: &[u8], origin: &str) -> Result<()> {
+    if bytes.starts_with(b"version https://git-lfs") {
+        bail!("{origin} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`");
+    }
+    Ok(())
+}
+
 /// The tensors of a safetensors file held in `bytes`, in the type they are stored in. `origin` names it in errors.
 pub fn read_safetensors(bytes: &[u8], origin: &str) -> Result<BTreeMap<String, Tensor>> {
-    if bytes.starts_with(b"version https://git-lfs") {
-        bail!("{origin} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`");
-    }
+    ensure_no_pointer(bytes, origin)?;
     let file = SafeTensors::deserialize(bytes).with_context(|| format!("{origin} is not a sound safetensors file"))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
