@@ -132,7 +132,7 @@ impl Learner {
         let meta = &checkpoint.meta;
         self.optimizer.steps = meta["optimizer_steps"].as_u64().context("the checkpoint lacks optimizer_steps")?;
         self.statistics = serde_json::from_value(meta["prompt_statistics"].clone()).context("prompt_statistics")?;
-        ensure!(self.statistics.len() > 0, "the checkpoint has no prompt_statistics");
+        ensure!(!self.statistics.is_empty(), "the checkpoint has no prompt_statistics");
         self.ratio_drift = number::from_value(&meta["ratio_drift"]).context("the checkpoint lacks ratio_drift")?;
         Ok(())
     }

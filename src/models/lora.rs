@@ -144,7 +144,7 @@ mod tests {
         tch::no_grad(|| {
             for (name, t) in &adapters {
                 if name.ends_with("lora_B.weight") {
-                    let _ = t.shallow_clone().copy_(&((t.ones_like().cumsum(0, Kind::Float) * 0.7).cos() * 0.3));
+                    t.shallow_clone().copy_(&((t.ones_like().cumsum(0, Kind::Float) * 0.7).cos() * 0.3));
                 }
             }
         });
