@@ -53,6 +53,9 @@ pub struct TaskBatch {
     pub first: usize,
 }
 
+/// Sees a task's scored samples and the steps about to be trained on: (trainer, task, batch, steps).
+pub type Observe<'o> = dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()> + 'o;
+
 impl<'a> Trainer<'a> {
     pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
@@ -83,11 +86,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
-    pub fn iterate(
-        &mut self,
-        iteration: u64,
-        observe: &mut dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()>,
-    ) -> Result<Metrics> {
+    pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
         let mut log = IterationLog::new(iteration);
         for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
             // 1a–c. prompts, roll-out with the current policy, rewards, advantages
