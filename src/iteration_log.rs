@@ -185,8 +185,8 @@ mod tests {
     fn merged(values: &[f64], ranks: usize) -> (f64, usize, f64) {
         let part_of = |rank: usize| {
             let mut part = Part { flops: 1, ..Part::default() };
-            let mine = rank * values.len() / ranks..(rank + 1) * values.len() / ranks;
-            for (lane, &value) in values.iter().enumerate().take(mine.end).skip(mine.start) {
+            let per_rank = values.len() / ranks;
+            for (lane, &value) in values.iter().enumerate().skip(rank * per_rank).take(per_rank) {
                 let sums = part.lanes.entry(lane).or_default();
                 sums.add("kl".into(), value, 1);
                 sums.maximum("drift".into(), value);

@@ -131,8 +131,15 @@ impl Learner {
         self.optimizer.exp_avg_sq = exp_avg_sq;
         let meta = &checkpoint.meta;
         self.optimizer.steps = meta["optimizer_steps"].as_u64().context("the checkpoint lacks optimizer_steps")?;
-        self.statistics = serde_json::from_value(meta["prompt_statistics"].clone()).context("prompt_statistics")?;
-        ensure!(!self.statistics.is_empty(), "the checkpoint has no prompt_statistics");
+        let statistics: Vec<PromptStatistics> =
+            serde_json::from_value(meta["prompt_statistics"].clone()).context("the checkpoint's prompt_statistics")?;
+        ensure!(
+            statistics.len() == self.statistics.len(),
+            "the checkpoint has prompt_statistics of {} tasks, expected {}",
+            statistics.len(),
+            self.statistics.len()
+        );
+        self.statistics = statistics;
         self.ratio_drift = number::from_value(&meta["ratio_drift"]).context("the checkpoint lacks ratio_drift")?;
         Ok(())
     }

@@ -41,9 +41,6 @@ pub struct Trainer<'a> {
     empty_prompt: Tensor,
 }
 
-/// Looks at a task's samples: the trainer, the task's index, its batch, the denoising steps about to be trained on.
-pub type Observer<'o> = dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()> + 'o;
-
 /// A task's samples of one iteration on this rank: one batch per lane, and what the log and the shards want of them.
 pub struct TaskBatch {
     pub lanes: Vec<LaneBatch>,
@@ -55,6 +52,9 @@ pub struct TaskBatch {
     /// First sample of this rank in the global batch.
     pub first: usize,
 }
+
+/// Sees a task's scored samples and the steps about to be trained on: (trainer, task, batch, steps).
+pub type Observe<'o> = dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()> + 'o;
 
 impl<'a> Trainer<'a> {
     pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
@@ -86,7 +86,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
-    pub fn iterate(&mut self, iteration: u64, observe: &mut Observer) -> Result<Metrics> {
+    pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
         let mut log = IterationLog::new(iteration);
         for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
             // 1a–c. prompts, roll-out with the current policy, rewards, advantages

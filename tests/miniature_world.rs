@@ -7,6 +7,7 @@ use std::time::Instant;
 use rldiff::miniature::raster::{SIZE, VALUES};
 use rldiff::miniature::scene::{self, Content, MISSING_SECOND, MIXTURE, WASHED_OUT};
 use rldiff::miniature::{captions, objects, places, portraits};
+use rldiff::telemetry::{image_grid, save_png, GridRow, Picture};
 
 #[test]
 fn scenes_are_a_function_of_seed_and_index() {
@@ -111,27 +112,12 @@ fn contact_sheet() {
     let folder = tempfile::tempdir().unwrap();
     let path = std::env::var_os("RLDIFF_CONTACT_SHEET")
         .map_or_else(|| folder.path().join("scenes.png"), std::path::PathBuf::from);
-    let (columns, rows, zoom, gap) = (8, 8, 3, 6);
-    let step = (SIZE * zoom + gap) as u32;
-    let mut sheet = image::RgbImage::from_pixel(columns * step, rows * step, image::Rgb([255; 3]));
-    for index in 0..columns * rows {
-        let scene = scene::draw(5, u64::from(index));
-        for y in 0..SIZE * zoom {
-            for x in 0..SIZE * zoom {
-                let color = std::array::from_fn(|plane| {
-                    (scene.pixels[plane * SIZE * SIZE + (y / zoom) * SIZE + x / zoom] * 255.0).round() as u8
-                });
-                sheet.put_pixel(
-                    index % columns * step + x as u32,
-                    index / columns * step + y as u32,
-                    image::Rgb(color),
-                );
-            }
-        }
-        if std::env::var_os("RLDIFF_CONTACT_SHEET").is_some() {
-            println!("{index:2} {}", scene.caption);
-        }
-    }
-    sheet.save(&path).unwrap();
+    let scenes: Vec<_> = (0..64).map(|index| scene::draw(5, index)).collect();
+    let picture = |scene: &scene::Scene| Picture::from_planes(SIZE, SIZE, &scene.pixels).unwrap();
+    let rows: Vec<GridRow> = scenes
+        .chunks(8)
+        .map(|row| GridRow { caption: row[0].caption.clone(), pictures: row.iter().map(picture).collect() })
+        .collect();
+    save_png(&path, &image_grid("scenes", &rows).unwrap(), &[]).unwrap();
     assert!(std::fs::metadata(&path).unwrap().len() > 10_000);
 }
