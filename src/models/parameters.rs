@@ -92,6 +92,11 @@ impl Builder {
             Source::Tensors(tensors) => {
                 let Some(t) = tensors.remove(&full) else { bail!("tensor {full} is missing") };
                 ensure!(t.size() == shape, "tensor {full} has shape {:?}, the config asks for {shape:?}", t.size());
+                ensure!(
+                    t.is_floating_point(),
+                    "tensor {full} has type {:?}, expected floating-point numbers",
+                    t.kind()
+                );
                 t.to_kind(state.kind).to_device(state.device)
             }
             Source::Seeded(seed) => draw(*seed, &full, shape, init).to_kind(state.kind).to_device(state.device),
