@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{Failure, OrMistake};
@@ -79,7 +79,11 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     tch::set_num_threads(1);
     let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm).or_mistake()?;
     let latent_shape = latent_shape(&pipeline, &args).or_mistake()?;
-    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let schedule = SchedulerConfig::from_json(&pipeline.scheduler.to_string()).and_then(|c| Schedule::new(&c));
+    let schedule = schedule.with_context(|| format!("{}: scheduler/scheduler_config.json", args.model)).or_mistake()?;
+    if comm.rank() == 0 {
+        warn_of_cut_prompts(&pipeline, prompts.iter().map(|p| p.text.as_str()).chain([args.negative.as_str()]))?;
+    }
     let steps = schedule.steps(args.steps, args.eta).or_mistake()?;
     let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance };
     let negative = pipeline.embed(&[args.negative.as_str()])?;
@@ -115,11 +119,26 @@ fn latent_shape(pipeline: &Pipeline, args: &Args) -> Result<[i64; 3]> {
     Ok([channels, side("height", args.height, height)?, side("width", args.width, width)?])
 }
 
+fn warn_of_cut_prompts<'a>(pipeline: &Pipeline, prompts: impl Iterator<Item = &'a str>) -> Result<()> {
+    for prompt in prompts {
+        let cut = pipeline.tokenizer.encode(prompt)?.cut;
+        if cut > 0 {
+            let beginning: String = prompt.chars().take(40).collect();
+            log::warn!("the prompt that begins {beginning:?} is too long: its last {cut} tokens are cut");
+        }
+    }
+    Ok(())
+}
+
 fn prompts(args: &Args) -> Result<Vec<Prompt>> {
     let mut texts = args.prompts.clone();
     if let Some(path) = &args.file {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        texts.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(String::from));
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        for (number, line) in bytes.split(|&b| b == b'\n').enumerate() {
+            let line = std::str::from_utf8(line)
+                .map_err(|_| anyhow!("{}: line {} is not UTF-8", path.display(), number + 1))?;
+            texts.extend(Some(line.trim()).filter(|line| !line.is_empty()).map(String::from));
+        }
     }
     ensure!(!texts.is_empty(), "there is nothing to draw: give --prompt or --prompts");
     ensure!(args.images > 0 && args.steps > 0 && args.batch > 0, "--images, --steps and --batch must be at least 1");

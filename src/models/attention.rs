@@ -43,7 +43,7 @@ pub struct Attention {
 
 impl Attention {
     pub fn new(b: &Builder, channels: i64, context_channels: i64, heads: i64, upcast: bool) -> Result<Self> {
-        ensure!(channels % heads == 0, "{channels} channels do not divide into {heads} attention heads");
+        ensure!(heads > 0 && channels % heads == 0, "{channels} channels do not divide into {heads} attention heads");
         Ok(Attention {
             to_q: Linear::without_bias(&b.sub("to_q"), channels, channels)?,
             to_k: Linear::without_bias(&b.sub("to_k"), context_channels, channels)?,

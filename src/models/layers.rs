@@ -1,6 +1,6 @@
 //! The elementary layers, with PyTorch's parameter names and initial distributions.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use tch::Tensor;
 
 use super::{
@@ -84,7 +84,7 @@ pub struct GroupNorm {
 
 impl GroupNorm {
     pub fn new(b: &Builder, groups: i64, channels: i64, eps: f64) -> Result<Self> {
-        anyhow::ensure!(channels % groups == 0, "{channels} channels do not divide into {groups} norm groups");
+        ensure!(groups > 0 && channels % groups == 0, "{channels} channels do not divide into {groups} norm groups");
         Ok(GroupNorm {
             weight: b.parameter("weight", &[channels], Init::Ones)?,
             bias: b.parameter("bias", &[channels], Init::Zeros)?,

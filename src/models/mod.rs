@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
+//! model_index.rs  the classes a model may be made of
 //! weight_files.rs which file holds a network's weights
 //! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
@@ -16,6 +17,7 @@ pub mod flops;
 pub mod folder;
 pub mod layers;
 pub mod lora;
+pub mod model_index;
 pub mod parameters;
 pub mod pickle;
 pub mod pipeline;

@@ -148,6 +148,7 @@ fn take(source: &mut Source, name: &str, shape: &[i64], init: Init, kind: Kind, 
         Source::Tensors(tensors) => {
             let Some(t) = tensors.remove(name) else { bail!("tensor {name} is missing") };
             ensure!(t.size() == shape, "tensor {name} has shape {:?}, the config asks for {shape:?}", t.size());
+            ensure!(t.is_floating_point(), "tensor {name} has type {:?}, expected floating-point numbers", t.kind());
             t.to_kind(kind).to_device(device)
         }
         Source::Seeded(seed) => draw(*seed, name, shape, init).to_kind(kind).to_device(device),

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::{
     folder::{ModelFiles, COMPONENTS},
     lora::{self, LoraSettings},
+    model_index::{ensure_supported_pipeline, ensure_supported_scheduler},
     parameters::{Builder, Parameters, Source},
     text_encoder::{TextConfig, TextEncoder},
     tokenizer::Tokenizer,
@@ -51,6 +52,34 @@ impl Default for Build {
 /// Tensor names that checkpoints carry though no layer needs them.
 fn harmless(name: &str) -> bool {
     name.ends_with("position_ids")
+}
+
+const INDEX: &str = "model_index.json";
+const SCHEDULER: &str = "scheduler/scheduler_config.json";
+
+/// Fails where one part makes what the next cannot take.
+fn ensure_they_fit(tokenizer: &Tokenizer, text: &TextConfig, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
+    ensure!(
+        i64::from(tokenizer.largest_id) < text.vocab_size,
+        "tokenizer/vocab.json holds id {}, text_encoder/config.json says vocab_size = {}",
+        tokenizer.largest_id,
+        text.vocab_size
+    );
+    for level in &unet.levels {
+        ensure!(
+            level.context_channels == text.hidden_size,
+            "unet/config.json: cross_attention_dim = {}, text_encoder/config.json: hidden_size = {}",
+            level.context_channels,
+            text.hidden_size
+        );
+    }
+    ensure!(
+        unet.in_channels == vae.latent_channels,
+        "unet/config.json: in_channels = {}, vae/config.json: latent_channels = {}",
+        unet.in_channels,
+        vae.latent_channels
+    );
+    Ok(())
 }
 
 /// Builds one network and checks that the checkpoint held no more than it needs.
@@ -108,7 +137,11 @@ impl Pipeline {
             UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
         let vae_config =
             VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
+        let scheduler = files.json(SCHEDULER)?;
+        ensure_supported_pipeline(&files.json(INDEX)?).with_context(|| at(INDEX))?;
+        ensure_supported_scheduler(&scheduler).with_context(|| at(SCHEDULER))?;
         let tokenizer = Tokenizer::from_files(&files)?;
+        ensure_they_fit(&tokenizer, &text_config, &unet_config, &vae_config).with_context(|| files.origin.clone())?;
 
         let [text_source, unet_source, vae_source] = sources;
         let kind = Kind::Float;
@@ -133,7 +166,6 @@ impl Pipeline {
             );
         }
         let (vae, vae_parameters) = build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
-        let scheduler = files.json("scheduler/scheduler_config.json")?;
         Ok(Pipeline {
             tokenizer,
             text_encoder,

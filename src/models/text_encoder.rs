@@ -9,6 +9,7 @@ use super::{
     attention::multi_head,
     layers::{LayerNorm, Linear},
     parameters::{Builder, Init},
+    unet_config::ensure_size,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -55,6 +56,15 @@ impl TextConfig {
             }
         }
         let config: TextConfig = serde_path_to_error::deserialize(json).context("reading the text encoder's config")?;
+        for (key, size) in [
+            ("vocab_size", config.vocab_size),
+            ("hidden_size", config.hidden_size),
+            ("intermediate_size", config.intermediate_size),
+            ("num_hidden_layers", config.num_hidden_layers),
+            ("max_position_embeddings", config.max_position_embeddings),
+        ] {
+            ensure_size(key, size)?;
+        }
         ensure!(
             config.num_attention_heads > 0 && config.hidden_size % config.num_attention_heads == 0,
             "hidden_size {} does not divide into {} heads",

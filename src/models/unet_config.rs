@@ -76,6 +76,25 @@ impl Default for Raw {
     }
 }
 
+impl Raw {
+    fn ensure_sizes(&self) -> Result<()> {
+        ensure_size("sample_size", self.sample_size)?;
+        ensure_size("in_channels", self.in_channels)?;
+        ensure_size("norm_num_groups", self.norm_num_groups)?;
+        ensure!(
+            self.out_channels == self.in_channels,
+            "out_channels = {} differs from in_channels = {}, which is not supported",
+            self.out_channels,
+            self.in_channels
+        );
+        // half of the time embedding's width are sines, half cosines
+        ensure!(self.block_out_channels[0] % 2 == 0, "block_out_channels[0] = {} is odd", self.block_out_channels[0]);
+        ensure!((0..=1).contains(&self.downsample_padding), "downsample_padding = {}", self.downsample_padding);
+        ensure!(self.norm_eps > 0.0, "norm_eps = {} is not positive", self.norm_eps);
+        Ok(())
+    }
+}
+
 /// Keys that must hold one of these values (or be absent or null): variants of the network that are not built here.
 const FIXED: &[(&str, &[&str])] = &[
     ("act_fn", &["\"silu\"", "\"swish\""]),
@@ -136,6 +155,12 @@ pub struct UNetConfig {
     pub downsample_padding: i64,
 }
 
+/// Fails unless a size from a config is positive and small enough that products of a few do not overflow.
+pub fn ensure_size(key: &str, size: i64) -> Result<()> {
+    ensure!((1..=1 << 20).contains(&size), "{key} = {size} is out of range");
+    Ok(())
+}
+
 /// Fails where a key of `json` differs from what this code builds.
 pub fn ensure_supported(json: &Value, fixed: &[(&str, &[&str])]) -> Result<()> {
     for (key, accepted) in fixed {
@@ -163,6 +188,7 @@ impl UNetConfig {
         let raw: Raw = serde_path_to_error::deserialize(json).context("reading the U-Net's config")?;
         let n = raw.block_out_channels.len();
         ensure!(n > 0, "block_out_channels is empty");
+        raw.ensure_sizes()?;
         ensure!(
             raw.down_block_types.len() == n,
             "down_block_types lists {} blocks for {n} levels",
@@ -185,7 +211,15 @@ impl UNetConfig {
         let mut levels = Vec::new();
         for i in 0..n {
             let (down, up) = (&raw.down_block_types[i], &raw.up_block_types[n - 1 - i]);
-            ensure!(layers[i] > 0 && heads[i] > 0, "level {i} has no layers or no attention heads");
+            for (key, value) in [
+                ("block_out_channels", raw.block_out_channels[i]),
+                ("layers_per_block", layers[i]),
+                ("attention_head_dim", heads[i]),
+                ("cross_attention_dim", context[i]),
+                ("transformer_layers_per_block", transformers[i]),
+            ] {
+                ensure_size(key, value)?;
+            }
             levels.push(Level {
                 channels: raw.block_out_channels[i],
                 layers: layers[i],

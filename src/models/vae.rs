@@ -10,7 +10,7 @@ use super::{
     layers::{Conv2d, GroupNorm, Linear},
     parameters::Builder,
     resnet::{Downsample, ResnetBlock, Upsample},
-    unet_config::{ensure_class, ensure_supported},
+    unet_config::{ensure_class, ensure_size, ensure_supported},
 };
 
 const NORM_EPS: f64 = 1e-6;
@@ -63,11 +63,36 @@ impl VaeConfig {
         let config: VaeConfig = serde_path_to_error::deserialize(json).context("reading the VAE's config")?;
         ensure!(!config.block_out_channels.is_empty(), "block_out_channels is empty");
         for (key, expected) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
-            for block in json.get(key).and_then(Value::as_array).into_iter().flatten() {
+            let Some(blocks) = json.get(key).and_then(Value::as_array) else { continue };
+            let levels = config.block_out_channels.len();
+            ensure!(blocks.len() == levels, "{key} lists {} blocks for {levels} levels", blocks.len());
+            for block in blocks {
                 ensure!(block == expected, "{key}: block {block} is not supported (only {expected})");
             }
         }
+        config.ensure_sizes()?;
         Ok(config)
+    }
+
+    fn ensure_sizes(&self) -> Result<()> {
+        ensure!(
+            (self.in_channels, self.out_channels) == (3, 3),
+            "in_channels = {}, out_channels = {}: only pictures of 3 channels are supported",
+            self.in_channels,
+            self.out_channels
+        );
+        ensure_size("latent_channels", self.latent_channels)?;
+        ensure_size("layers_per_block", self.layers_per_block)?;
+        ensure_size("norm_num_groups", self.norm_num_groups)?;
+        ensure!(
+            self.block_out_channels.len() <= 16,
+            "block_out_channels lists {} levels",
+            self.block_out_channels.len()
+        );
+        self.block_out_channels.iter().try_for_each(|&channels| ensure_size("block_out_channels", channels))?;
+        let factor = self.scaling_factor;
+        ensure!(factor.is_finite() && factor > 0.0, "scaling_factor = {factor} is not positive");
+        Ok(())
     }
 
     /// Pixels per latent, along each side.
