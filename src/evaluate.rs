@@ -68,7 +68,7 @@ pub fn evaluate(
 
 fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn Communicator) -> Result<TaskEvaluation> {
     let settings = &config.evaluation;
-    let (total, per_prompt) = (task.config.evaluation_samples, task.config.images_per_prompt);
+    let (total, per_prompt) = (task.config.evaluation_samples, task.config.evaluation_images_per_prompt);
     let groups =
         prompts::registry::evaluation_prompts(task.prompts.as_ref(), settings.seed, task.index, total / per_prompt);
     let prompt_of: Vec<Prompt> = (0..total).map(|sample| groups[sample / per_prompt].clone()).collect();
@@ -83,7 +83,7 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
         let count = chunk.min(total - first);
         let prompts = &prompt_of[first..first + count];
         let trajectory = roller.roll_out(&roller.conditioning(prompts)?, noise, first, count)?;
-        let scored = task.score(roller.pipeline, trajectory.x_0(), prompts)?;
+        let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts)?;
         let shown = settings.pictures.saturating_sub(first).min(count);
         mine.push(ChunkResult {
             first,
@@ -114,7 +114,7 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
             });
         }
     }
-    let group = task.reward.group();
+    let group = task.evaluation_reward.group();
     let units = rewards.chunks(group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
     Ok(TaskEvaluation { task: task.config.name.clone(), rewards, units, shown })
 }

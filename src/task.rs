@@ -22,18 +22,24 @@ pub struct Task {
     pub index: u8,
     pub prompts: Box<dyn PromptSource>,
     pub reward: Box<dyn Reward>,
+    /// The same for the groups of evaluations.
+    pub evaluation_reward: Box<dyn Reward>,
 }
 
 impl Task {
     pub fn new(config: &TaskConfig, index: usize, seed: u64) -> Result<Self> {
         let index = u8::try_from(index).context("at most 255 tasks")?;
+        let build = |group: usize| {
+            rewards::registry::build(config, seed, index, group)
+                .with_context(|| format!("task {}: reward", config.name))
+        };
         Ok(Task {
             config: config.clone(),
             index,
             prompts: prompts::registry::build(&config.prompts)
                 .with_context(|| format!("task {}: prompts", config.name))?,
-            reward: rewards::registry::build(config, seed, index)
-                .with_context(|| format!("task {}: reward", config.name))?,
+            reward: build(config.images_per_prompt)?,
+            evaluation_reward: build(config.evaluation_images_per_prompt)?,
         })
     }
 
@@ -50,19 +56,26 @@ impl Task {
 
     /// Judges x_0 of a batch made of whole groups.
     pub fn score(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
-        let _no_grad = tch::no_grad_guard();
-        let images = pipeline.vae.decode_scaled(x_0);
-        let scores =
-            self.reward.score(&images, prompts).with_context(|| format!("reward of task {}", self.config.name))?;
-        ensure!(
-            scores.rewards.len() == prompts.len(),
-            "reward of task {} gave {} values for {} pictures",
-            self.config.name,
-            scores.rewards.len(),
-            prompts.len()
-        );
-        Ok(Scored { images, scores })
+        judge(self.reward.as_mut(), &self.config.name, pipeline, x_0, prompts)
     }
+
+    /// As [`Task::score`], with the groups of evaluations.
+    pub fn evaluate(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
+        judge(self.evaluation_reward.as_mut(), &self.config.name, pipeline, x_0, prompts)
+    }
+}
+
+fn judge(reward: &mut dyn Reward, task: &str, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
+    let _no_grad = tch::no_grad_guard();
+    let images = pipeline.vae.decode_scaled(x_0);
+    let scores = reward.score(&images, prompts).with_context(|| format!("reward of task {task}"))?;
+    ensure!(
+        scores.rewards.len() == prompts.len(),
+        "reward of task {task} gave {} values for {} pictures",
+        scores.rewards.len(),
+        prompts.len()
+    );
+    Ok(Scored { images, scores })
 }
 
 /// Decoded pictures, f32 `[B, 3, H, W]` in \[0, 1\], with their scores.

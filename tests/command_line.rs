@@ -73,7 +73,7 @@ fn mistakes_in_files_are_one_line_that_names_the_file() {
     write("missing.toml", &EMBEDDED_JOINT.replace("eta = 1.0", ""));
     write("twice.toml", &EMBEDDED_JOINT.replace("name = \"parity\"\ntrain", "name = \"preference\"\ntrain"));
     write("empty.toml", "");
-    write("arithmetic.toml", &EMBEDDED_JOINT.replace("samples = 128", "samples = 120"));
+    write("arithmetic.toml", &EMBEDDED_JOINT.replace("samples = 256", "samples = 120"));
     fs::create_dir_all(folder.join("model")).unwrap();
     write("model/model_index.json", "{}");
     for command in ["train", "check", "eval"] {
@@ -87,7 +87,7 @@ fn mistakes_in_files_are_one_line_that_names_the_file() {
     mistake(&folder, &["missing.toml"], &["missing.toml", "rollout", "eta"]);
     mistake(&folder, &["twice.toml"], &["twice.toml", "preference"]);
     mistake(&folder, &["empty.toml"], &["empty.toml"]);
-    mistake(&folder, &["arithmetic.toml"], &["arithmetic.toml", "task.parity.samples = 120", "multiple of 128"]);
+    mistake(&folder, &["arithmetic.toml"], &["arithmetic.toml", "task.parity.samples = 120", "multiple of 32"]);
     mistake(&folder, &["--set", "model.path=nowhere"], &["nowhere"]);
     mistake(&folder, &["check", "--set", "model.path=model"], &["model", "scheduler_config.json"]);
     mistake(&folder, &["eval", "--model", "nowhere"], &["nowhere"]);

@@ -245,6 +245,9 @@ pub struct TaskConfig {
     pub weight: f64,
     /// Samples of an evaluation.
     pub evaluation_samples: usize,
+    /// As `images_per_prompt`, in evaluations. A reward that judges groups learns faster from small ones (a picture's
+    /// share in the reward is larger), and is reported for large ones.
+    pub evaluation_images_per_prompt: usize,
     pub prompts: PromptConfig,
     pub reward: RewardConfig,
 }

@@ -94,15 +94,16 @@ impl Config {
             self.run.lanes,
             task.images_per_prompt
         );
+        let per_prompt = task.evaluation_images_per_prompt;
+        ensure!(per_prompt > 0, "task.{name}.evaluation_images_per_prompt must be at least 1");
         ensure!(
-            task.evaluation_samples > 0 && task.evaluation_samples % task.images_per_prompt == 0,
-            "task.{name}.evaluation_samples = {} must be a multiple of images_per_prompt = {}",
-            task.evaluation_samples,
-            task.images_per_prompt
+            task.evaluation_samples > 0 && task.evaluation_samples % per_prompt == 0,
+            "task.{name}.evaluation_samples = {} must be a multiple of evaluation_images_per_prompt = {per_prompt}",
+            task.evaluation_samples
         );
         if let RewardConfig::Parity { .. } = task.reward {
             ensure!(
-                task.images_per_prompt > 1,
+                task.images_per_prompt > 1 && per_prompt > 1,
                 "task.{name}.images_per_prompt = {}: parity judges the pictures of a prompt together, it needs several",
                 task.images_per_prompt
             );

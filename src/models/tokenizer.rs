@@ -3,7 +3,7 @@
 //! The rules (NFC, white space folded, lower case, CLIP's word pattern, byte level, `</w>` at word ends) are handed to
 //! the `tokenizers` library; this file reads the folder, adds the start and end tokens, truncates and pads. Special
 //! tokens are found in the text as it stands, as in Python: with Stable Diffusion 2's padding token `!`, "hey!" holds
-//! a padding token. `prompt_cleaning.rs` says what is done to the text before.
+//! a padding token. [`clean`] says what is done to the text before.
 
 use std::collections::BTreeMap;
 

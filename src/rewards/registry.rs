@@ -8,13 +8,13 @@ use super::{
 };
 use crate::config::{ClassifierConfig, RewardConfig, TaskConfig};
 
-/// The reward of `task`, number `index` of the config.
-pub fn build(task: &TaskConfig, seed: u64, index: u8) -> Result<Box<dyn Reward>> {
+/// The reward of `task`, number `index` of the config; one that judges groups gets groups of `group` pictures.
+pub fn build(task: &TaskConfig, seed: u64, index: u8, group: usize) -> Result<Box<dyn Reward>> {
     Ok(match &task.reward {
         RewardConfig::MiniatureComposition {} => Box::new(Composition::new(&task.name, MiniatureDetector::default())),
         RewardConfig::Parity { classifier } => match classifier {
             ClassifierConfig::MiniatureSkinTone => {
-                Box::new(Parity::new(&task.name, MiniatureSkinTone::default(), task.images_per_prompt)?)
+                Box::new(Parity::new(&task.name, MiniatureSkinTone::default(), group)?)
             }
         },
         RewardConfig::Colorfulness {} => Box::new(Colorfulness),

@@ -126,7 +126,7 @@ pub fn rldiff(ranks: usize, folder: &Path) -> Command {
 }
 
 /// Settings that make the embedded joint experiment small: a second of work per iteration.
-pub const SMALL: [&str; 14] = [
+pub const SMALL: [&str; 16] = [
     "run.iterations=2",
     "run.checkpoint_every=1",
     "run.keep_checkpoints=9",
@@ -136,7 +136,9 @@ pub const SMALL: [&str; 14] = [
     "evaluation.pictures=2",
     "task.composition.samples=4",
     "task.composition.evaluation_samples=4",
+    "pretrain.steps=1",
     "task.parity.images_per_prompt=2",
+    "task.parity.evaluation_images_per_prompt=2",
     "task.parity.samples=8",
     "task.parity.evaluation_samples=8",
     "task.preference.samples=4",
