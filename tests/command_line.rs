@@ -87,7 +87,7 @@ fn mistakes_in_files_are_one_line_that_names_the_file() {
     mistake(&folder, &["missing.toml"], &["missing.toml", "rollout", "eta"]);
     mistake(&folder, &["twice.toml"], &["twice.toml", "preference"]);
     mistake(&folder, &["empty.toml"], &["empty.toml"]);
-    mistake(&folder, &["arithmetic.toml"], &["arithmetic.toml", "task.parity.samples = 120", "multiple of 32"]);
+    mistake(&folder, &["arithmetic.toml"], &["arithmetic.toml", "task.parity.samples = 120", "multiple of 128"]);
     mistake(&folder, &["--set", "model.path=nowhere"], &["nowhere"]);
     mistake(&folder, &["check", "--set", "model.path=model"], &["model", "scheduler_config.json"]);
     mistake(&folder, &["eval", "--model", "nowhere"], &["nowhere"]);
