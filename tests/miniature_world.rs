@@ -103,7 +103,7 @@ fn drawing_is_fast() {
     }
     let per_second = n as f64 / start.elapsed().as_secs_f64();
     println!("{per_second:.0} scenes per second");
-    assert!(per_second > 1_300.0, "{per_second:.0} scenes per second");
+    assert!(per_second > 300.0, "{per_second:.0} scenes per second");
 }
 
 /// Writes 64 scenes in a grid to a temporary folder (kept when RLDIFF_CONTACT_SHEET names a file instead).
