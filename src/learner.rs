@@ -26,7 +26,7 @@ pub struct Learner {
     average_decay: f64,
     /// Per task: running rewards of every prompt (`per_prompt` normalisation only).
     pub statistics: Vec<PromptStatistics>,
-    /// Largest ratio drift of the run so far, and training samples so far; for the summary.
+    /// Largest ratio drift of the run so far; for the summary.
     pub ratio_drift: f64,
 }
 

@@ -1,45 +1,28 @@
 //! Small helpers over hdf5: strings, arrays, and files that appear whole or not at all.
 
-use std::{
-    fs::{self, File},
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::{fs, path::Path, str::FromStr};
 
 use anyhow::{ensure, Context, Result};
 use hdf5::{types::VarLenUnicode, Group, H5Type};
 
-/// Writes an HDF5 file under a temporary name, syncs it and renames it to `path`. Errors name `path`.
-pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
-    let temporary = temporary_name(path);
-    let written = fill_and_rename(&temporary, path, fill);
-    if written.is_err() {
-        // best effort: the first error is the one worth reporting
-        let _ = fs::remove_file(&temporary);
-    }
-    written.with_context(|| format!("cannot write {}", path.display()))
-}
+use crate::telemetry::write_atomic_with;
 
 /// Bytes by which a file in memory grows at least.
 const GROWTH: usize = 1 << 16;
 
-fn temporary_name(path: &Path) -> PathBuf {
-    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
-}
-
-fn fill_and_rename(temporary: &Path, path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
-    let folder = path.parent().context("a file without a folder")?;
-    fs::create_dir_all(folder)?;
-    // In memory until it is closed: where a full disk makes HDF5 fail on the way, datasets are closed with an error
-    // that nobody sees, and closing the file then crashes the process (HDF5 2.2). Costs the file's size in memory.
-    let file = hdf5::File::with_options().with_fapl(|access| access.core_options(GROWTH, true)).create(temporary)?;
-    fill(&file)?;
-    file.close()?;
-    File::open(temporary)?.sync_all()?;
-    fs::rename(temporary, path)?;
-    File::open(folder)?.sync_all()?;
-    Ok(())
+/// Writes an HDF5 file that appears whole or not at all, and its folder where there is none. Errors name `path`.
+pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    write_atomic_with(path, |temporary| {
+        // In memory until it is closed: where a full disk makes HDF5 fail on the way, datasets are closed with an error
+        // that nobody sees, and closing the file then crashes the process (HDF5 2.2). Costs the file's size in memory.
+        let file =
+            hdf5::File::with_options().with_fapl(|access| access.core_options(GROWTH, true)).create(temporary)?;
+        fill(&file)?;
+        Ok(file.close()?)
+    })
 }
 
 pub fn write_text(group: &Group, name: &str, text: &str) -> Result<()> {

@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -10,6 +9,11 @@ use anyhow::{Context, Result};
 /// Writes `bytes` to `path` so that a crash leaves the old file or the new one, never a torn one: a temporary file
 /// in the same folder, fsync, rename, fsync of the folder. Errors name `path`.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |temporary| Ok(fs::write(temporary, bytes)?))
+}
+
+/// As [`write_atomic`], for a file that `write` makes under the temporary name it is given.
+pub fn write_atomic_with(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -19,7 +23,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     temporary_name.push(name);
     temporary_name.push(format!(".{}.tmp", std::process::id()));
     let temporary = folder.join(temporary_name);
-    let written = write_and_rename(&temporary, path, folder, bytes);
+    let written = write_and_rename(&temporary, path, folder, write);
     if written.is_err() {
         // best effort: the first error is the one worth reporting
         let _ = fs::remove_file(&temporary);
@@ -27,10 +31,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     written.with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn write_and_rename(temporary: &Path, path: &Path, folder: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+fn write_and_rename(
+    temporary: &Path,
+    path: &Path,
+    folder: &Path,
+    write: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    write(temporary)?;
+    File::open(temporary)?.sync_all()?;
     fs::rename(temporary, path)?;
     // the rename itself is durable only once the folder is
     File::open(folder)?.sync_all()?;

@@ -24,7 +24,7 @@ mod summary;
 mod tensorboard;
 mod text;
 
-pub use atomic_file::write_atomic;
+pub use atomic_file::{write_atomic, write_atomic_with};
 pub use curves::{draw_reward_curves, plot_series, RewardPanel, Series};
 pub use grid::{before_after_sheet, image_grid, BeforeAfter, Column, GridRow};
 pub use metrics::{names, read_metrics, JsonlWriter, Metrics};
