@@ -3,23 +3,18 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::{config_args::ConfigArgs, Failure, OrMistake};
-use crate::{comm::Communicator, config::Config, run::load_for_training, telemetry::Metrics, train::Trainer};
+use super::median;
+use crate::{
+    cli::{config_args::ConfigArgs, Failure, OrMistake},
+    comm::Communicator,
+    config::Config,
+    run::load_for_training,
+    telemetry::Metrics,
+    train::Trainer,
+};
 
 #[derive(clap::Args)]
 pub struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(clap::Subcommand)]
-enum What {
-    /// Whole iterations of a config, stage by stage: median over the measured iterations.
-    Iteration(IterationArgs),
-}
-
-#[derive(clap::Args)]
-struct IterationArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Iterations that are not counted.
@@ -34,7 +29,6 @@ struct IterationArgs {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let What::Iteration(args) = args.what;
     let config = args.config.load(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let mut trainer = Trainer::new(&config, comm, load_for_training(&config, comm).or_mistake()?).or_mistake()?;
@@ -74,14 +68,4 @@ fn print(config: &Config, ranks: usize, measured: &[Metrics], as_json: bool) -> 
         println!("{stage:<12} {m:>10.4} {:>12.1}", samples as f64 / m);
     }
     Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 {
-        values[middle]
-    } else {
-        (values[middle - 1] + values[middle]) / 2.0
-    }
 }

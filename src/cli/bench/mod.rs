@@ -1,0 +1,34 @@
+//! `rldiff bench`: measurements, one file each.
+
+mod iteration;
+
+use super::Failure;
+use crate::comm::Communicator;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Whole iterations of a config, stage by stage: median over the measured iterations.
+    Iteration(iteration::Args),
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    match args.what {
+        What::Iteration(args) => iteration::run(args, comm),
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 {
+        values[middle]
+    } else {
+        (values[middle - 1] + values[middle]) / 2.0
+    }
+}
