@@ -1,9 +1,13 @@
-//! Compiles the C++ shim and tells the linker where libtorch lies, so that the binary runs without any environment set.
+//! Compiles what tch lacks of libtorch's C++ (csrc/) and tells the linker where libtorch lies, so that the binary runs without any environment set.
 use std::{env, path::PathBuf};
+
+const SOURCES: &[&str] = &["csrc/allocations.cpp", "csrc/recompute.cpp"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=csrc/shim.cpp");
+    for source in SOURCES {
+        println!("cargo:rerun-if-changed={source}");
+    }
     println!("cargo:rerun-if-env-changed=RLDIFF_RPATH");
 
     // torch-sys (links = "tch") hands down the library folder of the torch it was built against.
@@ -16,8 +20,8 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .include(&torch_include)
         .include(torch_include.join("torch/csrc/api/include"))
-        .file("csrc/shim.cpp")
-        .compile("rldiff_shim");
+        .files(SOURCES)
+        .compile("rldiff_csrc");
 
     // DT_RPATH, not DT_RUNPATH: it must also hold for what the libraries themselves load.
     let mut folders = vec!["$ORIGIN/lib".to_string()];

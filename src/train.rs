@@ -81,7 +81,7 @@ impl<'a> Trainer<'a> {
             learner,
             lanes,
         };
-        trainer.trainable_steps()?;
+        trainable_steps(&trainer.steps, config)?;
         Ok(trainer)
     }
 
@@ -172,23 +172,8 @@ impl<'a> Trainer<'a> {
         .with_context(|| format!("task {name}"))
     }
 
-    /// Indices of the steps that may be trained on.
-    fn trainable_steps(&self) -> Result<Vec<usize>> {
-        let limit = self.config.update.max_sensitivity;
-        let usable = |s: &&Step| s.sigma > 0.0 && (limit == 0.0 || s.sensitivity() <= limit);
-        let indices: Vec<usize> = self.steps.iter().filter(usable).map(|s| s.index).collect();
-        ensure!(
-            indices.len() >= self.config.update.timesteps,
-            "update.timesteps = {}, but only {} of {} steps have noise and a sensitivity within max_sensitivity = {limit}",
-            self.config.update.timesteps,
-            indices.len(),
-            self.steps.len()
-        );
-        Ok(indices)
-    }
-
     fn choose_steps(&self, task: usize, iteration: u64) -> Result<Vec<usize>> {
-        let usable = self.trainable_steps()?;
+        let usable = trainable_steps(&self.steps, self.config)?;
         let at = Coordinates {
             iteration: iteration as u32,
             task: self.tasks[task].index,
@@ -253,14 +238,26 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// AdamW steps of an iteration: of the policy and of L_pre.
-    pub fn optimizer_steps_per_iteration(&self) -> usize {
-        let policy = self.config.trained_tasks().count() * self.config.update.timesteps;
-        policy + if self.config.pretrain.mode == PretrainMode::Separate { self.config.pretrain.steps } else { 0 }
-    }
-
     /// The weights by name: what `evaluate` compares and `save` writes.
     pub fn result(&self) -> BTreeMap<String, Tensor> {
         self.learner.result()
     }
+}
+
+/// Indices of the steps that may be trained on.
+///
+/// # Errors
+/// They are fewer than `update.timesteps`.
+pub fn trainable_steps(steps: &[Step], config: &Config) -> Result<Vec<usize>> {
+    let limit = config.update.max_sensitivity;
+    let usable = |s: &&Step| s.sigma > 0.0 && (limit == 0.0 || s.sensitivity() <= limit);
+    let indices: Vec<usize> = steps.iter().filter(usable).map(|s| s.index).collect();
+    ensure!(
+        indices.len() >= config.update.timesteps,
+        "update.timesteps = {}, but only {} of {} steps have noise and a sensitivity within max_sensitivity = {limit}",
+        config.update.timesteps,
+        indices.len(),
+        steps.len()
+    );
+    Ok(indices)
 }

@@ -462,7 +462,7 @@ impl Training {
     fn gradient(&self, loss: &Tensor) -> Vec<f32> {
         let gradients = Tensor::run_backward(&[loss], self.params.leaves(), false, false);
         let mut flat = vec![0.0; self.params.len()];
-        self.params.flatten(&gradients, &mut flat).unwrap();
+        self.params.flatten(gradients, &mut flat).unwrap();
         flat
     }
 

@@ -1,53 +1,66 @@
 //! `rldiff check`: is this config sound, and what follows from it?
 
-use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::Device;
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::{
-    comm::{Communicator, Local},
+    comm::{same_tree, Communicator, Local},
     config::Config,
-    models::flops,
+    diffusion::schedule::{Schedule, SchedulerConfig},
+    models::{architectures::Architecture, pipeline::Pipeline},
     policy::lanes::divisors,
-    run::load_for_training,
-    train::Trainer,
+    prompts::Split,
+    run::{build_for, footprint, load_for_training, model_location},
+    task::Task,
+    train::trainable_steps,
 };
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    /// Take the sizes from this published architecture instead of the config's model. It is what a check does by
+    /// itself, for sd2-base, where the model's folder is not on this machine.
+    #[arg(long, value_enum)]
+    architecture: Option<Architecture>,
+    /// Memory of a GPU in GB (10⁹ bytes): does a rank fit?
+    #[arg(long, default_value_t = 80.0, value_name = "GB")]
+    gpu_memory: f64,
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let config = args.config.load(comm).or_mistake()?;
     if comm.rank() == 0 {
-        println!("{}", describe(&config).or_mistake()?);
+        println!("{}", describe(&config, &args).or_mistake()?);
     }
     Ok(())
 }
 
-fn describe(config: &Config) -> Result<String> {
+fn describe(config: &Config, args: &Args) -> Result<String> {
     let derived = config.validate()?;
-    // as one rank, whatever the number of ranks: this builds the model, the prompts and the rewards
-    let trainer = Trainer::new(config, &Local, load_for_training(config, &Local)?)?;
-    let pipeline = &trainer.pipeline;
-
-    let mut lines = Vec::new();
-    let mut line = |name: &str, value: String| lines.push(format!("{name:<26} {value}"));
-    line("config", format!("{} is sound", config.run.name));
-    line(
+    let mut report = Report::default();
+    report.line("config", format!("{} is sound", config.run.name));
+    let (pipeline, model) = model(config, args.architecture)?;
+    report.line("model", model);
+    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
+    trainable_steps(&steps, config)?;
+    report.line(
         "parameters",
         format!(
-            "U-Net {}, text encoder {}, VAE {}",
+            "U-Net {}, text encoder {}, VAE {}; {} trained",
             pipeline.unet_parameters.count(),
             pipeline.text_parameters.count(),
-            pipeline.vae_parameters.count()
+            pipeline.vae_parameters.count(),
+            pipeline.trainable().count()
         ),
     );
-    line("trained", format!("{} of them", pipeline.trainable().count()));
+
     for (index, task) in config.tasks.iter().enumerate() {
-        let source = &trainer.tasks[index].prompts;
+        let source = Task::new(task, index, config.run.seed)?.prompts;
         let use_ = if task.train {
             format!(
                 "{} samples per iteration, {} per lane, {} prompts",
@@ -58,54 +71,114 @@ fn describe(config: &Config) -> Result<String> {
         } else {
             "evaluated only".to_string()
         };
-        line(
+        report.line(
             &format!("task {}", task.name),
             format!(
                 "{use_}; {} prompts to train on, {} held out; {} evaluation samples",
-                source.len(crate::prompts::Split::Train),
-                source.len(crate::prompts::Split::HeldOut),
+                source.len(Split::Train),
+                source.len(Split::HeldOut),
                 task.evaluation_samples
             ),
         );
     }
-    line("samples per iteration", derived.samples_per_iteration.to_string());
-    line(
-        "optimizer steps",
-        format!(
-            "{} per iteration, {} in all",
-            trainer.optimizer_steps_per_iteration(),
-            trainer.optimizer_steps_per_iteration() as u64 * config.run.iterations
-        ),
-    );
-    let steps: Vec<String> = trainer.steps.iter().map(|s| format!("{} ({:.1})", s.t, s.sensitivity())).collect();
-    line("timesteps (sensitivity)", steps.join(", "));
-    line("numbers of ranks", divisors(config.run.lanes).map(|d| d.to_string()).collect::<Vec<_>>().join(", "));
-
-    let unet_forward = unet_forward_flops(&trainer)?;
-    line("U-Net forward", format!("{:.3} GFLOP per sample", unet_forward / 1e9));
-    let cfg = if config.rollout.guidance_scale == 1.0 { 1.0 } else { 2.0 };
-    let rollout = derived.samples_per_iteration as f64 * config.rollout.steps as f64 * cfg * unet_forward;
-    let update = derived.samples_per_iteration as f64 * config.update.timesteps as f64 * cfg * 3.0 * unet_forward;
-    line("U-Net work per iteration", format!("{:.3} TFLOP", (rollout + update) / 1e12));
-    // f32 weights, two moments, gradient, the average, and the frozen networks
-    let trained = pipeline.trainable().count() as f64;
-    let copies = if config.ema.decay > 0.0 { 5.0 } else { 4.0 };
-    let whole = [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters];
-    let all = whole.iter().map(|p| p.count()).sum::<u64>() as f64;
-    let frozen = if pipeline.lora.is_some() { all } else { all - trained };
-    line("weights and optimizer", format!("{:.3} GB per rank", (copies * trained + frozen) * 4.0 / 1e9));
-    Ok(lines.join("\n"))
+    report.line("samples per iteration", derived.samples_per_iteration.to_string());
+    let optimizer_steps = derived.optimizer_steps_per_iteration;
+    let in_all = optimizer_steps as u64 * config.run.iterations;
+    report.line("optimizer steps", format!("{optimizer_steps} per iteration, {in_all} in all"));
+    let steps: Vec<String> = steps.iter().map(|s| format!("{} ({:.1})", s.t, s.sensitivity())).collect();
+    report.line("timesteps (sensitivity)", steps.join(", "));
+    report.line("numbers of ranks", ranks(config.run.lanes));
+    footprint_lines(config, &pipeline, args.gpu_memory, &mut report)?;
+    Ok(report.lines.join("\n"))
 }
 
-/// Measured by one forward pass at batch 1.
-fn unet_forward_flops(trainer: &Trainer) -> Result<f64> {
-    let pipeline = &trainer.pipeline;
-    let _no_grad = tch::no_grad_guard();
-    let [c, h, w] = pipeline.latent_shape();
-    let text = pipeline.embed(&[""])?;
-    let before = flops::counted();
-    let x = Tensor::zeros([1, c, h, w], (Kind::Float, Device::Cpu));
-    let t = Tensor::zeros([1], (Kind::Int64, Device::Cpu));
-    let _ = pipeline.unet.forward(&x, &t, &text);
-    Ok((flops::counted() - before) as f64)
+#[derive(Default)]
+struct Report {
+    lines: Vec<String>,
+}
+
+impl Report {
+    fn line(&mut self, name: &str, value: String) {
+        self.lines.push(format!("{name:<26} {value}"));
+    }
+}
+
+/// The config's model, or an architecture without weights; and what to say of it.
+fn model(config: &Config, architecture: Option<Architecture>) -> Result<(Pipeline, String)> {
+    let path = &config.model.path;
+    let missing = path != "embedded" && !Path::new(path).exists();
+    let Some(architecture) = architecture.or(missing.then_some(Architecture::Sd2Base)) else {
+        let what = model_location(path).origin()?;
+        return Ok((load_for_training(config, &Local)?, what));
+    };
+    let pipeline = Pipeline::shapes_only(architecture.files(), Device::Cpu, build_for(config))
+        .with_context(|| format!("--architecture {architecture}"))?;
+    let why = if missing { format!("{path} is not on this machine; ") } else { String::new() };
+    Ok((pipeline, format!("{why}sizes are those of {architecture}, without weights")))
+}
+
+/// Numbers of ranks that share the lanes evenly, those that give the bits of one rank first.
+fn ranks(lanes: usize) -> String {
+    let list = |same: bool| -> Vec<String> {
+        divisors(lanes).filter(|&ranks| same_tree(lanes, ranks) == same).map(|ranks| ranks.to_string()).collect()
+    };
+    match list(false).join(", ") {
+        others if others.is_empty() => list(true).join(", "),
+        others => format!("{} (same bits); {others} (other last bits)", list(true).join(", ")),
+    }
+}
+
+fn footprint_lines(config: &Config, pipeline: &Pipeline, gpu_memory: f64, report: &mut Report) -> Result<()> {
+    let cost = footprint::measure(pipeline)?;
+    let flop = |value: f64| si(value, "FLOP");
+    report.line(
+        "networks",
+        format!(
+            "U-Net forward {}, VAE decode {}, text encoder {}",
+            flop(cost.unet_flops),
+            flop(cost.decode_flops),
+            flop(cost.text_flops)
+        ),
+    );
+    let iteration = footprint::iteration_flops(config, &cost);
+    let samples = config.validate()?.samples_per_iteration as f64;
+    report.line("an iteration", format!("{}, {} per sample", flop(iteration), flop(iteration / samples)));
+
+    let bytes = |value: u64| si(value as f64, "B");
+    let m = footprint::memory(config, pipeline, &cost, 1);
+    report.line("weights", bytes(m.weights));
+    report.line("optimizer", bytes(m.optimizer));
+    report.line("gradients", bytes(m.gradients));
+    let checkpointing = if config.model.gradient_checkpointing { "with" } else { "without" };
+    report.line(
+        "activations per lane",
+        format!("update {} ({checkpointing} gradient checkpointing), roll-out {}", bytes(m.update), bytes(m.rollout)),
+    );
+    for (name, lanes) in [("one lane per rank", 1), ("all lanes on one rank", config.run.lanes)] {
+        let total = footprint::memory(config, pipeline, &cost, lanes).total();
+        let fits = if total as f64 <= gpu_memory * 1e9 { "fits" } else { "does not fit" };
+        report.line(name, format!("{} of memory: {fits} in {}", bytes(total), si(gpu_memory * 1e9, "B")));
+    }
+    Ok(())
+}
+
+/// A number with four digits and the prefix of its size.
+fn si(value: f64, unit: &str) -> String {
+    let prefixes = ["", "k", "M", "G", "T", "P", "E"];
+    let power = (value.abs().max(1.0).log10() / 3.0).floor().min(6.0) as usize;
+    let scaled = value / 1000f64.powi(power as i32);
+    let digits = if power == 0 { 0 } else { 3 - scaled.abs().max(1.0).log10().floor().min(3.0) as usize };
+    format!("{scaled:.digits$} {}{unit}", prefixes[power])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::si;
+
+    #[test]
+    fn numbers_have_four_digits() {
+        let shown = |v| si(v, "B");
+        assert_eq!([shown(0.0), shown(999.0), shown(1000.0)], ["0 B", "999 B", "1.000 kB"]);
+        assert_eq!([shown(12_345.0), shown(8.043e11), shown(1.5e15)], ["12.35 kB", "804.3 GB", "1.500 PB"]);
+    }
 }

@@ -53,6 +53,8 @@ pub struct ModelConfig {
     pub path: String,
     /// What the U-Net computes in.
     pub compute: Compute,
+    /// Activations of the U-Net's blocks are computed again in the backward pass instead of kept.
+    pub gradient_checkpointing: bool,
 }
 
 /// Number type of the U-Net's weights and activations. Latents, scheduler and log-probabilities are always f32, and so

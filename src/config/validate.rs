@@ -2,15 +2,15 @@
 
 use anyhow::{ensure, Result};
 
-use super::{Config, RewardConfig, TaskConfig};
+use super::{Config, PretrainMode, RewardConfig, TaskConfig};
 
 /// Sizes that follow from a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Derived {
     /// Samples per iteration over all trained tasks and ranks.
     pub samples_per_iteration: usize,
-    /// Policy optimizer steps per iteration.
-    pub policy_steps_per_iteration: usize,
+    /// AdamW steps per iteration: of the policy and of L_pre.
+    pub optimizer_steps_per_iteration: usize,
     /// Pretraining pairs per optimizer step, over all ranks.
     pub pretrain_batch: usize,
 }
@@ -57,9 +57,10 @@ impl Config {
             self.validate_task(task)?;
         }
         ensure!(self.trained_tasks().count() > 0, "no task has train = true");
+        let pretrain_steps = if p.mode == PretrainMode::Separate { p.steps } else { 0 };
         Ok(Derived {
             samples_per_iteration: self.trained_tasks().map(|(_, t)| t.samples).sum(),
-            policy_steps_per_iteration: self.trained_tasks().count() * self.update.timesteps,
+            optimizer_steps_per_iteration: self.trained_tasks().count() * self.update.timesteps + pretrain_steps,
             pretrain_batch: p.batch_per_lane * r.lanes,
         })
     }
@@ -120,7 +121,7 @@ mod tests {
     fn the_embedded_config_is_sound() {
         let config = parse(EMBEDDED_JOINT, "joint", &[]).unwrap();
         let derived = config.validate().unwrap();
-        assert_eq!(derived.policy_steps_per_iteration, 3 * config.update.timesteps);
+        assert_eq!(derived.optimizer_steps_per_iteration, 3 * config.update.timesteps + config.pretrain.steps);
     }
 
     #[test]

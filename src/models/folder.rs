@@ -163,7 +163,7 @@ impl ModelFiles {
 
 impl ModelLocation {
     /// The folder's name for errors, if there is a folder.
-    fn origin(&self) -> Result<String> {
+    pub fn origin(&self) -> Result<String> {
         match self {
             ModelLocation::Disk(dir) if !dir.is_dir() => bail!("model folder {} does not exist", dir.display()),
             ModelLocation::Disk(dir) => Ok(dir.display().to_string()),

@@ -8,10 +8,14 @@
 //! parameters.rs   named parameters of a network, one flat buffer to train
 //! tokenizer.rs, prompt_cleaning.rs   text -> token ids        text_encoder.rs   CLIP text model
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
+//! recompute.rs    gradient checkpointing     allocations.rs, flops.rs   what a pass costs
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
+//! architectures.rs   published sizes, without weights
 //! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save
 //! ```
 
+pub mod allocations;
+pub mod architectures;
 pub mod attention;
 pub mod flops;
 pub mod folder;
@@ -22,6 +26,7 @@ pub mod parameters;
 pub mod pickle;
 pub mod pipeline;
 pub mod prompt_cleaning;
+pub mod recompute;
 pub mod resnet;
 pub mod text_encoder;
 pub mod time_embedding;

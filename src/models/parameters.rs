@@ -25,7 +25,8 @@ pub enum Source {
     Tensors(BTreeMap<String, Tensor>),
     /// Random initial weights, a function of the seed and the parameter's name.
     Seeded(u64),
-    /// Shapes only: parameters are empty tensors. For counting, not for running.
+    /// Shapes only: every parameter is one zero, seen as often as its shape asks. A network of them takes no memory and
+    /// costs as many operations as any other; what it computes means nothing.
     ShapesOnly,
 }
 
@@ -114,6 +115,20 @@ impl Builder {
         self.state.borrow_mut().lora.take().map(|lora| (lora.settings, lora.parameters))
     }
 
+    /// What `make` builds, with the parameters (adapters included) that it took.
+    pub fn with_parameters<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Tensor>)> {
+        let counts = |state: &State| {
+            let adapters = state.lora.as_ref().map_or(0, |lora| lora.parameters.entries.len());
+            (state.parameters.entries.len(), adapters)
+        };
+        let before = counts(&self.state.borrow());
+        let made = make()?;
+        let state = self.state.borrow();
+        let adapters = state.lora.as_ref().map_or(&[][..], |lora| &lora.parameters.entries[before.1..]);
+        let taken = state.parameters.entries[before.0..].iter().chain(adapters);
+        Ok((made, taken.map(|p| p.tensor.shallow_clone()).collect()))
+    }
+
     /// The builder of a part: names below it get `name.` in front.
     pub fn sub(&self, name: impl std::fmt::Display) -> Builder {
         Builder { state: self.state.clone(), prefix: format!("{}{name}.", self.prefix) }
@@ -152,7 +167,7 @@ fn take(source: &mut Source, name: &str, shape: &[i64], init: Init, kind: Kind, 
             t.to_kind(kind).to_device(device)
         }
         Source::Seeded(seed) => draw(*seed, name, shape, init).to_kind(kind).to_device(device),
-        Source::ShapesOnly => Tensor::zeros([0], (kind, device)),
+        Source::ShapesOnly => Tensor::zeros(vec![1; shape.len()], (kind, device)).expand(shape, false),
     })
 }
 
@@ -282,8 +297,9 @@ impl FlatParameters {
         unsafe { std::slice::from_raw_parts_mut(self.flat.data_ptr() as *mut f32, self.len()) }
     }
 
-    /// Copies gradients, one per leaf in layout order, into `out` of `len` scalars; gaps stay as they are.
-    pub fn flatten(&self, gradients: &[Tensor], out: &mut [f32]) -> Result<()> {
+    /// Moves gradients, one per leaf in layout order, into `out` of `len` scalars; gaps stay as they are. Each is given
+    /// back as soon as it is copied.
+    pub fn flatten(&self, gradients: Vec<Tensor>, out: &mut [f32]) -> Result<()> {
         ensure!(
             gradients.len() == self.layout.len(),
             "{} gradients for {} parameters",
@@ -332,7 +348,7 @@ mod tests {
         let loss = (w.sum(Kind::Float) * 2.0) + (&b * &b).sum(Kind::Float);
         let gradients = Tensor::run_backward(&[loss], flat.leaves(), false, false);
         let mut out = vec![0f32; flat.len()];
-        flat.flatten(&gradients, &mut out).unwrap();
+        flat.flatten(gradients, &mut out).unwrap();
         assert_eq!(out[..15], [2.0; 15]);
         assert_eq!(out[16..19], [2.0, 4.0, 6.0]);
         assert_eq!(flat.unflatten(flat.values())["a.weight"], before);
@@ -351,7 +367,7 @@ mod tests {
         assert_eq!(flat.values()[..2], [1.001, 3.0]);
         let loss = (&w * &w).sum(Kind::Float);
         let mut out = vec![0f32; flat.len()];
-        flat.flatten(&Tensor::run_backward(&[loss], flat.leaves(), false, false), &mut out).unwrap();
+        flat.flatten(Tensor::run_backward(&[loss], flat.leaves(), false, false), &mut out).unwrap();
         assert_eq!(out[..2], [2.0, 6.0]);
     }
 

@@ -16,7 +16,7 @@ use super::{
     unet::UNet,
     unet_config::UNetConfig,
     vae::{Vae, VaeConfig},
-    weights::write_safetensors,
+    weights::{save_safetensors, write_safetensors},
 };
 use crate::telemetry::write_atomic;
 
@@ -39,13 +39,15 @@ pub struct Pipeline {
 pub struct Build {
     /// Number type of its weights and activations: f32 or bf16. Latents and predictions are f32 in any case.
     pub unet_kind: Kind,
+    /// Its blocks' activations are computed again in the backward pass instead of kept.
+    pub gradient_checkpointing: bool,
     /// Low-rank adapters, and where their values come from.
     pub lora: Option<(LoraSettings, Source)>,
 }
 
 impl Default for Build {
     fn default() -> Self {
-        Build { unet_kind: Kind::Float, lora: None }
+        Build { unet_kind: Kind::Float, gradient_checkpointing: false, lora: None }
     }
 }
 
@@ -129,6 +131,11 @@ impl Pipeline {
         Pipeline::build(files, [Source::Seeded(seed), Source::Seeded(seed), Source::Seeded(seed)], how, device)
     }
 
+    /// For the sizes: networks that compute, without weights ([`Source::ShapesOnly`]).
+    pub fn shapes_only(files: ModelFiles, device: Device, how: Build) -> Result<Self> {
+        Pipeline::build(files, [Source::ShapesOnly, Source::ShapesOnly, Source::ShapesOnly], how, device)
+    }
+
     fn build(files: ModelFiles, sources: [Source; 3], how: Build, device: Device) -> Result<Self> {
         let at = |path: &str| format!("{}: {path}", files.origin);
         let text_config = TextConfig::from_json(&files.json("text_encoder/config.json")?)
@@ -154,7 +161,7 @@ impl Pipeline {
                 Some((settings, source)) => &b.clone().with_lora(settings, source),
                 None => b,
             };
-            let unet = UNet::new(b, &unet_config, how.unet_kind)?;
+            let unet = UNet::new(b, &unet_config, how.unet_kind, how.gradient_checkpointing)?;
             adapters = b.finish_lora();
             Ok(unet)
         })?;
@@ -242,7 +249,7 @@ impl Pipeline {
                     None => named(&self.unet_parameters),
                 },
             };
-            write(&partial.join(component).join(format!("{stem}.safetensors")), &write_safetensors(&tensors, kind)?)?;
+            save_safetensors(&partial.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
         }
         if dir.exists() {
             fs::remove_dir_all(dir).with_context(|| format!("cannot replace {}", dir.display()))?;

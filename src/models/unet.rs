@@ -1,5 +1,7 @@
 //! ε_θ(x_t, t, c): the text-conditioned U-Net (diffusers' `UNet2DConditionModel`).
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
@@ -7,41 +9,67 @@ use super::{
     attention::{Transformer2d, TransformerShape},
     layers::{Conv2d, GroupNorm},
     parameters::Builder,
+    recompute::recompute,
     resnet::{Downsample, ResnetBlock, Upsample},
     time_embedding::TimeEmbedding,
     unet_config::{Level, UNetConfig},
 };
 
-/// ResNet blocks, each followed by a transformer where the block has attention.
-struct Stage {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>,
+/// A ResNet block, followed by a transformer where its level has attention.
+struct Unit {
+    resnet: ResnetBlock,
+    attention: Option<Transformer2d>,
 }
 
-impl Stage {
-    fn forward_one(&self, i: usize, x: &Tensor, time: &Tensor, text: &Tensor) -> Tensor {
-        let x = self.resnets[i].forward(x, Some(time));
-        match self.attentions.get(i) {
+impl Unit {
+    fn forward(&self, x: &Tensor, time: &Tensor, text: &Tensor) -> Tensor {
+        let x = self.resnet.forward(x, Some(time));
+        match &self.attention {
             Some(attention) => attention.forward(&x, text),
             None => x,
         }
     }
 }
 
-struct MidBlock {
-    resnet0: ResnetBlock,
-    attention: Transformer2d,
-    resnet1: ResnetBlock,
+/// A unit that can be run with its activations kept or recomputed.
+struct Checkpointed {
+    unit: Arc<Unit>,
+    parameters: Vec<Tensor>,
+}
+
+impl Checkpointed {
+    fn new(b: &Builder, make: impl FnOnce() -> Result<Unit>) -> Result<Self> {
+        let (unit, parameters) = b.with_parameters(make)?;
+        Ok(Checkpointed { unit: Arc::new(unit), parameters })
+    }
+
+    /// The unit's output for `x`, with the skip connection's channels appended to it on the way up.
+    fn forward(&self, x: &Tensor, skip: Option<&Tensor>, time: &Tensor, text: &Tensor, recomputed: bool) -> Tensor {
+        let joined = |x: &Tensor, skip: Option<&Tensor>| match skip {
+            Some(skip) => Tensor::cat(&[x, skip], 1),
+            // a node of its own: the gradients of the unit's uses of x are summed here before others are added, as
+            // they are where the unit is recomputed, so both ways give the same bits
+            None => x.view_as(x),
+        };
+        if !recomputed {
+            return self.unit.forward(&joined(x, skip), time, text);
+        }
+        let unit = self.unit.clone();
+        let inputs = [Some(time), Some(text), Some(x), skip];
+        let inputs: Vec<&Tensor> = inputs.into_iter().flatten().collect();
+        recompute(&inputs, &self.parameters, move |i| unit.forward(&joined(&i[2], i.get(3)), &i[0], &i[1]))
+    }
 }
 
 pub struct UNet {
     pub config: UNetConfig,
     kind: Kind,
+    gradient_checkpointing: bool,
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
-    down: Vec<(Stage, Option<Downsample>)>,
-    mid: MidBlock,
-    up: Vec<(Stage, Option<Upsample>)>,
+    down: Vec<(Vec<Checkpointed>, Option<Downsample>)>,
+    mid: [Checkpointed; 2],
+    up: Vec<(Vec<Checkpointed>, Option<Upsample>)>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
 }
@@ -60,13 +88,21 @@ fn transformer(b: &Builder, config: &UNetConfig, level: &Level) -> Result<Transf
 }
 
 impl UNet {
-    pub fn new(b: &Builder, config: &UNetConfig, kind: Kind) -> Result<Self> {
+    /// `kind` is what it computes in. With `gradient_checkpointing` the activations of a block's units are computed
+    /// again in the backward pass instead of kept: the same results for less memory and a third more time.
+    pub fn new(b: &Builder, config: &UNetConfig, kind: Kind, gradient_checkpointing: bool) -> Result<Self> {
         let c = config;
         let n = c.levels.len();
         let first = c.levels[0].channels;
         let time_channels = Some(4 * first);
-        let resnet =
-            |b: &Builder, inputs, outputs| ResnetBlock::new(b, inputs, outputs, time_channels, c.groups, c.norm_eps);
+        let unit = |b: &Builder, j: i64, inputs: i64, level: &Level, attention: bool| {
+            Checkpointed::new(b, || {
+                let b_resnet = b.sub("resnets").sub(j);
+                let resnet = ResnetBlock::new(&b_resnet, inputs, level.channels, time_channels, c.groups, c.norm_eps)?;
+                let attention = attention.then(|| transformer(&b.sub("attentions").sub(j), c, level)).transpose()?;
+                Ok(Unit { resnet, attention })
+            })
+        };
 
         let conv_in = Conv2d::new(&b.sub("conv_in"), c.in_channels, first, 3, 1, 1)?;
         let time_embedding = TimeEmbedding::new(&b.sub("time_embedding"), first, c.flip_sin_to_cos, c.freq_shift)?;
@@ -76,13 +112,10 @@ impl UNet {
         let mut down = Vec::new();
         for (i, level) in c.levels.iter().enumerate() {
             let b = b.sub("down_blocks").sub(i);
-            let mut stage = Stage { resnets: Vec::new(), attentions: Vec::new() };
+            let mut units = Vec::new();
             for j in 0..level.layers {
                 let inputs = *skips.last().expect("conv_in made the first skip");
-                stage.resnets.push(resnet(&b.sub("resnets").sub(j), inputs, level.channels)?);
-                if level.cross_attention_down {
-                    stage.attentions.push(transformer(&b.sub("attentions").sub(j), c, level)?);
-                }
+                units.push(unit(&b, j, inputs, level, level.cross_attention_down)?);
                 skips.push(level.channels);
             }
             let sampler = if i + 1 < n {
@@ -91,37 +124,31 @@ impl UNet {
             } else {
                 None
             };
-            down.push((stage, sampler));
+            down.push((units, sampler));
         }
 
         let last = &c.levels[n - 1];
         let b_mid = b.sub("mid_block");
-        let mid = MidBlock {
-            resnet0: resnet(&b_mid.sub("resnets.0"), last.channels, last.channels)?,
-            attention: transformer(&b_mid.sub("attentions.0"), c, last)?,
-            resnet1: resnet(&b_mid.sub("resnets.1"), last.channels, last.channels)?,
-        };
+        let mid = [unit(&b_mid, 0, last.channels, last, true)?, unit(&b_mid, 1, last.channels, last, false)?];
 
         let mut up = Vec::new();
         let mut width = last.channels;
         for (i, level) in c.levels.iter().rev().enumerate() {
             let b = b.sub("up_blocks").sub(i);
-            let mut stage = Stage { resnets: Vec::new(), attentions: Vec::new() };
+            let mut units = Vec::new();
             for j in 0..=level.layers {
                 let skip = skips.pop().expect("as many resnets up as skips down");
-                stage.resnets.push(resnet(&b.sub("resnets").sub(j), width + skip, level.channels)?);
+                units.push(unit(&b, j, width + skip, level, level.cross_attention_up)?);
                 width = level.channels;
-                if level.cross_attention_up {
-                    stage.attentions.push(transformer(&b.sub("attentions").sub(j), c, level)?);
-                }
             }
             let sampler = if i + 1 < n { Some(Upsample::new(&b.sub("upsamplers.0"), level.channels)?) } else { None };
-            up.push((stage, sampler));
+            up.push((units, sampler));
         }
 
         Ok(UNet {
             config: c.clone(),
             kind,
+            gradient_checkpointing,
             conv_in,
             time_embedding,
             down,
@@ -138,10 +165,11 @@ impl UNet {
         let text = text.to_kind(self.kind);
         let mut x = self.conv_in.forward(&x_t.to_kind(self.kind));
 
+        let recomputed = self.gradient_checkpointing;
         let mut skips = vec![x.shallow_clone()];
-        for (stage, sampler) in &self.down {
-            for i in 0..stage.resnets.len() {
-                x = stage.forward_one(i, &x, &time, &text);
+        for (units, sampler) in &self.down {
+            for unit in units {
+                x = unit.forward(&x, None, &time, &text, recomputed);
                 skips.push(x.shallow_clone());
             }
             if let Some(sampler) = sampler {
@@ -149,15 +177,13 @@ impl UNet {
                 skips.push(x.shallow_clone());
             }
         }
-
-        x = self.mid.resnet0.forward(&x, Some(&time));
-        x = self.mid.attention.forward(&x, &text);
-        x = self.mid.resnet1.forward(&x, Some(&time));
-
-        for (stage, sampler) in &self.up {
-            for i in 0..stage.resnets.len() {
-                let skip = skips.pop().expect("one skip per resnet");
-                x = stage.forward_one(i, &Tensor::cat(&[&x, &skip], 1), &time, &text);
+        for unit in &self.mid {
+            x = unit.forward(&x, None, &time, &text, recomputed);
+        }
+        for (units, sampler) in &self.up {
+            for unit in units {
+                let skip = skips.pop().expect("one skip per unit");
+                x = unit.forward(&x, Some(&skip), &time, &text, recomputed);
             }
             if let Some(sampler) = sampler {
                 // sizes that are no multiple of 2^levels: resize to the skip that comes next
@@ -166,5 +192,50 @@ impl UNet {
             }
         }
         self.conv_out.forward(&self.conv_norm_out.forward(&x).silu()).to_kind(Kind::Float)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        miniature::EMBEDDED_MODEL,
+        models::{
+            folder::{ModelFiles, ModelLocation},
+            lora::LoraSettings,
+            parameters::Source,
+            pipeline::{Build, Pipeline},
+        },
+    };
+    use tch::Device;
+
+    /// Prediction of the embedded model and gradients of its mean square.
+    fn differentiate(gradient_checkpointing: bool, unet_kind: Kind, lora: bool) -> (Tensor, Vec<Tensor>) {
+        let files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
+        let settings = LoraSettings { rank: 2, alpha: 2.0, targets: vec!["to_q".into(), "to_v".into()] };
+        let lora = lora.then_some((settings, Source::Seeded(1)));
+        let pipeline = Pipeline::with(files, Device::Cpu, Build { unet_kind, gradient_checkpointing, lora }).unwrap();
+        let leaves: Vec<Tensor> =
+            pipeline.trainable().entries.iter().map(|p| p.tensor.shallow_clone().set_requires_grad(true)).collect();
+        let [c, h, w] = pipeline.latent_shape();
+        let x = (Tensor::arange(2 * c * h * w, (Kind::Float, Device::Cpu)) * 0.37).sin().view([2, c, h, w]);
+        let text = pipeline.embed(&["a kite on a book", "a portrait of a nurse"]).unwrap();
+        let eps = pipeline.unet.forward(&x, &Tensor::from_slice(&[501i64, 1]), &text);
+        let gradients = Tensor::run_backward(&[eps.square().mean(Kind::Float)], &leaves, false, false);
+        (eps, gradients)
+    }
+
+    #[test]
+    fn gradient_checkpointing_changes_no_bit() {
+        for (kind, lora) in [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true)] {
+            let (eps, gradients) = differentiate(false, kind, lora);
+            let (eps_again, gradients_again) = differentiate(true, kind, lora);
+            assert_eq!(eps, eps_again, "{kind:?}");
+            assert_eq!(gradients.len(), gradients_again.len());
+            for (i, (a, b)) in gradients.iter().zip(&gradients_again).enumerate() {
+                assert!(a.abs().sum(Kind::Float).double_value(&[]) > 0.0 || lora, "{kind:?}: gradient {i} is zero");
+                assert_eq!(a, b, "{kind:?}, lora {lora}: gradient {i}");
+            }
+        }
     }
 }

@@ -1,9 +1,13 @@
 //! Named tensors ↔ safetensors files.
 
-use std::collections::BTreeMap;
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
 
 use anyhow::{bail, ensure, Context, Result};
-use safetensors::{tensor::TensorView, Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
 
 /// Fails if `bytes` are what Git leaves in place of a large file that was not fetched.
@@ -48,12 +52,18 @@ pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A safetensors file of `tensors`, floating-point ones converted to `kind` (f32, f16 or bf16).
-pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<Vec<u8>> {
-    let mut parts = Vec::new();
-    for (name, tensor) in tensors {
-        let tensor = if tensor.is_floating_point() { tensor.to_kind(kind) } else { tensor.shallow_clone() };
-        let dtype = match tensor.kind() {
+/// A tensor on its way into a file: converted when its turn comes, so that a large model is not held twice.
+struct Outgoing<'a> {
+    tensor: &'a Tensor,
+    kind: Kind,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl<'a> Outgoing<'a> {
+    fn new(name: &str, tensor: &'a Tensor, float: Kind) -> Result<Self> {
+        let kind = if tensor.is_floating_point() { float } else { tensor.kind() };
+        let dtype = match kind {
             Kind::Float => Dtype::F32,
             Kind::Half => Dtype::F16,
             Kind::BFloat16 => Dtype::BF16,
@@ -61,15 +71,46 @@ pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Resu
             Kind::Int64 => Dtype::I64,
             other => bail!("tensor {name} of type {other:?} cannot be written"),
         };
-        let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
-        parts.push((name.clone(), dtype, shape, tensor_bytes(&tensor)?));
+        Ok(Outgoing { tensor, kind, dtype, shape: tensor.size().iter().map(|&d| d as usize).collect() })
     }
-    let views = parts
-        .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    Ok(safetensors::serialize(views, Some(metadata))?)
+}
+
+impl View for Outgoing<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(tensor_bytes(&self.tensor.to_kind(self.kind)).expect("its kind was checked"))
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.kind.elt_size_in_bytes()
+    }
+}
+
+fn outgoing(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<Vec<(&str, Outgoing<'_>)>> {
+    tensors.iter().map(|(name, tensor)| Ok((name.as_str(), Outgoing::new(name, tensor, kind)?))).collect()
+}
+
+/// What PyTorch's readers expect in a file's header.
+fn metadata() -> Option<HashMap<String, String>> {
+    Some(HashMap::from([("format".to_string(), "pt".to_string())]))
+}
+
+/// A safetensors file of `tensors`, floating-point ones converted to `kind` (f32, f16 or bf16).
+pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<Vec<u8>> {
+    Ok(safetensors::serialize(outgoing(tensors, kind)?, metadata())?)
+}
+
+/// As [`write_safetensors`], straight into the file at `path`.
+pub fn save_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<()> {
+    safetensors::serialize_to_file(outgoing(tensors, kind)?, metadata(), path)
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Names and shapes of VAE attention changed in diffusers 0.18: old `query`/`proj_attn` and 4-D weights are accepted.

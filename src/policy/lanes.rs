@@ -49,7 +49,7 @@ impl Lanes {
         for lane in self.mine() {
             let gradients = lane_gradient(lane)?;
             let mut flat = sum.buffer();
-            params.flatten(&gradients, &mut flat)?;
+            params.flatten(gradients, &mut flat)?;
             sum.push(flat);
         }
         let mut total = sum.finish();

@@ -1,5 +1,6 @@
 //! A whole training run: model in, Algorithm 1, what it leaves in its folder.
 
+pub mod footprint;
 mod recorder;
 mod results;
 mod resume;
@@ -16,7 +17,7 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, same_tree, Communicator},
     config::Config,
     miniature,
     models::{
@@ -66,12 +67,17 @@ pub fn load_with_adapters(name: &str, lora: Option<&Path>, comm: &dyn Communicat
 /// Loads the config's model with the adapters it asks for.
 pub fn load_for_training(config: &Config, comm: &dyn Communicator) -> Result<Pipeline> {
     let files = ModelFiles::read_and_broadcast(&model_location(&config.model.path), comm)?;
+    Pipeline::with(files, Device::Cpu, build_for(config))
+}
+
+/// How a config's U-Net is built for training.
+pub fn build_for(config: &Config) -> Build {
     let lora = (config.lora.rank > 0).then(|| {
         let settings =
             LoraSettings { rank: config.lora.rank, alpha: config.lora.alpha, targets: config.lora.targets.clone() };
         (settings, Source::Seeded(config.run.seed))
     });
-    Pipeline::with(files, Device::Cpu, Build { unet_kind: config.model.compute.kind(), lora })
+    Build { unet_kind: config.model.compute.kind(), gradient_checkpointing: config.model.gradient_checkpointing, lora }
 }
 
 /// How a run came to its end.
@@ -102,6 +108,13 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         config.validate()?;
         Lanes::new(config.run.lanes, comm)?;
+        if comm.rank() == 0 && !same_tree(config.run.lanes, comm.size()) {
+            log::warn!(
+                "{} lanes on {} ranks: lanes per rank are no power of two, so the last bits differ from other numbers of ranks",
+                config.run.lanes,
+                comm.size()
+            );
+        }
         agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
         let mut trainer = Trainer::new(config, comm, load_for_training(config, comm)?)?;
         let (mut done, mut origin) = (0, None);

@@ -1,6 +1,7 @@
 //! `rldiff bench`: measurements, one file each.
 
 mod iteration;
+mod model;
 
 use super::Failure;
 use crate::comm::Communicator;
@@ -15,11 +16,14 @@ pub struct Args {
 enum What {
     /// Whole iterations of a config, stage by stage: median over the measured iterations.
     Iteration(iteration::Args),
+    /// A full-size model of random weights: build, save, load, one guided step, one training step.
+    Model(model::Args),
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     match args.what {
         What::Iteration(args) => iteration::run(args, comm),
+        What::Model(args) => model::run(args, comm),
     }
 }
 

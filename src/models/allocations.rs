@@ -1,0 +1,67 @@
+//! How many bytes of CPU tensors a computation allocates: what a forward pass keeps for its backward pass, and the peak.
+
+use std::marker::PhantomData;
+
+extern "C" {
+    fn allocations_begin();
+    fn allocations_read(now: *mut i64, peak: *mut i64);
+    fn allocations_end();
+}
+
+/// Counts what this thread allocates through libtorch, backward passes that it starts included, until it is dropped.
+/// Memory that was allocated before and is given back meanwhile does not count.
+pub struct Allocations {
+    /// The count belongs to the thread that began it.
+    _here: PhantomData<*const ()>,
+}
+
+impl Allocations {
+    pub fn begin() -> Self {
+        // SAFETY: no arguments; the state is the calling thread's.
+        unsafe { allocations_begin() };
+        Allocations { _here: PhantomData }
+    }
+
+    /// Bytes that are alive now.
+    pub fn alive(&self) -> u64 {
+        self.read().0
+    }
+
+    /// The most bytes that were alive at once.
+    pub fn peak(&self) -> u64 {
+        self.read().1
+    }
+
+    fn read(&self) -> (u64, u64) {
+        let (mut now, mut peak) = (0, 0);
+        // SAFETY: both point to live integers; `self` proves that a count is under way on this thread.
+        unsafe { allocations_read(&mut now, &mut peak) };
+        (now.max(0) as u64, peak.max(0) as u64)
+    }
+}
+
+impl Drop for Allocations {
+    fn drop(&mut self) {
+        // SAFETY: ends the count that `begin` began on this thread.
+        unsafe { allocations_end() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind, Tensor};
+
+    #[test]
+    fn kept_and_peak_bytes() {
+        let before = Tensor::ones([1000], (Kind::Float, Device::Cpu));
+        let count = Allocations::begin();
+        let a = Tensor::zeros([250_000], (Kind::Float, Device::Cpu));
+        drop(Tensor::zeros([500_000], (Kind::Float, Device::Cpu)));
+        drop(before);
+        assert_eq!(count.alive(), 1_000_000);
+        assert_eq!(count.peak(), 3_000_000);
+        drop(a);
+        assert_eq!(count.alive(), 0);
+    }
+}
