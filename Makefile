@@ -5,6 +5,7 @@
 #   make test      format, clippy, docs, unit and integration tests, mpirun at 1, 2 and 4 ranks
 #   make torture   the tests that take longer
 #   make parity GOLDENS=DIR   the networks against reference numbers made with diffusers
+#   make bundle    what another host needs, as target/bundle/rldiff-VERSION-ARCHITECTURE.tar.gz
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
 #
 # A machine's own parts are used where these are set: MPICC (an MPI compiler wrapper), LIBTORCH (libtorch 2.11.0),
@@ -12,7 +13,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := build
-.PHONY: setup build run test torture parity env check-format clippy docs clean
+.PHONY: setup build run test torture parity bundle env check-format clippy docs clean
 
 VENV := $(CURDIR)/.venv
 export RLDIFF_VENV := $(VENV)
@@ -51,6 +52,9 @@ torture: build
 parity: setup
 	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }
 	@$(ENVIRONMENT) && RLDIFF_GOLDENS="$(abspath $(GOLDENS))" cargo test $(CARGO_FLAGS) --test parity -- --nocapture
+
+bundle: build
+	@$(ENVIRONMENT) && tools/bundle.sh target/release/rldiff target/bundle
 
 env: setup
 	@$(ENVIRONMENT) && echo "export PATH=\"$$(dirname "$$RLDIFF_MPIRUN"):\$$PATH\""
