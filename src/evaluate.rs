@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     comm::Communicator,
     config::Config,
     diffusion::schedule::Step,
+    memory,
     models::pipeline::Pipeline,
     prompts::{self, Prompt},
     task::{NoiseOf, Roller, Task},
@@ -62,6 +63,7 @@ pub fn evaluate(
         empty_prompt: &empty_prompt,
         rollout: &config.rollout,
         latent_shape: pipeline.latent_shape(),
+        recorded: None,
     };
     tasks.iter_mut().map(|task| evaluate_task(config, &roller, task, comm)).collect()
 }
@@ -82,6 +84,9 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
         }
         let count = chunk.min(total - first);
         let prompts = &prompt_of[first..first + count];
+        let name = &task.config.name;
+        let advice = format!("lower task.{name}.evaluation_images_per_prompt if it is above {CHUNK}");
+        let _stage = memory::stage(format!("evaluation of task {name}"), count, advice);
         let trajectory = roller.roll_out(&roller.conditioning(prompts)?, noise, first, count)?;
         let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts)?;
         let shown = settings.pictures.saturating_sub(first).min(count);
@@ -122,6 +127,6 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
 /// An image f32 `[3, H, W]` in \[0, 1\] as a picture for people.
 pub fn to_picture(image: &Tensor) -> Result<Picture> {
     let size = image.size();
-    let planes = Vec::<f32>::try_from(&image.to_kind(Kind::Float).contiguous().view([-1]))?;
+    let planes = Vec::<f32>::try_from(&image.to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]))?;
     Picture::from_planes(size[2] as usize, size[1] as usize, &planes)
 }

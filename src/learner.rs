@@ -1,6 +1,6 @@
 //! What training changes: the weights of the U-Net or of its adapters, the optimizer's moments, the average of the weights.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use anyhow::{ensure, Context, Result};
 use serde_json::{json, Value};
@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use crate::{
     config::Config,
-    kernels::adamw::AdamW,
+    kernels::{adamw::AdamW, FlatBuffer},
     models::{parameters::FlatParameters, pipeline::Pipeline},
     policy::{
         advantage::PromptStatistics,
@@ -22,7 +22,7 @@ pub struct Learner {
     pub params: FlatParameters,
     pub optimizer: Optimizer,
     /// Exponential average of the weights, where the config asks for one.
-    pub average: Option<Vec<f32>>,
+    pub average: Option<FlatBuffer>,
     average_decay: f64,
     /// Per task: running rewards of every prompt (`per_prompt` normalisation only).
     pub statistics: Vec<PromptStatistics>,
@@ -45,8 +45,8 @@ impl Learner {
         let max_norm = (u.max_grad_norm > 0.0).then_some(u.max_grad_norm);
         let decay = config.ema.decay;
         Ok(Learner {
-            optimizer: Optimizer::new(params.len(), adamw, max_norm, u.warmup_steps),
-            average: (decay > 0.0).then(|| params.values().to_vec()),
+            optimizer: Optimizer::new(params.buffer(), adamw, max_norm, u.warmup_steps),
+            average: (decay > 0.0).then(|| params.buffer().clone()),
             average_decay: decay,
             statistics: vec![PromptStatistics::default(); config.tasks.len()],
             ratio_drift: 0.0,
@@ -55,17 +55,17 @@ impl Learner {
     }
 
     /// One AdamW step (and one of the average); returns the gradient's norm before clipping.
-    pub fn step(&mut self, gradient: &[f32]) -> Result<f64> {
+    pub fn step(&mut self, gradient: &FlatBuffer) -> Result<f64> {
         let norm = self.optimizer.step(&mut self.params, gradient)?;
         if let Some(average) = &mut self.average {
-            update_average(average, self.params.values(), self.average_decay);
+            update_average(average, self.params.buffer(), self.average_decay);
         }
         Ok(norm)
     }
 
     /// The weights to evaluate and to save: the average where there is one.
     pub fn result(&self) -> BTreeMap<String, Tensor> {
-        self.params.unflatten(self.average.as_deref().unwrap_or(self.params.values()))
+        self.params.unflatten(&self.average.as_ref().unwrap_or(self.params.buffer()).host())
     }
 
     /// Everything a checkpoint holds, besides the config.
@@ -86,22 +86,26 @@ impl Learner {
         self.params.layout.iter().map(entry).collect()
     }
 
+    /// The state's vectors on the host, by name.
+    pub fn vectors(&self) -> Vec<(&'static str, Cow<'_, [f32]>)> {
+        let mut vectors = vec![
+            ("weights", self.params.buffer().host()),
+            ("exp_avg", self.optimizer.exp_avg.host()),
+            ("exp_avg_sq", self.optimizer.exp_avg_sq.host()),
+        ];
+        vectors.extend(self.average.as_ref().map(|average| ("ema", average.host())));
+        vectors
+    }
+
     /// The state after `iteration` iterations as a checkpoint to save.
     pub fn checkpoint<'a>(
-        &'a self,
         iteration: u64,
+        vectors: &'a [(&'static str, Cow<'a, [f32]>)],
         meta: &'a Value,
         layout: &'a [ParameterEntry],
         config_toml: &'a str,
     ) -> CheckpointRef<'a> {
-        let mut vectors = vec![
-            ("weights", self.params.values()),
-            ("exp_avg", self.optimizer.exp_avg.as_slice()),
-            ("exp_avg_sq", self.optimizer.exp_avg_sq.as_slice()),
-        ];
-        if let Some(average) = &self.average {
-            vectors.push(("ema", average));
-        }
+        let vectors = vectors.iter().map(|(name, values)| (*name, &**values)).collect();
         CheckpointRef { iteration, meta, config_toml, layout, vectors }
     }
 
@@ -119,13 +123,13 @@ impl Learner {
                 values.len(),
                 self.params.len()
             );
-            Ok(values.to_vec())
+            Ok(FlatBuffer::from_slice(values, self.params.device()))
         };
         let (weights, exp_avg, exp_avg_sq) = (vector("weights")?, vector("exp_avg")?, vector("exp_avg_sq")?);
         if self.average.is_some() {
             self.average = Some(vector("ema")?);
         }
-        self.params.values_mut().copy_from_slice(&weights);
+        self.params.buffer_mut().copy_from(&weights);
         self.params.publish();
         self.optimizer.exp_avg = exp_avg;
         self.optimizer.exp_avg_sq = exp_avg_sq;

@@ -50,11 +50,13 @@
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod device;
 pub mod diffusion;
 pub mod evaluate;
 pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
+pub mod memory;
 pub mod miniature;
 pub mod models;
 pub mod pairs;

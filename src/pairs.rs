@@ -65,7 +65,7 @@ impl PairSource {
     ) -> Result<Tensor> {
         let first = lane * self.batch_per_lane;
         let (pictures, captions) = self.pairs(iteration, slot, first);
-        let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures));
+        let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures.to_device(pipeline.device)));
         let text = pipeline.embed(&captions)?;
         let at = Corruption::draw(
             self.seed,

@@ -1,11 +1,12 @@
 //! A task of the joint training: a prompt distribution and a reward; its share of Algorithm 1 up to the scored samples.
 
 use anyhow::{ensure, Context, Result};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{
     config::{RolloutConfig, TaskConfig},
     diffusion::{
+        recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
         schedule::Step,
     },
@@ -67,7 +68,8 @@ impl Task {
 
 fn judge(reward: &mut dyn Reward, task: &str, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
     let _no_grad = tch::no_grad_guard();
-    let images = pipeline.vae.decode_scaled(x_0);
+    // rewards judge on the host
+    let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
     let scores = reward.score(&images, prompts).with_context(|| format!("reward of task {task}"))?;
     ensure!(
         scores.rewards.len() == prompts.len(),
@@ -93,6 +95,8 @@ pub struct Roller<'a> {
     pub rollout: &'a RolloutConfig,
     /// C, H, W of the latents.
     pub latent_shape: [i64; 3],
+    /// Where the U-Net's calls are replayed instead of made.
+    pub recorded: Option<&'a RecordedUNet>,
 }
 
 impl Roller<'_> {
@@ -107,7 +111,8 @@ impl Roller<'_> {
                 texts.push(&prompt.text);
             }
         }
-        let cond = self.pipeline.embed(&texts)?.index_select(0, &Tensor::from_slice(&rows));
+        let rows = Tensor::from_slice(&rows).to_device(self.pipeline.device);
+        let cond = self.pipeline.embed(&texts)?.index_select(0, &rows);
         Ok(Conditioning::new(&cond, self.empty_prompt, self.rollout.guidance_scale))
     }
 
@@ -123,10 +128,11 @@ impl Roller<'_> {
                 task: at.task,
                 ..Coordinates::new(at.seed, purpose)
             };
-            random::normal_rows(at, first as u32, count, &shape)
+            random::normal_rows(at, first as u32, count, &shape).to_device(self.pipeline.device)
         };
         let x_t = rows(Purpose::InitialLatent, 0);
-        sampler::roll_out(&self.pipeline.unet, self.steps, x_t, conditioning, |i| rows(Purpose::TransitionNoise, i))
+        let noise = |i| rows(Purpose::TransitionNoise, i);
+        sampler::roll_out(&self.pipeline.unet, self.recorded, self.steps, x_t, conditioning, noise)
     }
 }
 

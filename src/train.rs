@@ -3,18 +3,23 @@
 use std::{collections::BTreeMap, time::Instant};
 
 use anyhow::{ensure, Context, Result};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{
-    comm::{Communicator, TreeSum},
+    comm::Communicator,
     config::{Config, Normalisation, PretrainMode},
-    diffusion::schedule::{Schedule, SchedulerConfig, Step},
+    diffusion::{
+        recorded::RecordedUNet,
+        schedule::{Schedule, SchedulerConfig, Step},
+    },
     iteration_log::IterationLog,
     learner::Learner,
+    memory,
     models::pipeline::Pipeline,
     pairs::PairSource,
     policy::{
         advantage::{self, Advantages},
+        gradient_sum::GradientSum,
         lanes::Lanes,
         surrogate::Objective,
         update::{lane_objective, LaneBatch},
@@ -37,8 +42,10 @@ pub struct Trainer<'a> {
     pub learner: Learner,
     lanes: Lanes,
     pairs: PairSource,
-    sum: TreeSum,
+    sum: GradientSum,
     empty_prompt: Tensor,
+    /// Where the roll-out replays CUDA graphs.
+    recorded: Option<RecordedUNet>,
 }
 
 /// A task's samples of one iteration on this rank: one batch per lane, and what the log and the shards want of them.
@@ -69,8 +76,9 @@ impl<'a> Trainer<'a> {
             .collect::<Result<Vec<_>>>()?;
         let learner = Learner::new(&pipeline, config)?;
         let trainer = Trainer {
-            sum: TreeSum::new(learner.params.len()),
+            sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
+            recorded: (config.rollout.cuda_graph && pipeline.device != Device::Cpu).then(RecordedUNet::default),
             pairs: PairSource::new(&config.pretrain, config.run.seed),
             config,
             comm,
@@ -119,16 +127,22 @@ impl<'a> Trainer<'a> {
             empty_prompt: &self.empty_prompt,
             rollout: &self.config.rollout,
             latent_shape: self.pipeline.latent_shape(),
+            recorded: self.recorded.as_ref(),
         };
+        let name = self.tasks[task].config.name.clone();
+        let advice = format!("raise run.lanes, or lower task.{name}.samples");
         let (mut rolled, mut prompts, mut rewards) = (Vec::new(), Vec::new(), Vec::new());
         for lane in self.lanes.mine() {
             let first = lane * per_lane;
             let lane_prompts = self.tasks[task].draw_prompts(seed, iteration as u32, first, per_lane);
             let started = Instant::now();
+            let stage = memory::stage(format!("roll-out of task {name}"), per_lane, &advice);
             let conditioning = roller.conditioning(&lane_prompts)?;
             let trajectory = roller.roll_out(&conditioning, noise, first, per_lane)?;
             log.spent("rollout", started);
+            drop(stage);
             let started = Instant::now();
+            let _stage = memory::stage(format!("reward of task {name}"), per_lane, &advice);
             let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts)?;
             log.spent("reward", started);
             log.diagnostics(&self.tasks[task].config.name, lane, &scored.scores);
@@ -144,7 +158,8 @@ impl<'a> Trainer<'a> {
         let first = self.lanes.mine().start * per_lane;
         let lanes = rolled.into_iter().enumerate().map(|(i, (conditioning, trajectory))| {
             let from = first + i * per_lane;
-            let advantage = Tensor::from_slice(&advantages.values[from..from + per_lane]);
+            let advantage =
+                Tensor::from_slice(&advantages.values[from..from + per_lane]).to_device(self.pipeline.device);
             LaneBatch { conditioning, trajectory, advantage }
         });
         Ok(TaskBatch { lanes: lanes.collect(), prompts, rewards, first, advantages })
@@ -193,15 +208,20 @@ impl<'a> Trainer<'a> {
         log: &mut IterationLog,
     ) -> Result<()> {
         let started = Instant::now();
-        let (config, learner) = (self.config, &self.learner);
+        let config = self.config;
         let objective = Objective {
             clip_range: config.update.clip_range,
             weight: self.tasks[task].config.weight,
             samples: batch.advantages.usable_count(),
         };
         let first_lane = self.lanes.mine().start;
+        let _stage = {
+            let task = &self.tasks[task].config;
+            let advice = format!("raise run.lanes, or lower task.{}.samples", task.name);
+            memory::stage(format!("update of task {}", task.name), task.samples / self.lanes.count, advice)
+        };
         let (t, name) = (self.steps[step].t, &self.tasks[task].config.name);
-        let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
+        let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {
             let lane_batch = &batch.lanes[lane - first_lane];
             let (mut value, diagnostics) =
                 lane_objective(&self.pipeline.unet, &self.steps[step], lane_batch, &objective)?;
@@ -212,7 +232,7 @@ impl<'a> Trainer<'a> {
                 log.pretraining(lane, loss.double_value(&[]));
                 value += loss * (config.pretrain.weight / self.lanes.count as f64);
             }
-            Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
+            Ok(value)
         })?;
         let norm = self.learner.step(&gradient).with_context(|| format!("task {name}, timestep {t}"))?;
         self.sum.recycle(gradient);
@@ -223,13 +243,13 @@ impl<'a> Trainer<'a> {
 
     fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
         let started = Instant::now();
+        let batch = self.config.pretrain.batch_per_lane;
+        let _stage = memory::stage("pretraining step", batch, "lower pretrain.batch_per_lane");
         for slot in 0..self.config.pretrain.steps {
-            let learner = &self.learner;
-            let gradient = self.lanes.sum_gradients(&learner.params, &mut self.sum, self.comm, |lane| {
+            let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot as u16, lane)?;
                 log.pretraining(lane, loss.double_value(&[]));
-                let value = loss * (self.config.pretrain.weight / self.lanes.count as f64);
-                Ok(Tensor::run_backward(&[value], learner.params.leaves(), false, false))
+                Ok(loss * (self.config.pretrain.weight / self.lanes.count as f64))
             })?;
             self.learner.step(&gradient).context("pretraining step")?;
             self.sum.recycle(gradient);

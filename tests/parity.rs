@@ -14,12 +14,13 @@ use std::{
 };
 
 use rldiff::{
+    comm::Local,
     diffusion::{
         sampler::{roll_out, Conditioning},
         schedule::{Schedule, SchedulerConfig, Step},
         transition::{self, Given, Prediction},
     },
-    kernels::{adamw::AdamW, clipped_surrogate},
+    kernels::{adamw::AdamW, clipped_surrogate, FlatBuffer},
     models::{
         folder::{ModelFiles, ModelLocation},
         parameters::{Builder, FlatParameters, Source},
@@ -29,6 +30,7 @@ use rldiff::{
     },
     policy::{
         advantage::{normalise, AdvantageSettings},
+        gradient_sum::{GradientSum, Transport},
         optimizer::Optimizer,
         pretraining::{self, Corruption},
         surrogate::{surrogate, Diagnostics, Objective, Stored},
@@ -360,7 +362,7 @@ fn trajectories() {
                 let steps = schedule.steps(noise.size()[0] as usize, eta).unwrap();
                 let noise_of = |i: usize| noise.get(i as i64);
                 let trajectory =
-                    roll_out(&pipeline.unet, &steps, x_t.shallow_clone(), &conditioning, noise_of).unwrap();
+                    roll_out(&pipeline.unet, None, &steps, x_t.shallow_clone(), &conditioning, noise_of).unwrap();
                 goldens.compare(&g, &format!("{key}.latents"), &Tensor::stack(&trajectory.latents, 0));
                 let expected = g.get(&format!("{key}.latents"));
                 let last = expected.get(expected.size()[0] - 1);
@@ -448,6 +450,7 @@ struct Training {
     params: FlatParameters,
     names: Vec<String>,
     initial: Vec<f32>,
+    sum: RefCell<GradientSum>,
 }
 
 impl Training {
@@ -455,15 +458,15 @@ impl Training {
         let params = FlatParameters::new(&[&pipeline.unet_parameters]).unwrap();
         let listing = json(&goldens.dir.join(format!("goldens/{variant}/param_names.json")));
         let names = serde_json::from_value(listing["all_parameters"].clone()).unwrap();
-        let initial = params.values().to_vec();
-        Training { params, names, initial }
+        let initial = params.buffer().slice().to_vec();
+        let sum = RefCell::new(GradientSum::new(&params, Transport::default()).unwrap());
+        Training { params, names, initial, sum }
     }
 
     fn gradient(&self, loss: &Tensor) -> Vec<f32> {
-        let gradients = Tensor::run_backward(&[loss], self.params.leaves(), false, false);
-        let mut flat = vec![0.0; self.params.len()];
-        self.params.flatten(gradients, &mut flat).unwrap();
-        flat
+        let mut sum = self.sum.borrow_mut();
+        sum.backward(loss, true, &Local).unwrap();
+        sum.finish().slice().to_vec()
     }
 
     fn norms(&self, flat: &[f64]) -> Tensor {
@@ -482,7 +485,13 @@ impl Training {
 
     /// How far each parameter is from its initial value.
     fn delta(&self) -> Vec<f64> {
-        self.params.values().iter().zip(&self.initial).map(|(&now, &then)| f64::from(now) - f64::from(then)).collect()
+        self.params
+            .buffer()
+            .slice()
+            .iter()
+            .zip(&self.initial)
+            .map(|(&now, &then)| f64::from(now) - f64::from(then))
+            .collect()
     }
 
     fn named(&self, flat: &[f64], name: &str) -> Tensor {
@@ -622,13 +631,13 @@ fn train(goldens: &mut Goldens, variant: &str, g: &File, steps: &[Step], rate: &
     let (pipeline, _) = goldens.pipeline(variant);
     let mut training = Training::new(goldens, variant, &pipeline);
     let settings = AdamW { learning_rate: rate.trim_start_matches("lr").parse().unwrap(), ..AdamW::default() };
-    let mut optimizer = Optimizer::new(training.params.len(), settings, None, 0);
+    let mut optimizer = Optimizer::new(training.params.buffer(), settings, None, 0);
     let (mut log_probs, mut losses, mut norms) = (Vec::new(), Vec::new(), Vec::new());
     let updates = g.get("x_t").size()[0];
     for update in 0..updates {
         let pass = rl_pass(&pipeline, steps, g, update, goldens.guidance_scale, goldens.clip_range);
         let gradient = training.gradient(&pass.pseudo_loss);
-        norms.push(optimizer.step(&mut training.params, &gradient).unwrap());
+        norms.push(optimizer.step(&mut training.params, &FlatBuffer::from_slice(&gradient, Device::Cpu)).unwrap());
         losses.push(pass.diagnostics.loss());
         log_probs.push(pass.log_prob);
         if g.tensors.contains_key(&format!("{rate}.after{}.delta_norms", update + 1)) {
@@ -693,8 +702,8 @@ fn pretraining_loss() {
         let joint = training.gradient(&(pass.pseudo_loss + loss(0, t.len()) * 0.5));
         goldens.compare_gradient(&g, &training, &joint, "joint.", "joint.grad.");
         let settings = AdamW { learning_rate: 1e-4, ..AdamW::default() };
-        let mut optimizer = Optimizer::new(training.params.len(), settings, None, 0);
-        optimizer.step(&mut training.params, &joint).unwrap();
+        let mut optimizer = Optimizer::new(training.params.buffer(), settings, None, 0);
+        optimizer.step(&mut training.params, &FlatBuffer::from_slice(&joint, Device::Cpu)).unwrap();
         goldens.compare_moved(&g, &training, "joint.after1.", ADAMW_BOUND[0].1);
         goldens.all_used(&g);
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{config_args::ConfigArgs, Failure, OrMistake};
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     evaluate::evaluate,
@@ -17,6 +17,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// A model to score: `embedded`, a diffusers folder, or a run's folder. May be given several times; the first is
     /// what the others are compared with [default: the config's model].
     #[arg(long = "model", value_name = "DIR")]
@@ -29,12 +31,13 @@ pub struct Args {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let config = args.config.load(comm).or_mistake()?;
     let models = if args.models.is_empty() { vec![config.model.path.clone()] } else { args.models };
+    let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
-    let mut trainer = Trainer::new(&config, comm, load_model(&models[0], comm).or_mistake()?).or_mistake()?;
+    let mut trainer = Trainer::new(&config, comm, load_model(&models[0], comm, device).or_mistake()?).or_mistake()?;
 
     let mut results = Vec::new();
     for name in &models {
-        let model = load_model(name, comm).or_mistake()?;
+        let model = load_model(name, comm, device).or_mistake()?;
         let tasks = evaluate(&config, &model, &trainer.steps, &mut trainer.tasks, comm)?;
         if comm.rank() == 0 {
             println!("{name}");

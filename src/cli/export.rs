@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{ensure, Context, Result};
 use clap::ValueEnum;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::{Failure, OrMistake};
 use crate::{comm::Communicator, config::load, learner::Learner, run::load_for_training, store};
@@ -51,7 +51,7 @@ fn export(args: &Args) -> Result<()> {
     if let Some(model) = &args.model {
         config.model.path = model.clone();
     }
-    let pipeline = load_for_training(&config, &crate::comm::Local)?;
+    let pipeline = load_for_training(&config, &crate::comm::Local, Device::Cpu)?;
     let mut learner = Learner::new(&pipeline, &config)?;
     learner.restore(&checkpoint).with_context(|| path.display().to_string())?;
     let kind = match args.r#type {

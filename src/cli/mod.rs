@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod config_args;
+mod device_args;
 mod doctor;
 mod eval;
 mod export;
@@ -22,6 +23,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     comm::{self, abort_world_on_panic, Communicator},
+    memory,
     telemetry::init_logger,
 };
 
@@ -118,9 +120,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(2)
         }
         Err(Failure::AtWork(e)) => {
+            let text = format!("{e:#}");
+            let text = memory::explain(&text).unwrap_or(text);
             match comm.size() {
-                1 => eprintln!("error: {e:#}"),
-                _ => eprintln!("error: rank {}: {e:#}", comm.rank()),
+                1 => eprintln!("error: {text}"),
+                _ => eprintln!("error: rank {}: {text}", comm.rank()),
             }
             comm.abort(1)
         }

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, OrMistake};
+use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     config::RolloutConfig,
     diffusion::schedule::{Schedule, SchedulerConfig},
     evaluate::to_picture,
+    memory,
     models::pipeline::Pipeline,
     prompts::Prompt,
     run::load_with_adapters,
@@ -20,6 +21,8 @@ use crate::{
 
 #[derive(clap::Args)]
 pub struct Args {
+    #[command(flatten)]
+    device: DeviceArgs,
     /// What to draw. May be given several times.
     #[arg(long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
@@ -76,8 +79,9 @@ struct Drawn {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let prompts = prompts(&args).or_mistake()?;
     agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
-    let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm).or_mistake()?;
+    let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm, device).or_mistake()?;
     let latent_shape = latent_shape(&pipeline, &args).or_mistake()?;
     let schedule = SchedulerConfig::from_json(&pipeline.scheduler.to_string()).and_then(|c| Schedule::new(&c));
     let schedule = schedule.with_context(|| format!("{}: scheduler/scheduler_config.json", args.model)).or_mistake()?;
@@ -85,12 +89,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         warn_of_cut_prompts(&pipeline, prompts.iter().map(|p| p.text.as_str()).chain([args.negative.as_str()]))?;
     }
     let steps = schedule.steps(args.steps, args.eta).or_mistake()?;
-    let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance };
+    let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance, cuda_graph: false };
     let negative = pipeline.embed(&[args.negative.as_str()])?;
-    let roller =
-        Roller { pipeline: &pipeline, steps: &steps, empty_prompt: &negative, rollout: &rollout, latent_shape };
+    let (empty_prompt, recorded) = (&negative, None);
+    let roller = Roller { pipeline: &pipeline, steps: &steps, empty_prompt, rollout: &rollout, latent_shape, recorded };
     let noise = NoiseOf { seed: args.seed, iteration: u32::MAX, task: u8::MAX };
 
+    let _stage = memory::stage("drawing of a picture", 1, "make it smaller (--height, --width)");
     let mut mine = Vec::new();
     let total = prompts.len() * args.images;
     for first in (comm.rank() * args.batch..total).step_by(comm.size() * args.batch) {

@@ -2,9 +2,11 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use super::{config_args::ConfigArgs, Failure, OrMistake};
+use tch::Device;
+
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::Communicator,
+    comm::{nccl, Communicator},
     run::{Ending, Resume, Run},
     signals,
     telemetry::RunFiles,
@@ -14,6 +16,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Folder for the results [default: runs/NAME].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -34,15 +38,20 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Some("auto") => Resume::Auto,
         Some(path) => Resume::From(path.into()),
     };
+    let device = args.device.choose(comm).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(config.run.threads as i32);
-    let run = Run::prepare(&config, comm, files.clone(), &resume).or_mistake()?;
+    let run = Run::prepare(&config, comm, device, files.clone(), &resume).or_mistake()?;
     if comm.rank() == 0 {
         let what = match &args.config.config {
             Some(path) => path.display().to_string(),
             None => "the embedded joint experiment (no CONFIG was given)".to_string(),
         };
         let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
-        log::info!("rldiff {}: {what} on {ranks}, results in {}", env!("CARGO_PKG_VERSION"), files.root().display());
+        let (version, root) = (env!("CARGO_PKG_VERSION"), files.root().display());
+        let with = if device == Device::Cpu { "" } else { " with a GPU each" };
+        log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }
     signals::install()?;
     Ok(match run.go()? {

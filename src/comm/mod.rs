@@ -6,13 +6,39 @@
 mod launcher;
 mod local;
 mod mpi;
+pub mod nccl;
 mod tree;
 
 pub use self::local::Local;
 pub use self::mpi::Mpi;
-pub use self::tree::{same_tree, tree_sum, TreeSum};
+pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 
-use anyhow::{bail, Result};
+use anyhow::{bail, ensure, Result};
+use half::bf16;
+use serde::{Deserialize, Serialize};
+
+/// Number type of gradients on their way between ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wire {
+    #[default]
+    F32,
+    /// Half the bytes; every rank's share and every partial sum is rounded.
+    Bf16,
+}
+
+/// A vector in GPU memory that is to be summed over ranks in place.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceVector {
+    /// Of its first element.
+    pub address: u64,
+    /// Elements.
+    pub length: usize,
+    /// Their number type.
+    pub wire: Wire,
+    /// The CUDA stream that makes it: the sum begins after what that stream has been given so far.
+    pub stream: usize,
+}
 
 /// Collective operations among the ranks of a run. Every call must be made by all ranks in the same order, from the
 /// thread that started the communicator.
@@ -38,6 +64,22 @@ pub trait Communicator {
     /// ((0+1)+(2+3))+…, an odd one carried up. The result is the same bits on every rank, equals [`tree_sum`] of the
     /// ranks' values, and continues the tree that [`TreeSum`] builds over lanes.
     fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()>;
+    /// As [`Communicator::all_reduce_sum_f32`], with bf16 on the wire: the same tree, every partial sum rounded to the
+    /// nearest bf16 (ties to even). The same bits on every rank.
+    fn all_reduce_sum_bf16(&self, data: &mut [bf16]) -> Result<()>;
+    /// Starts the sum over ranks of a vector in GPU memory and returns at once. All ranks start the same sums in the
+    /// same order; this one may be called from any thread.
+    ///
+    /// # Errors
+    /// A communicator of several ranks that cannot reach GPU memory.
+    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
+        ensure!(self.size() == 1, "GPU memory cannot be summed over ranks without NCCL ({vector:?})");
+        Ok(())
+    }
+    /// What `stream` is given from now on begins after all sums that were started.
+    fn finish_device_sums(&self, _stream: usize) -> Result<()> {
+        Ok(())
+    }
     /// Ends every rank of the run with `code` at once. Never returns.
     fn abort(&self, code: i32) -> !;
 }
@@ -90,6 +132,7 @@ pub fn abort_world_on_panic() {
             (_, Some(text)) => text.as_str(),
             _ => "panic without a message",
         };
+        let message = &crate::memory::explain(message).unwrap_or_else(|| message.to_string());
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let mut text = format!("rank {}: {message}{place}\n", mpi::world_rank());
         let backtrace = std::backtrace::Backtrace::capture();

@@ -12,11 +12,12 @@ use ::mpi::topology::SimpleCommunicator;
 use ::mpi::traits::{Communicator as _, CommunicatorCollectives, Destination, Equivalence, Root, Source};
 use ::mpi::Threading;
 use anyhow::{bail, ensure, Context, Result};
+use half::bf16;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Elements per message of a sum: 1 MiB of f32.
+/// Elements per message of a sum: 1 MiB of f32, half of it in bf16.
 const SUM_PIECE: usize = 1 << 18;
 /// Elements per message of a broadcast.
 const BROADCAST_PIECE: usize = 1 << 24;
@@ -30,6 +31,28 @@ pub(super) fn world_rank() -> usize {
     WORLD_RANK.load(Ordering::Relaxed)
 }
 
+/// What is summed: numbers as MPI carries them.
+trait Number: Equivalence + bytemuck::Pod {
+    /// left += right, element by element.
+    fn add_right(left: &mut [Self], right: &[Self]);
+}
+
+impl Number for f32 {
+    fn add_right(left: &mut [f32], right: &[f32]) {
+        add_right(left, right);
+    }
+}
+
+/// The bits of a bf16, for which MPI has no type.
+impl Number for u16 {
+    fn add_right(left: &mut [u16], right: &[u16]) {
+        for (l, r) in left.iter_mut().zip(right) {
+            // added in f32, rounded to the nearest bf16
+            *l = (bf16::from_bits(*l) + bf16::from_bits(*r)).to_bits();
+        }
+    }
+}
+
 /// All ranks of MPI's world.
 pub struct Mpi {
     world: SimpleCommunicator,
@@ -37,7 +60,7 @@ pub struct Mpi {
     size: usize,
     local_rank: (usize, usize),
     /// Receive buffer of one piece.
-    scratch: RefCell<Vec<f32>>,
+    scratch: RefCell<Vec<u32>>,
     /// Ends MPI when dropped; last, so that everything else is gone by then.
     _universe: Universe,
 }
@@ -65,13 +88,14 @@ impl Mpi {
         ensure!(provided >= Threading::Funneled, "this MPI supports only programs without threads");
         let host = world.split_shared(world.rank());
         let local_rank = (host.rank() as usize, host.size() as usize);
-        Ok(Mpi { world, rank, size, local_rank, scratch: RefCell::new(vec![0.0; SUM_PIECE]), _universe: universe })
+        Ok(Mpi { world, rank, size, local_rank, scratch: RefCell::new(vec![0; SUM_PIECE]), _universe: universe })
     }
 
     /// Sends `outgoing` to `partner` and hands each received piece, with its offset, to `take`.
-    fn exchange(&self, partner: usize, outgoing: &[f32], incoming: usize, mut take: impl FnMut(usize, &[f32])) {
+    fn exchange<T: Number>(&self, partner: usize, outgoing: &[T], incoming: usize, mut take: impl FnMut(usize, &[T])) {
         let partner = self.world.process_at_rank(partner as i32);
         let mut scratch = self.scratch.borrow_mut();
+        let scratch: &mut [T] = bytemuck::cast_slice_mut(&mut scratch[..]);
         // the two directions may differ by one element, hence by one piece; an empty message stands in for it
         for start in (0..outgoing.len().max(incoming)).step_by(SUM_PIECE) {
             let send = &outgoing[start.min(outgoing.len())..(start + SUM_PIECE).min(outgoing.len())];
@@ -83,7 +107,7 @@ impl Mpi {
 
     /// Sum for 2^k ranks: recursive halving with neighbours first (so that each element is summed in the tree), then
     /// the way back. Every rank sends and receives 2·(1 − 1/size) of the data.
-    fn halve_and_gather(&self, data: &mut [f32]) {
+    fn halve_and_gather<T: Number>(&self, data: &mut [T]) {
         let (mut low, mut high) = (0, data.len());
         let mut halvings = Vec::new();
         let mut distance = 1;
@@ -96,12 +120,8 @@ impl Mpi {
             let (mine, theirs) = if keeps_low { (left, right) } else { (right, left) };
             self.exchange(partner, theirs, mine.len(), |start, piece| {
                 let here = &mut mine[start..start + piece.len()];
-                if keeps_low {
-                    add_right(here, piece);
-                } else {
-                    // the partner is the left operand
-                    here.iter_mut().zip(piece).for_each(|(right, left)| *right += *left);
-                }
+                // where the high half is kept, the partner is the left operand; a sum of two does not depend on it
+                T::add_right(here, piece);
             });
             (low, high) = if keeps_low { (low, middle) } else { (middle, high) };
             distance *= 2;
@@ -116,7 +136,7 @@ impl Mpi {
     }
 
     /// Sum for any number of ranks: up a binomial tree to rank 0, then a broadcast.
-    fn reduce_to_zero_and_broadcast(&self, data: &mut [f32]) {
+    fn reduce_to_zero_and_broadcast<T: Number>(&self, data: &mut [T]) {
         let mut distance = 1;
         while distance < self.size {
             if self.rank % (2 * distance) == distance {
@@ -127,15 +147,25 @@ impl Mpi {
             if self.rank + distance < self.size {
                 let child = self.world.process_at_rank((self.rank + distance) as i32);
                 let mut scratch = self.scratch.borrow_mut();
+                let scratch: &mut [T] = bytemuck::cast_slice_mut(&mut scratch[..]);
                 for piece in data.chunks_mut(SUM_PIECE) {
                     let received = &mut scratch[..piece.len()];
                     child.receive_into(received);
-                    add_right(piece, received);
+                    T::add_right(piece, received);
                 }
             }
             distance *= 2;
         }
         self.broadcast(data, 0);
+    }
+
+    /// Sum over the ranks in the tree.
+    fn sum<T: Number>(&self, data: &mut [T]) {
+        if self.size.is_power_of_two() {
+            self.halve_and_gather(data);
+        } else {
+            self.reduce_to_zero_and_broadcast(data);
+        }
     }
 
     fn broadcast<T: Equivalence>(&self, data: &mut [T], root: usize) {
@@ -195,11 +225,12 @@ impl Communicator for Mpi {
     }
 
     fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()> {
-        if self.size.is_power_of_two() {
-            self.halve_and_gather(data);
-        } else {
-            self.reduce_to_zero_and_broadcast(data);
-        }
+        self.sum(data);
+        Ok(())
+    }
+
+    fn all_reduce_sum_bf16(&self, data: &mut [bf16]) -> Result<()> {
+        self.sum::<u16>(bytemuck::cast_slice_mut(data));
         Ok(())
     }
 

@@ -4,6 +4,31 @@
 //! of neighbours becomes one (left + right), an odd one at the end is carried up unchanged:
 //! `((0+1)+(2+3))+4` for five leaves.
 
+use std::ops::Range;
+
+/// What a [`TreeSum`] adds up: a vector of f32, wherever it lies.
+pub trait Leaf {
+    fn length(&self) -> usize;
+    /// Makes all elements 0.
+    fn clear(&mut self);
+    /// Adds the elements `range` of `right` to those of self, element by element.
+    fn add_right(&mut self, right: &Self, range: Range<usize>);
+}
+
+impl Leaf for Vec<f32> {
+    fn length(&self) -> usize {
+        self.len()
+    }
+
+    fn clear(&mut self) {
+        self.fill(0.0);
+    }
+
+    fn add_right(&mut self, right: &Self, range: Range<usize>) {
+        add_right(&mut self[range.clone()], &right[range]);
+    }
+}
+
 /// Adds `right` to `left` element-wise: the one node operation of every tree, between lanes and between ranks.
 pub(super) fn add_right(left: &mut [f32], right: &[f32]) {
     assert_eq!(left.len(), right.len(), "leaves of a tree sum have different lengths");
@@ -49,36 +74,45 @@ pub fn same_tree(lanes: usize, ranks: usize) -> bool {
 /// }
 /// assert_eq!(sum.finish(), [6.0; 3]);
 /// ```
-pub struct TreeSum {
+pub struct TreeSum<L: Leaf = Vec<f32>> {
     length: usize,
+    make: Box<dyn Fn() -> L + Send>,
     /// (level, sum of 2^level lanes), levels strictly falling.
-    digits: Vec<(u32, Vec<f32>)>,
-    spare: Vec<Vec<f32>>,
+    digits: Vec<(u32, L)>,
+    spare: Vec<L>,
 }
 
 impl TreeSum {
     /// For lanes of `length` elements.
     pub fn new(length: usize) -> Self {
-        TreeSum { length, digits: Vec::new(), spare: Vec::new() }
+        TreeSum::of(move || vec![0.0; length])
+    }
+}
+
+impl<L: Leaf> TreeSum<L> {
+    /// For lanes like those that `make` makes, filled with zeros.
+    pub fn of(make: impl Fn() -> L + Send + 'static) -> Self {
+        let first = make();
+        TreeSum { length: first.length(), make: Box::new(make), digits: Vec::new(), spare: vec![first] }
     }
 
     /// A buffer of zeros for the next lane; one that an earlier addition set free where there is one.
-    pub fn buffer(&mut self) -> Vec<f32> {
+    pub fn buffer(&mut self) -> L {
         match self.spare.pop() {
             Some(mut buffer) => {
-                buffer.fill(0.0);
+                buffer.clear();
                 buffer
             }
-            None => vec![0.0; self.length],
+            None => (self.make)(),
         }
     }
 
     /// Adds the next lane. Panics if its length is not that of the sum.
-    pub fn push(&mut self, lane: Vec<f32>) {
-        assert_eq!(lane.len(), self.length, "a lane's length differs from the sum's");
+    pub fn push(&mut self, lane: L) {
+        assert_eq!(lane.length(), self.length, "a lane's length differs from the sum's");
         let (mut level, mut node) = (0, lane);
         while let Some((_, mut left)) = self.digits.pop_if(|(top, _)| *top == level) {
-            add_right(&mut left, &node);
+            left.add_right(&node, 0..self.length);
             self.spare.push(std::mem::replace(&mut node, left));
             level += 1;
         }
@@ -87,19 +121,50 @@ impl TreeSum {
 
     /// The sum of the lanes so far (zeros without any); the next lane begins a new sum. Hand the result back with
     /// [`TreeSum::recycle`] to save an allocation.
-    pub fn finish(&mut self) -> Vec<f32> {
+    pub fn finish(&mut self) -> L {
         let Some((_, mut node)) = self.digits.pop() else { return self.buffer() };
         // the incomplete right edge of the tree: what is carried up meets ever larger left neighbours
         while let Some((_, mut left)) = self.digits.pop() {
-            add_right(&mut left, &node);
+            left.add_right(&node, 0..self.length);
             self.spare.push(std::mem::replace(&mut node, left));
         }
         node
     }
 
+    /// The elements `range` of the sum of all lanes so far and `last`, the last one, before the rest of `last` is
+    /// known. Call it once for every element of a sum, then [`TreeSum::finish_in_parts`].
+    pub fn add_last(&mut self, last: &L, range: Range<usize>) {
+        // pushing the last lane and carrying up the right edge meet the digits in the same order: last to first
+        let mut digits = self.digits.iter_mut().rev().map(|(_, digit)| digit);
+        let Some(mut node) = digits.next() else { return };
+        node.add_right(last, range.clone());
+        for left in digits {
+            left.add_right(node, range.clone());
+            node = left;
+        }
+    }
+
+    /// Where the sum that [`TreeSum::add_last`] makes lies: `last` itself where there was no lane before it.
+    pub fn root<'a>(&'a self, last: &'a L) -> &'a L {
+        self.digits.first().map_or(last, |(_, digit)| digit)
+    }
+
+    /// The sum after [`TreeSum::add_last`] has seen every element; the next lane begins a new sum.
+    pub fn finish_in_parts(&mut self, last: L) -> L {
+        let mut nodes = self.digits.drain(..).map(|(_, digit)| digit).chain([last]);
+        let root = nodes.next().expect("there is the last lane");
+        self.spare.extend(nodes);
+        root
+    }
+
+    /// Forgets the lanes so far.
+    pub fn reset(&mut self) {
+        self.spare.extend(self.digits.drain(..).map(|(_, digit)| digit));
+    }
+
     /// Gives back a buffer that is no longer needed.
-    pub fn recycle(&mut self, buffer: Vec<f32>) {
-        if buffer.len() == self.length {
+    pub fn recycle(&mut self, buffer: L) {
+        if buffer.length() == self.length {
             self.spare.push(buffer);
         }
     }
@@ -142,6 +207,23 @@ mod tests {
             let total = sum.finish();
             let expected = if count == 0 { vec![0.0; 50] } else { tree_sum(&leaves) };
             assert_eq!(bits(&total), bits(&expected), "{count} lanes");
+            sum.recycle(total);
+        }
+    }
+
+    #[test]
+    fn a_last_lane_in_parts_gives_the_same_bits() {
+        let mut sum = TreeSum::new(50);
+        for count in 1..40 {
+            let leaves: Vec<Vec<f32>> = (0..count).map(|l| leaf(l, 50)).collect();
+            leaves[..count - 1].iter().for_each(|lane| sum.push(lane.clone()));
+            let last = leaves[count - 1].clone();
+            for range in [37..50, 0..11, 11..37] {
+                sum.add_last(&last, range.clone());
+                assert_eq!(bits(&sum.root(&last)[range.clone()]), bits(&tree_sum(&leaves)[range]), "{count} lanes");
+            }
+            let total = sum.finish_in_parts(last);
+            assert_eq!(bits(&total), bits(&tree_sum(&leaves)), "{count} lanes");
             sum.recycle(total);
         }
     }

@@ -7,7 +7,13 @@ use serde::{Deserialize, Serialize};
 pub mod load;
 pub mod validate;
 
-use crate::policy::advantage::{AdvantageSettings, PerPromptSettings};
+use crate::{
+    comm::Wire,
+    policy::{
+        advantage::{AdvantageSettings, PerPromptSettings},
+        gradient_sum::Transport,
+    },
+};
 
 pub use validate::Derived;
 
@@ -21,6 +27,7 @@ pub struct Config {
     pub rollout: RolloutConfig,
     pub advantage: AdvantageConfig,
     pub update: UpdateConfig,
+    pub comm: CommConfig,
     pub pretrain: PretrainConfig,
     pub ema: EmaConfig,
     pub trajectories: TrajectoryConfig,
@@ -97,6 +104,8 @@ pub struct RolloutConfig {
     pub eta: f64,
     /// g of classifier-free guidance.
     pub guidance_scale: f64,
+    /// The U-Net's work of a denoising step is recorded once as a CUDA graph and replayed (on a GPU only).
+    pub cuda_graph: bool,
 }
 
 /// Which rewards a reward is compared with (Eq. 10).
@@ -154,6 +163,21 @@ pub struct UpdateConfig {
     pub max_grad_norm: f64,
     /// Optimizer steps over which the learning rate rises from 0.
     pub warmup_steps: u64,
+}
+
+/// How gradients travel between ranks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommConfig {
+    /// Megabytes (2^20 bytes of f32) of gradients that are summed over the ranks at once, while the backward pass goes on.
+    pub bucket_mb: f64,
+    pub wire: Wire,
+}
+
+impl CommConfig {
+    pub fn transport(&self) -> Transport {
+        Transport { bucket_bytes: (self.bucket_mb * f64::from(1 << 20)) as usize, wire: self.wire }
+    }
 }
 
 /// How L_pre takes part.

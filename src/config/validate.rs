@@ -44,6 +44,8 @@ impl Config {
         ensure!((0.0..=1.0).contains(&a.max_bad_fraction), "advantage.max_bad_fraction must be in 0..=1");
         ensure!(a.prompt_buffer > 0, "advantage.prompt_buffer must be at least 1");
         self.validate_update()?;
+        let bucket = self.comm.bucket_mb;
+        ensure!(bucket > 0.0 && bucket <= 65536.0, "comm.bucket_mb = {bucket} must be above 0 and at most 65536");
         let p = &self.pretrain;
         ensure!(p.batch_per_lane > 0, "pretrain.batch_per_lane must be at least 1");
         ensure!((0.0..=1.0).contains(&p.caption_dropout), "pretrain.caption_dropout must be in 0..=1");
@@ -133,6 +135,7 @@ mod tests {
             ("update.timesteps=7", "update.timesteps = 7"),
             ("rollout.eta=0.0", "rollout.eta"),
             ("ema.decay=1.0", "ema.decay"),
+            ("comm.bucket_mb=0.0", "comm.bucket_mb"),
             ("task.parity.evaluation_samples=17", "evaluation_samples"),
         ] {
             let config = parse(EMBEDDED_JOINT, "joint", &[set.to_string()]).unwrap();

@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::{
+    recorded::RecordedUNet,
     schedule::Step,
     transition::{self, Given, Prediction},
 };
@@ -33,12 +34,25 @@ impl Conditioning {
 
     /// Both halves of the U-Net's output at `t`, from ONE batched call.
     pub fn predict(&self, unet: &UNet, x_t: &Tensor, t: i64) -> Output {
+        let (input, timesteps) = self.inputs(x_t, t);
+        self.output(unet.forward(&input, &timesteps, &self.text))
+    }
+
+    /// As [`Conditioning::predict`], by a replay; the output holds until the next one.
+    pub fn predict_recorded(&self, recorded: &RecordedUNet, unet: &UNet, x_t: &Tensor, t: i64) -> Result<Output> {
+        let (input, timesteps) = self.inputs(x_t, t);
+        Ok(self.output(recorded.forward(unet, &input, &timesteps, &self.text)?))
+    }
+
+    fn inputs(&self, x_t: &Tensor, t: i64) -> (Tensor, Tensor) {
         let (input, rows) = match self.guidance_scale {
             Some(_) => (Tensor::cat(&[x_t, x_t], 0), 2 * self.batch),
             None => (x_t.shallow_clone(), self.batch),
         };
-        let timesteps = Tensor::full([rows], t, (Kind::Int64, x_t.device()));
-        let output = unet.forward(&input, &timesteps, &self.text);
+        (input, Tensor::full([rows], t, (Kind::Int64, x_t.device())))
+    }
+
+    fn output(&self, output: Tensor) -> Output {
         match self.guidance_scale {
             Some(guidance_scale) => {
                 let halves = output.chunk(2, 0);
@@ -86,9 +100,11 @@ impl Trajectory {
     }
 }
 
-/// Rolls out all `steps` from `x_t`, without gradients. `noise(i)` gives z of step i, f32 `[B,C,H,W]`.
+/// Rolls out all `steps` from `x_t`, without gradients. `noise(i)` gives z of step i, f32 `[B,C,H,W]`. With `recorded` the
+/// U-Net's calls are replays.
 pub fn roll_out(
     unet: &UNet,
+    recorded: Option<&RecordedUNet>,
     steps: &[Step],
     x_t: Tensor,
     conditioning: &Conditioning,
@@ -98,7 +114,10 @@ pub fn roll_out(
     let mut trajectory = Trajectory { latents: vec![x_t], log_probs: Vec::with_capacity(steps.len()) };
     for (i, step) in steps.iter().enumerate() {
         let x_t = trajectory.x_0();
-        let output = conditioning.predict(unet, x_t, step.t);
+        let output = match recorded {
+            Some(recorded) => conditioning.predict_recorded(recorded, unet, x_t, step.t)?,
+            None => conditioning.predict(unet, x_t, step.t),
+        };
         let drawn = transition::step(step, x_t, output.prediction(), Given::Draw(&noise(i)))?;
         trajectory.latents.push(drawn.x_prev);
         trajectory.log_probs.push(drawn.log_prob);

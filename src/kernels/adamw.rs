@@ -13,8 +13,9 @@
 //! and rounded once. At the paper's setting lr·λ = 2e-8 is below half a unit in the last place of 1, so in f32 the
 //! decay factor is exactly 1, here as in torch.
 
-use super::{ordered_sum, pair_up, LANES};
+use super::{ordered_sum, pair_up, FlatBuffer, LANES};
 use anyhow::{ensure, Result};
+use tch::Device;
 
 /// Hyperparameters; the default is the paper's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,6 +69,39 @@ pub fn reference(
         *param = *param * decay + negative_step_size * *m / denominator;
     }
     Ok(())
+}
+
+/// As [`reference`], on vectors of one device.
+///
+/// # Errors
+/// As [`reference`]; vectors of different devices.
+pub fn step(
+    params: &mut FlatBuffer,
+    grads: &FlatBuffer,
+    exp_avg: &mut FlatBuffer,
+    exp_avg_sq: &mut FlatBuffer,
+    settings: &AdamW,
+    step: u64,
+    grad_scale: f32,
+) -> Result<()> {
+    let devices = [params.device(), grads.device(), exp_avg.device(), exp_avg_sq.device()];
+    ensure!(devices == [params.device(); 4], "AdamW: vectors on different devices: {devices:?}");
+    if params.device() == Device::Cpu {
+        let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
+        return reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale);
+    }
+    let (mut p, mut m, mut v) =
+        (params.host().into_owned(), exp_avg.host().into_owned(), exp_avg_sq.host().into_owned());
+    reference(&mut p, &grads.host(), &mut m, &mut v, settings, step, grad_scale)?;
+    params.copy_from_slice(&p);
+    exp_avg.copy_from_slice(&m);
+    exp_avg_sq.copy_from_slice(&v);
+    Ok(())
+}
+
+/// [`global_norm`] of a vector on any device.
+pub fn norm(vector: &FlatBuffer) -> Result<f64> {
+    Ok(global_norm(&vector.host()))
 }
 
 /// L2 norm in f64, summed in a fixed order that depends only on the length.

@@ -8,8 +8,11 @@ use anyhow::{ensure, Context, Result};
 use tch::{Device, Kind, Tensor};
 
 pub mod adamw;
+pub mod buffer;
 pub mod clipped_surrogate;
 pub mod ddim_step;
+
+pub use buffer::FlatBuffer;
 
 /// Partial sums kept side by side: fixes the order of a sum and lets it use vector registers.
 pub(crate) const LANES: usize = 8;

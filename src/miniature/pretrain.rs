@@ -11,11 +11,12 @@ use super::{
     scene,
 };
 use crate::{
-    comm::{Communicator, TreeSum},
+    comm::Communicator,
     diffusion::schedule::{Schedule, SchedulerConfig},
     kernels::adamw::AdamW,
     models::{parameters::FlatParameters, pipeline::Pipeline},
     policy::{
+        gradient_sum::{GradientSum, Transport},
         lanes::Lanes,
         optimizer::{update_average, Optimizer},
         pretraining::{self, Corruption},
@@ -92,15 +93,15 @@ fn train_vae(
 ) -> Result<()> {
     let mut params = FlatParameters::new(&[&pipeline.vae_parameters])?;
     let adamw = AdamW { learning_rate: 2.5e-3, weight_decay: 1e-4, ..AdamW::default() };
-    let mut optimizer = Optimizer::new(params.len(), adamw, Some(1.0), 0);
+    let mut optimizer = Optimizer::new(params.buffer(), adamw, Some(1.0), 0);
     let lanes = Lanes::new(LANES, comm)?;
-    let mut sum = TreeSum::new(params.len());
+    let mut sum = GradientSum::new(&params, Transport::default())?;
     let per_lane = settings.vae_batch / LANES;
     let [channels, height, width] = pipeline.latent_shape();
 
     for step in 0..settings.vae_steps {
         let mut squared_error = 0.0;
-        let gradient = lanes.sum_gradients(&params, &mut sum, comm, |lane| {
+        let gradient = lanes.sum_gradients(&mut sum, comm, |lane| {
             let first = step * settings.vae_batch as u64 + (lane * per_lane) as u64;
             let x = pictures(settings.seed, &(first..first + per_lane as u64).collect::<Vec<_>>());
             let mut noise = vec![0f32; per_lane * (channels * height * width) as usize];
@@ -110,9 +111,7 @@ fn train_vae(
             let difference = pipeline.vae.decode(&posterior.sample(&noise)) - &x;
             let mse = difference.square().mean(Kind::Float);
             squared_error += mse.double_value(&[]);
-            let loss =
-                (mse + difference.abs().mean(Kind::Float) * L1_WEIGHT + posterior.kl() * KL_WEIGHT) / LANES as f64;
-            Ok(Tensor::run_backward(&[loss], params.leaves(), false, false))
+            Ok((mse + difference.abs().mean(Kind::Float) * L1_WEIGHT + posterior.kl() * KL_WEIGHT) / LANES as f64)
         })?;
         optimizer.settings.learning_rate = 2.5e-3 * learning_rate_factor(step, settings.vae_steps, 50);
         optimizer.step(&mut params, &gradient)?;
@@ -181,17 +180,17 @@ fn train_denoiser(
     let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
     let mut params = FlatParameters::new(&[&pipeline.unet_parameters, &pipeline.text_parameters])?;
     let adamw = AdamW { weight_decay: 1e-3, ..AdamW::default() };
-    let mut optimizer = Optimizer::new(params.len(), adamw, Some(1.0), 0);
-    let mut average = params.values().to_vec();
+    let mut optimizer = Optimizer::new(params.buffer(), adamw, Some(1.0), 0);
+    let mut average = params.buffer().clone();
     let lanes = Lanes::new(LANES, comm)?;
-    let mut sum = TreeSum::new(params.len());
+    let mut sum = GradientSum::new(&params, Transport::default())?;
     let per_lane = settings.unet_batch / LANES;
     let shape = pipeline.latent_shape();
 
     let mut smooth = f64::NAN;
     for step in 0..settings.unet_steps {
         let mut losses = 0.0;
-        let gradient = lanes.sum_gradients(&params, &mut sum, comm, |lane| {
+        let gradient = lanes.sum_gradients(&mut sum, comm, |lane| {
             let mut stream = batch_stream(settings.seed, Purpose::PretrainPair, step, lane);
             let picked: Vec<i64> = (0..per_lane).map(|_| stream.below(POOL as u64) as i64).collect();
             let dropped: Vec<bool> = (0..per_lane).map(|_| stream.uniform() < CAPTION_DROPOUT).collect();
@@ -209,14 +208,14 @@ fn train_denoiser(
                 Corruption::draw(settings.seed, step as u32, 0, first, per_lane, &shape, schedule.alpha_bar().len());
             let loss = pretraining::loss(&pipeline.unet, &schedule, &z_0, &text, &at) / LANES as f64;
             losses += loss.double_value(&[]);
-            Ok(Tensor::run_backward(&[loss], params.leaves(), false, false))
+            Ok(loss)
         })?;
         optimizer.settings.learning_rate = 1.2e-3 * learning_rate_factor(step, settings.unet_steps, 100);
         optimizer.step(&mut params, &gradient)?;
         sum.recycle(gradient);
         // a young average would remember the initial weights
         let decay = EMA_DECAY.min((step + 1) as f64 / (step + 21) as f64);
-        update_average(&mut average, params.values(), decay);
+        update_average(&mut average, params.buffer(), decay);
 
         let mean_loss = losses * LANES as f64 / lanes.mine().len() as f64;
         smooth = if smooth.is_nan() { mean_loss } else { 0.98 * smooth + 0.02 * mean_loss };
@@ -224,7 +223,7 @@ fn train_denoiser(
             report(format!("U-Net step {}/{}  L_pre {smooth:.4}", step + 1, settings.unet_steps));
         }
     }
-    params.values_mut().copy_from_slice(&average);
+    params.buffer_mut().copy_from_slice(average.slice());
     params.publish();
     pipeline.unet_parameters.freeze();
     pipeline.text_parameters.freeze();

@@ -27,6 +27,11 @@ pub(super) fn uncounted<T>(f: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Adds operations that a replay does again.
+pub(crate) fn add_counted(operations: u64) {
+    TOTAL.fetch_add(operations, Ordering::Relaxed);
+}
+
 /// Operations counted since the process began.
 pub fn counted() -> u64 {
     TOTAL.load(Ordering::Relaxed)

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{bail, ensure, Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::parameters::Parameters;
 
@@ -48,14 +48,14 @@ impl LoraPair {
     }
 }
 
-/// The U-Net's weights with the adapters' products added: what a model without adapters needs to be the same.
+/// The U-Net's weights, on the host, with the adapters' products added: what a model without adapters needs to be the same.
 ///
 /// # Errors
 /// An adapter without its other factor or its layer.
 pub fn merge(unet: &Parameters, adapters: &BTreeMap<String, Tensor>, scale: f64) -> Result<BTreeMap<String, Tensor>> {
     let _no_grad = tch::no_grad_guard();
     let mut merged: BTreeMap<String, Tensor> =
-        unet.entries.iter().map(|p| (p.name.clone(), p.tensor.detach())).collect();
+        unet.entries.iter().map(|p| (p.name.clone(), p.tensor.detach().to_device(Device::Cpu))).collect();
     for (name, a) in adapters {
         let Some(layer) = name.strip_suffix(".lora_A.weight") else { continue };
         let b = adapters.get(&format!("{layer}.lora_B.weight")).with_context(|| format!("{layer} lacks lora_B"))?;

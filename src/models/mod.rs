@@ -11,6 +11,7 @@
 //! recompute.rs    gradient checkpointing     allocations.rs, flops.rs   what a pass costs
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
 //! architectures.rs   published sizes, without weights
+//! gradient_hooks.rs  gradients in the middle of the backward pass
 //! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save
 //! ```
 
@@ -19,6 +20,7 @@ pub mod architectures;
 pub mod attention;
 pub mod flops;
 pub mod folder;
+pub mod gradient_hooks;
 pub mod layers;
 pub mod lora;
 pub mod model_index;

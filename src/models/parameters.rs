@@ -6,6 +6,7 @@ use anyhow::{bail, ensure, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::lora::{LoraPair, LoraSettings};
+use crate::kernels::FlatBuffer;
 use crate::random::{Coordinates, Purpose};
 
 /// How a parameter is drawn when no checkpoint gives it.
@@ -211,11 +212,18 @@ pub struct LayoutEntry {
     pub offset: usize,
 }
 
+impl LayoutEntry {
+    /// Its scalars in the flat buffer.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.shape.iter().product::<i64>() as usize
+    }
+}
+
 /// The trainable parameters of a network as one flat f32 buffer. A network that computes in f32 has views of the
 /// buffer as its tensors; one that computes in bf16 has rounded copies, which [`FlatParameters::publish`] renews. Gaps
 /// between parameters hold zeros.
 pub struct FlatParameters {
-    flat: Tensor,
+    flat: FlatBuffer,
     pub layout: Vec<LayoutEntry>,
     leaves: Vec<Tensor>,
     /// Some leaves are rounded copies.
@@ -224,9 +232,10 @@ pub struct FlatParameters {
 
 impl FlatParameters {
     /// Moves the parameters of one or more networks into one buffer and makes them leaves that require a gradient.
-    /// f32 or bf16 on the CPU.
+    /// f32 or bf16, all on one device: the buffer lies there too.
     pub fn new(networks: &[&Parameters]) -> Result<Self> {
         let entries: Vec<&Parameter> = networks.iter().flat_map(|n| &n.entries).collect();
+        let device = entries.first().map_or(Device::Cpu, |p| p.tensor.device());
         let mut layout = Vec::new();
         let mut end = 0usize;
         for p in &entries {
@@ -236,15 +245,15 @@ impl FlatParameters {
                 p.name,
                 p.tensor.kind()
             );
+            ensure!(p.tensor.device() == device, "parameter {} is not on {device:?}", p.name);
             layout.push(LayoutEntry { name: p.name.clone(), shape: p.shape.clone(), offset: end });
             let count = p.shape.iter().product::<i64>() as usize;
             end = (end + count).next_multiple_of(ALIGN);
         }
-        let flat = Tensor::zeros([end as i64], (Kind::Float, Device::Cpu));
+        let flat = FlatBuffer::zeros(end, device);
         let (mut leaves, mut rounded) = (Vec::new(), false);
         for (entry, p) in layout.iter().zip(&entries) {
-            let count = entry.shape.iter().product::<i64>();
-            let mut view = flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice()).detach();
+            let mut view = flat.part(entry.range()).view(entry.shape.as_slice()).detach();
             tch::no_grad(|| view.copy_(&p.tensor));
             let mut leaf = p.tensor.shallow_clone();
             if leaf.kind() == Kind::Float {
@@ -259,7 +268,7 @@ impl FlatParameters {
 
     /// Scalars in the buffer, the gaps included.
     pub fn len(&self) -> usize {
-        self.flat.size()[0] as usize
+        self.flat.len()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -278,52 +287,34 @@ impl FlatParameters {
         }
         tch::no_grad(|| {
             for (entry, leaf) in self.layout.iter().zip(&self.leaves) {
-                let count = entry.shape.iter().product::<i64>();
-                let value = self.flat.narrow(0, entry.offset as i64, count).view(entry.shape.as_slice());
+                let value = self.flat.part(entry.range()).view(entry.shape.as_slice());
                 leaf.shallow_clone().copy_(&value);
             }
         });
     }
 
-    pub fn values(&self) -> &[f32] {
-        // SAFETY: `flat` is a contiguous f32 CPU tensor of `len` scalars that lives as long as self.
-        unsafe { std::slice::from_raw_parts(self.flat.data_ptr() as *const f32, self.len()) }
+    pub fn device(&self) -> Device {
+        self.flat.device()
+    }
+
+    pub fn buffer(&self) -> &FlatBuffer {
+        &self.flat
     }
 
     /// The buffer to write to; call [`FlatParameters::publish`] afterwards. Autograd does not notice a change, so no
     /// graph may be alive across a write.
-    pub fn values_mut(&mut self) -> &mut [f32] {
-        // SAFETY: as in `values`; &mut self keeps other Rust views away, and no libtorch kernel runs meanwhile.
-        unsafe { std::slice::from_raw_parts_mut(self.flat.data_ptr() as *mut f32, self.len()) }
+    pub fn buffer_mut(&mut self) -> &mut FlatBuffer {
+        &mut self.flat
     }
 
-    /// Moves gradients, one per leaf in layout order, into `out` of `len` scalars; gaps stay as they are. Each is given
-    /// back as soon as it is copied.
-    pub fn flatten(&self, gradients: Vec<Tensor>, out: &mut [f32]) -> Result<()> {
-        ensure!(
-            gradients.len() == self.layout.len(),
-            "{} gradients for {} parameters",
-            gradients.len(),
-            self.layout.len()
-        );
-        for (entry, gradient) in self.layout.iter().zip(gradients) {
-            let count = entry.shape.iter().product::<i64>() as usize;
-            let target = &mut out[entry.offset..entry.offset + count];
-            if !gradient.defined() {
-                target.fill(0.0);
-                continue;
-            }
-            gradient.to_kind(Kind::Float).contiguous().view([-1]).f_copy_data(target, count)?;
-        }
-        Ok(())
+    /// Copies the gradient of leaf `index` into its place in `out`, a buffer like this one.
+    pub fn put_gradient(layout: &LayoutEntry, gradient: &Tensor, out: &FlatBuffer) {
+        tch::no_grad(|| out.part(layout.range()).view(layout.shape.as_slice()).copy_(gradient));
     }
 
     /// Every parameter as a tensor of its own with the values of `flat` (weights or an average of them).
     pub fn unflatten(&self, flat: &[f32]) -> BTreeMap<String, Tensor> {
-        let tensor_of = |entry: &LayoutEntry| {
-            let count = entry.shape.iter().product::<i64>() as usize;
-            Tensor::from_slice(&flat[entry.offset..entry.offset + count]).view(entry.shape.as_slice())
-        };
+        let tensor_of = |entry: &LayoutEntry| Tensor::from_slice(&flat[entry.range()]).view(entry.shape.as_slice());
         self.layout.iter().map(|entry| (entry.name.clone(), tensor_of(entry))).collect()
     }
 }
@@ -331,6 +322,13 @@ impl FlatParameters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn gradients_in(flat: &FlatParameters, gradients: &[Tensor]) -> Vec<f32> {
+        let out = FlatBuffer::zeros(flat.len(), Device::Cpu);
+        let entries = flat.layout.iter().zip(gradients);
+        entries.for_each(|(entry, gradient)| FlatParameters::put_gradient(entry, gradient, &out));
+        out.host().into_owned()
+    }
 
     #[test]
     fn the_flat_buffer_is_the_network() {
@@ -342,16 +340,15 @@ mod tests {
         let mut flat = FlatParameters::new(&[&parameters]).unwrap();
         assert_eq!(w, before);
         assert_eq!(flat.layout[1].offset, 16);
-        flat.values_mut()[16..19].copy_from_slice(&[1.0, 2.0, 3.0]);
+        flat.buffer_mut().slice_mut()[16..19].copy_from_slice(&[1.0, 2.0, 3.0]);
         assert_eq!(Vec::<f32>::try_from(&b).unwrap(), [1.0, 2.0, 3.0]);
 
         let loss = (w.sum(Kind::Float) * 2.0) + (&b * &b).sum(Kind::Float);
         let gradients = Tensor::run_backward(&[loss], flat.leaves(), false, false);
-        let mut out = vec![0f32; flat.len()];
-        flat.flatten(gradients, &mut out).unwrap();
+        let out = gradients_in(&flat, &gradients);
         assert_eq!(out[..15], [2.0; 15]);
         assert_eq!(out[16..19], [2.0, 4.0, 6.0]);
-        assert_eq!(flat.unflatten(flat.values())["a.weight"], before);
+        assert_eq!(flat.unflatten(&flat.buffer().host())["a.weight"], before);
     }
 
     #[test]
@@ -360,14 +357,13 @@ mod tests {
         let w = builder.parameter("weight", &[2], Init::Ones).unwrap();
         let (parameters, _) = builder.finish();
         let mut flat = FlatParameters::new(&[&parameters]).unwrap();
-        flat.values_mut()[..2].copy_from_slice(&[1.001, 3.0]);
+        flat.buffer_mut().slice_mut()[..2].copy_from_slice(&[1.001, 3.0]);
         flat.publish();
         // 1.001 rounds to 1 in bf16, and the buffer keeps it
         assert_eq!(Vec::<f32>::try_from(w.to_kind(Kind::Float)).unwrap(), [1.0, 3.0]);
-        assert_eq!(flat.values()[..2], [1.001, 3.0]);
+        assert_eq!(flat.buffer().slice()[..2], [1.001, 3.0]);
         let loss = (&w * &w).sum(Kind::Float);
-        let mut out = vec![0f32; flat.len()];
-        flat.flatten(Tensor::run_backward(&[loss], flat.leaves(), false, false), &mut out).unwrap();
+        let out = gradients_in(&flat, &Tensor::run_backward(&[loss], flat.leaves(), false, false));
         assert_eq!(out[..2], [2.0, 6.0]);
     }
 

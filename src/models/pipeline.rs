@@ -21,6 +21,8 @@ use super::{
 use crate::telemetry::write_atomic;
 
 pub struct Pipeline {
+    /// Where the networks lie, and what they take and give.
+    pub device: Device,
     pub tokenizer: Tokenizer,
     pub text_encoder: TextEncoder,
     pub unet: UNet,
@@ -174,6 +176,7 @@ impl Pipeline {
         }
         let (vae, vae_parameters) = build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
         Ok(Pipeline {
+            device,
             tokenizer,
             text_encoder,
             unet,
@@ -208,7 +211,7 @@ impl Pipeline {
 
     /// Prompts → text embeddings f32 [prompts, tokens, width].
     pub fn embed<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
-        let ids = self.tokenizer.encode_batch(prompts)?;
+        let ids = self.tokenizer.encode_batch(prompts)?.to_device(self.device);
         Ok(tch::no_grad(|| self.text_encoder.forward(&ids)))
     }
 

@@ -6,10 +6,8 @@ use std::ops::Range;
 use anyhow::{ensure, Result};
 use tch::Tensor;
 
-use crate::{
-    comm::{Communicator, TreeSum},
-    models::parameters::FlatParameters,
-};
+use super::gradient_sum::GradientSum;
+use crate::{comm::Communicator, kernels::FlatBuffer};
 
 /// The lanes of a run and those of this rank.
 #[derive(Clone, Debug)]
@@ -37,24 +35,19 @@ impl Lanes {
         self.mine.clone()
     }
 
-    /// Sum over all lanes of all ranks of the gradients that `lane_gradient` gives (one tensor per leaf of `params`,
-    /// in layout order), as one flat buffer; the same bits on every rank.
+    /// Sum over all lanes of all ranks of the gradients of what `lane_loss` gives, as one flat buffer; on the host the
+    /// same bits on every rank and at every number of ranks.
     pub fn sum_gradients(
         &self,
-        params: &FlatParameters,
-        sum: &mut TreeSum,
+        sum: &mut GradientSum,
         comm: &dyn Communicator,
-        mut lane_gradient: impl FnMut(usize) -> Result<Vec<Tensor>>,
-    ) -> Result<Vec<f32>> {
+        mut lane_loss: impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<FlatBuffer> {
         for lane in self.mine() {
-            let gradients = lane_gradient(lane)?;
-            let mut flat = sum.buffer();
-            params.flatten(gradients, &mut flat)?;
-            sum.push(flat);
+            let loss = lane_loss(lane)?;
+            sum.backward(&loss, lane + 1 == self.mine.end, comm)?;
         }
-        let mut total = sum.finish();
-        comm.all_reduce_sum_f32(&mut total)?;
-        Ok(total)
+        Ok(sum.finish())
     }
 }
 

@@ -52,16 +52,18 @@ impl Corruption {
 /// `z_0` f32 [B, C, H, W] scaled latents, `text` f32 [B, tokens, width]. A v-prediction model is trained on its own
 /// target v = √ᾱ_t·ε − √(1−ᾱ_t)·z_0, as it was pretrained.
 pub fn loss(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &Corruption) -> Tensor {
+    let device = z_0.device();
+    let noise = at.noise.to_device(device);
     let column = |f: &dyn Fn(f64) -> f64| {
         let values: Vec<f32> = at.t.iter().map(|&t| f(schedule.alpha_bar()[t as usize]) as f32).collect();
-        Tensor::from_slice(&values).view([-1, 1, 1, 1])
+        Tensor::from_slice(&values).view([-1, 1, 1, 1]).to_device(device)
     };
     let (signal, sigma) = (column(&|a| a.sqrt()), column(&|a| (1.0 - a).sqrt()));
-    let z_t = &signal * z_0 + &sigma * &at.noise;
+    let z_t = &signal * z_0 + &sigma * &noise;
     let target = match schedule.config().prediction_type {
-        PredictionType::Epsilon => at.noise.shallow_clone(),
-        PredictionType::VPrediction => &signal * &at.noise - &sigma * z_0,
+        PredictionType::VPrediction => &signal * &noise - &sigma * z_0,
+        PredictionType::Epsilon => noise,
     };
-    let prediction = unet.forward(&z_t, &Tensor::from_slice(&at.t), text);
+    let prediction = unet.forward(&z_t, &Tensor::from_slice(&at.t).to_device(device), text);
     (prediction - target).square().mean(Kind::Float)
 }

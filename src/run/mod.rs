@@ -19,6 +19,8 @@ use tch::Device;
 use crate::{
     comm::{agree, same_tree, Communicator},
     config::Config,
+    device::ensure_gpu,
+    learner::Learner,
     miniature,
     models::{
         folder::{ModelFiles, ModelLocation},
@@ -47,27 +49,32 @@ pub fn model_location(name: &str) -> ModelLocation {
 }
 
 /// Loads a model on every rank; rank 0 reads.
-pub fn load_model(name: &str, comm: &dyn Communicator) -> Result<Pipeline> {
+pub fn load_model(name: &str, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
     let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
-    Pipeline::from_files(files, Device::Cpu)
+    Pipeline::from_files(files, device)
 }
 
 /// As [`load_model`], with the adapters of a LoRA file added; every rank reads that small file.
-pub fn load_with_adapters(name: &str, lora: Option<&Path>, comm: &dyn Communicator) -> Result<Pipeline> {
+pub fn load_with_adapters(
+    name: &str,
+    lora: Option<&Path>,
+    comm: &dyn Communicator,
+    device: Device,
+) -> Result<Pipeline> {
     let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
-    let Some(path) = lora else { return Pipeline::from_files(files, Device::Cpu) };
+    let Some(path) = lora else { return Pipeline::from_files(files, device) };
     let read = || {
         let bytes = std::fs::read(path)?;
         lora::from_file(read_safetensors(&bytes, &path.display().to_string())?)
     };
     let (settings, adapters) = read().with_context(|| path.display().to_string())?;
-    Pipeline::with(files, Device::Cpu, Build { lora: Some((settings, Source::Tensors(adapters))), ..Build::default() })
+    Pipeline::with(files, device, Build { lora: Some((settings, Source::Tensors(adapters))), ..Build::default() })
 }
 
 /// Loads the config's model with the adapters it asks for.
-pub fn load_for_training(config: &Config, comm: &dyn Communicator) -> Result<Pipeline> {
+pub fn load_for_training(config: &Config, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
     let files = ModelFiles::read_and_broadcast(&model_location(&config.model.path), comm)?;
-    Pipeline::with(files, Device::Cpu, build_for(config))
+    Pipeline::with(files, device, build_for(config))
 }
 
 /// How a config's U-Net is built for training.
@@ -104,9 +111,18 @@ pub struct Run<'a> {
 impl<'a> Run<'a> {
     /// Everything that can go wrong by a user's mistake, before any work and without a change on disk: the config, the
     /// number of ranks, the model, the checkpoint. A collective call; errors are the same on all ranks.
-    pub fn prepare(config: &'a Config, comm: &'a dyn Communicator, files: RunFiles, resume: &Resume) -> Result<Self> {
+    pub fn prepare(
+        config: &'a Config,
+        comm: &'a dyn Communicator,
+        device: Device,
+        files: RunFiles,
+        resume: &Resume,
+    ) -> Result<Self> {
         let started = Instant::now();
         config.validate()?;
+        if config.rollout.cuda_graph {
+            ensure_gpu(device, "rollout.cuda_graph = true")?;
+        }
         Lanes::new(config.run.lanes, comm)?;
         if comm.rank() == 0 && !same_tree(config.run.lanes, comm.size()) {
             log::warn!(
@@ -116,7 +132,7 @@ impl<'a> Run<'a> {
             );
         }
         agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
-        let mut trainer = Trainer::new(config, comm, load_for_training(config, comm)?)?;
+        let mut trainer = Trainer::new(config, comm, load_for_training(config, comm, device)?)?;
         let (mut done, mut origin) = (0, None);
         if let Some(loaded) = resume::find(resume, &files, comm)? {
             let checkpoint = &loaded.checkpoint;
@@ -219,8 +235,8 @@ impl<'a> Run<'a> {
 
     fn save(&self, iteration: u64, config_toml: &str) -> Result<()> {
         let learner = &self.trainer.learner;
-        let (meta, layout) = (learner.meta(), learner.layout());
-        let checkpoint = learner.checkpoint(iteration, &meta, &layout, config_toml);
+        let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors());
+        let checkpoint = Learner::checkpoint(iteration, &vectors, &meta, &layout, config_toml);
         store::save(&self.files.checkpoints(), &checkpoint, self.config.run.keep_checkpoints, self.comm)?;
         Ok(())
     }

@@ -32,11 +32,11 @@ pub fn finish(
     }
     let weights = trainer.result();
     if let Some(average) = trainer.learner.average.clone() {
-        trainer.learner.params.values_mut().copy_from_slice(&average);
+        trainer.learner.params.buffer_mut().copy_from(&average);
         trainer.learner.params.publish();
     }
     let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
-    let base_model = load_model(&config.model.path, comm)?;
+    let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
     let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
     let save = || -> Result<()> {
         let pipeline = &trainer.pipeline;

@@ -49,6 +49,7 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
+    wanted.comm.bucket_mb = stored.comm.bucket_mb;
     wanted.trajectories = stored.trajectories.clone();
     wanted.evaluation = stored.evaluation.clone();
     for (task, before) in wanted.tasks.iter_mut().zip(&stored.tasks) {

@@ -20,7 +20,9 @@ pub fn write(
 ) -> Result<()> {
     let config = trainer.config;
     let count = batch.prompts.len();
-    let values = |t: &tch::Tensor| -> Result<Vec<f32>> { Ok(Vec::<f32>::try_from(&t.contiguous().view([-1]))?) };
+    let values = |t: &tch::Tensor| -> Result<Vec<f32>> {
+        Ok(Vec::<f32>::try_from(&t.to_device(tch::Device::Cpu).contiguous().view([-1]))?)
+    };
     // [N, along, C, H, W] over the lanes of this rank, from lists of [B, C, H, W]
     let stack = |pick: &dyn Fn(usize) -> usize, along: usize| -> Result<Vec<f32>> {
         let mut all = Vec::new();

@@ -5,8 +5,8 @@ use serde_json::json;
 
 use super::median;
 use crate::{
-    cli::{config_args::ConfigArgs, Failure, OrMistake},
-    comm::Communicator,
+    cli::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake},
+    comm::{nccl, Communicator},
     config::Config,
     run::load_for_training,
     telemetry::Metrics,
@@ -17,6 +17,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Iterations that are not counted.
     #[arg(long, default_value_t = 1, value_name = "N")]
     warm_up: u64,
@@ -30,8 +32,12 @@ pub struct Args {
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let config = args.config.load(comm).or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(config.run.threads as i32);
-    let mut trainer = Trainer::new(&config, comm, load_for_training(&config, comm).or_mistake()?).or_mistake()?;
+    let mut trainer =
+        Trainer::new(&config, comm, load_for_training(&config, comm, device).or_mistake()?).or_mistake()?;
     let mut measured = Vec::new();
     for iteration in 0..args.warm_up + args.measured.max(1) {
         let metrics = trainer.iterate(iteration, &mut |_, _, _, _| Ok(()))?;
