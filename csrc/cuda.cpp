@@ -2,6 +2,7 @@
 // where there is no GPU: streams through the registry of device guards, the graph class (at::cuda::CUDAGraph, which gives
 // the captured work a memory pool of its own) through its symbols in the libtorch_cuda that was opened at start.
 // src/device/torch_cuda.rs is the only caller. Every function returns null or -1 after a failure.
+#include <ATen/Context.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -72,9 +73,16 @@ extern "C" {
 
 const char *cuda_last_error() { return last_error.c_str(); }
 
+// The device of this thread, and the process's numerics: f32 means f32 (no TF32), and the same algorithm every time,
+// so that roll-out and update agree and runs repeat.
 int cuda_set_device(int index) {
   return guarded(-1, [&] {
     cuda()->setDevice(device(index));
+    auto &context = at::globalContext();
+    context.setAllowTF32CuDNN(false);
+    context.setAllowTF32CuBLAS(false);
+    context.setDeterministicCuDNN(true);
+    context.setBenchmarkCuDNN(false);
     return 0;
   });
 }

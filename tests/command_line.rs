@@ -199,7 +199,37 @@ fn doctor_tries_every_library() {
             assert!(line.is_some_and(|line| line.ends_with(" yes")), "{works}\n{}", done.stdout);
         }
         assert!(done.stdout.contains(&format!("{ranks} in all")), "{}", done.stdout);
+        // present or missing, each part has its line
+        for part in ["device ", "NVIDIA driver ", "libtorch_cuda ", "NVRTC ", "NCCL "] {
+            let line = done.stdout.lines().find(|line| line.starts_with(part));
+            assert!(line.is_some_and(|line| line.len() > 18), "{part}\n{}", done.stdout);
+        }
     }
+}
+
+/// A machine with a GPU runs tests/gpu.rs instead.
+#[test]
+fn a_gpu_that_is_not_there_is_one_line_and_code_2() {
+    if rldiff::device::parts::gpus().is_ok() {
+        eprintln!("SKIPPED: this machine has a GPU");
+        return;
+    }
+    let folder = empty_folder("no-gpu");
+    for command in ["train", "sample", "eval", "doctor"] {
+        for ranks in [1, 2] {
+            let more: &[&str] = if command == "sample" { &["--prompt", "a"] } else { &[] };
+            let done = run(ranks, &folder, &[&[command, "--device", "cuda"], more].concat());
+            assert_eq!(done.status.code(), Some(2), "{command}: {}", done.stderr);
+            let told = done.stderr.trim();
+            assert!(told.starts_with("error: --device cuda: no NVIDIA driver: libcuda.so.1"), "{command}: {told}");
+            assert_eq!(told.lines().count(), 1, "{command}: {told}");
+        }
+    }
+    let done = run(1, &folder, &["--set", "rollout.cuda_graph=true"]);
+    assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
+    let wanted = "error: rollout.cuda_graph = true needs a GPU, but this run computes on the CPU (--device cuda)";
+    assert_eq!(done.stderr.trim(), wanted);
+    assert_eq!(files_below(&folder), []);
 }
 
 #[test]

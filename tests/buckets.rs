@@ -1,0 +1,262 @@
+//! Gradients in buckets among real ranks: the sum that travels during the backward pass is the one tree over all lanes,
+//! bit for bit, and a network that breaks on one rank stops all of them in the same step. Each test starts `mpirun` on
+//! this very executable, whose ignored test `rank_body` is what a rank does.
+
+mod common;
+
+use common::{mpirun, one_at_a_time, run_within, Finished};
+use rldiff::{
+    comm::{self, tree_sum, Communicator, Wire},
+    config::{load, Config},
+    models::parameters::{Builder, FlatParameters, Init, Source},
+    policy::{
+        gradient_sum::{GradientSum, Transport},
+        lanes::Lanes,
+    },
+    run::load_for_training,
+    train::Trainer,
+};
+use std::time::Duration;
+use tch::{Device, Kind, Tensor};
+
+const CASE: &str = "RLDIFF_TEST_CASE";
+const LANES: usize = 8;
+/// Bytes: every parameter by itself, some together, one for all.
+const BUCKETS: [usize; 4] = [1, 3000, 40_000, usize::MAX];
+
+fn launch(ranks: usize, case: &str) -> Finished {
+    let _alone = one_at_a_time();
+    let mut command = mpirun(ranks);
+    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
+    command.env(CASE, case);
+    // ten seconds were observed on two busy cores
+    run_within(command, Duration::from_secs(180))
+}
+
+fn succeeds(ranks: usize, case: &str) -> Finished {
+    let done = launch(ranks, case).expect_success(&format!("{case} on {ranks} ranks"));
+    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
+    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
+    done
+}
+
+/// Not a test of its own: the body of each rank that the tests below start.
+#[test]
+#[ignore = "run by mpirun from the other tests"]
+fn rank_body() {
+    let Ok(case) = std::env::var(CASE) else {
+        println!("rank_body: {CASE} is not set, nothing to do");
+        return;
+    };
+    comm::abort_world_on_panic();
+    let comm = comm::start().unwrap();
+    let comm = comm.as_ref();
+    tch::set_num_threads(1);
+    match case.as_str() {
+        "buckets" => buckets(comm),
+        "bf16" => bf16_wire(comm),
+        "nan before the roll-out" => nan_weight(comm, false),
+        "nan before the update" => nan_weight(comm, true),
+        "one rank fails" => one_rank_fails(comm),
+        other => panic!("unknown case {other}"),
+    }
+    // one write, so that the lines of several ranks stay whole
+    let line = format!("{case} passed, world of {}\n", comm.size());
+    std::io::Write::write_all(&mut std::io::stdout(), line.as_bytes()).unwrap();
+}
+
+/// Some parameters of different sizes.
+struct Network {
+    leaves: Vec<Tensor>,
+    params: FlatParameters,
+}
+
+impl Network {
+    fn new() -> Self {
+        let builder = Builder::new(Source::Seeded(3), Kind::Float, Device::Cpu);
+        let sizes: [&[i64]; 6] = [&[37, 41], &[5], &[300], &[64, 64], &[1], &[17, 3, 3, 3]];
+        let make = |(i, shape): (usize, &&[i64])| builder.sub(i).parameter("weight", shape, Init::Normal(1.0)).unwrap();
+        let leaves = sizes.iter().enumerate().map(make).collect();
+        let (parameters, _) = builder.finish();
+        Network { leaves, params: FlatParameters::new(&[&parameters]).unwrap() }
+    }
+
+    /// Its gradients are of very different size from lane to lane, so that the order of additions shows. Leaf 2 is not
+    /// part of it, and leaf 4 in odd lanes only; leaf 0 is used twice.
+    fn loss(&self, lane: usize) -> Tensor {
+        let mut loss = Tensor::from(0f32);
+        for (i, leaf) in self.leaves.iter().enumerate().filter(|(i, _)| *i != 2 && (*i != 4 || lane % 2 == 1)) {
+            let factor = 10f64.powi((lane * 5 + i) as i32 % 7 - 3) * if lane % 3 == 0 { -1.0 } else { 1.0 };
+            loss += ((leaf * (lane as f64 + 1.37)).sin() * factor).sum(Kind::Float);
+        }
+        loss + (self.leaves[0].square() * 0.1).sum(Kind::Float)
+    }
+
+    /// One lane's gradient by autograd's other way, as one flat vector.
+    fn gradient(&self, lane: usize) -> Vec<f32> {
+        // allow_unused is not among tch's arguments: ask for the used ones only
+        let used = |i: &usize| *i != 2 && (*i != 4 || lane % 2 == 1);
+        let indices: Vec<usize> = (0..self.leaves.len()).filter(used).collect();
+        let wanted: Vec<&Tensor> = indices.iter().map(|&i| &self.leaves[i]).collect();
+        let gradients = Tensor::run_backward(&[self.loss(lane)], &wanted, false, false);
+        let mut flat = vec![0.0; self.params.len()];
+        for (&i, gradient) in indices.iter().zip(gradients) {
+            let values = Vec::<f32>::try_from(&gradient.contiguous().view([-1])).unwrap();
+            flat[self.params.layout[i].range()].copy_from_slice(&values);
+        }
+        flat
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+fn summed(network: &Network, transport: Transport, lanes: &Lanes, comm: &dyn Communicator) -> Vec<f32> {
+    let mut sum = GradientSum::new(&network.params, transport).unwrap();
+    let mut once = || {
+        let total = lanes.sum_gradients(&mut sum, comm, |lane| Ok(network.loss(lane))).unwrap();
+        let values = total.slice().to_vec();
+        sum.recycle(total);
+        values
+    };
+    // the second sum takes over the buffers of the first
+    let (first, second) = (once(), once());
+    assert_eq!(bits(&first), bits(&second));
+    first
+}
+
+fn buckets(comm: &dyn Communicator) {
+    let network = Network::new();
+    let lanes: Vec<Vec<f32>> = (0..LANES).map(|lane| network.gradient(lane)).collect();
+    let expected = tree_sum(&lanes);
+    let mut in_order = lanes[0].clone();
+    lanes[1..].iter().for_each(|lane| in_order.iter_mut().zip(lane).for_each(|(a, b)| *a += b));
+    assert_ne!(bits(&in_order), bits(&expected), "the order of the additions does not show");
+    assert!(expected[network.params.layout[2].range()].iter().all(|v| v.to_bits() == 0), "an unused parameter");
+    for bucket_bytes in BUCKETS {
+        let transport = Transport { bucket_bytes, wire: Wire::F32 };
+        let sum = summed(&network, transport, &Lanes::new(LANES, comm).unwrap(), comm);
+        assert_eq!(bits(&sum), bits(&expected), "buckets of {bucket_bytes} bytes on {} ranks", comm.size());
+    }
+}
+
+fn bf16_wire(comm: &dyn Communicator) {
+    let network = Network::new();
+    let lanes = Lanes::new(LANES, comm).unwrap();
+    let exact = summed(&network, Transport { bucket_bytes: 1, wire: Wire::F32 }, &lanes, comm);
+    let mut sums = BUCKETS.map(|bucket_bytes| {
+        let sum = summed(&network, Transport { bucket_bytes, wire: Wire::Bf16 }, &lanes, comm);
+        // every rank has the same bits
+        let all = comm.all_gather_bytes(bytemuck::cast_slice(&sum)).unwrap();
+        assert!(all.iter().all(|other| *other == all[0]));
+        sum
+    });
+    // the size of the buckets changes nothing here either
+    assert!(sums.iter().all(|sum| bits(sum) == bits(&sums[0])));
+    if comm.size() == 1 {
+        assert_eq!(bits(&sums[0]), bits(&exact), "one rank has no wire");
+        return;
+    }
+    assert_ne!(bits(&sums[0]), bits(&exact), "bf16 rounds");
+    // a share or partial sum is rounded by at most 2^-9 of itself; in the worst element they cancel
+    let size = |v: &[f32]| v.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    sums[0].iter_mut().zip(&exact).for_each(|(a, b)| *a -= b);
+    let error = size(&sums[0]) / size(&exact);
+    // observed 1.6e-3 at 2 ranks, 2.0e-3 at 4
+    assert!(error < 8e-3, "{error}");
+}
+
+/// A small embedded experiment.
+fn small_config() -> Config {
+    let settings = common::SMALL.iter().chain(&["comm.bucket_mb=0.5", "task.parity.train=false"]);
+    let settings: Vec<String> = settings.map(|s| s.to_string()).collect();
+    load::parse(load::EMBEDDED_JOINT, "joint", &settings).unwrap()
+}
+
+/// The last rank's U-Net gets a weight that is NaN, before the roll-out or (`late`) between roll-out and update: all ranks
+/// must end the iteration with the same error, before any optimizer step.
+fn nan_weight(comm: &dyn Communicator, late: bool) {
+    let config = small_config();
+    let mut trainer = Trainer::new(&config, comm, load_for_training(&config, comm, Device::Cpu).unwrap()).unwrap();
+    let break_it = |trainer: &Trainer| {
+        if comm.rank() + 1 == comm.size() {
+            let mut weight = trainer.learner.params.leaves().last().unwrap().view([-1]).get(0);
+            tch::no_grad(|| weight.fill_(f64::NAN));
+        }
+    };
+    if !late {
+        break_it(&trainer);
+    }
+    let mut before = trainer.learner.params.buffer().clone();
+    let observed = trainer.iterate(0, &mut |trainer, _, _, _| {
+        if late {
+            break_it(trainer);
+            before = trainer.learner.params.buffer().clone();
+        }
+        Ok(())
+    });
+    let error = format!("{:#}", observed.expect_err("NaN went unnoticed"));
+    assert!(error.contains("not finite"), "{error}");
+    let all = comm.all_gather_bytes(error.as_bytes()).unwrap();
+    assert!(all.iter().all(|other| *other == all[0]), "ranks end with different errors");
+    assert_eq!(bits(trainer.learner.params.buffer().slice()), bits(before.slice()), "the weights changed");
+    assert_eq!(trainer.learner.optimizer.steps, 0);
+    std::io::Write::write_all(&mut std::io::stdout(), format!("error: {error}\n").as_bytes()).unwrap();
+}
+
+/// A loss that cannot be computed on one rank while the others already sum.
+fn one_rank_fails(comm: &dyn Communicator) {
+    let network = Network::new();
+    let mut sum = GradientSum::new(&network.params, Transport { bucket_bytes: 1, wire: Wire::F32 }).unwrap();
+    let lanes = Lanes::new(LANES, comm).unwrap();
+    let total = lanes.sum_gradients(&mut sum, comm, |lane| {
+        if lane + 1 == LANES {
+            anyhow::bail!("lane {lane} has no loss");
+        }
+        Ok(network.loss(lane))
+    });
+    match total {
+        // as the program does it: a message, and the end of all ranks
+        Err(e) => {
+            eprintln!("error: rank {}: {e:#}", comm.rank());
+            comm.abort(1);
+        }
+        Ok(_) => panic!("a sum without rank {}", comm.size() - 1),
+    }
+}
+
+#[test]
+fn sums_in_buckets_are_the_tree_sum_bit_for_bit() {
+    for ranks in [1, 2, 4, 8] {
+        succeeds(ranks, "buckets");
+    }
+}
+
+#[test]
+fn bf16_on_the_wire_gives_every_rank_the_same_rounded_sum() {
+    for ranks in [1, 2, 4] {
+        succeeds(ranks, "bf16");
+    }
+}
+
+#[test]
+fn a_nan_on_one_rank_stops_all_before_the_optimizer() {
+    for ranks in [1, 2] {
+        for (case, wanted) in [
+            ("nan before the roll-out", "error: task composition"),
+            ("nan before the update", "the gradient of optimizer step 1 is not finite"),
+        ] {
+            let done = succeeds(ranks, case);
+            assert_eq!(done.stdout.matches(wanted).count(), ranks, "{}", done.stdout);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_fails_in_the_backward_pass_ends_all() {
+    let done = launch(2, "one rank fails");
+    assert!(!done.status.success() && done.stderr.contains("rank 1: lane 7 has no loss"), "{}", done.stderr);
+    // ten seconds is the promise
+    assert!(done.took < Duration::from_secs(10), "took {:?}", done.took);
+}
