@@ -1,7 +1,13 @@
 //! Compiles what tch lacks of libtorch's C++ (csrc/) and tells the linker where libtorch lies, so that the binary runs without any environment set.
 use std::{env, path::PathBuf};
 
-const SOURCES: &[&str] = &["csrc/allocations.cpp", "csrc/cuda.cpp", "csrc/gradient_hooks.cpp", "csrc/recompute.cpp"];
+const SOURCES: &[&str] = &[
+    "csrc/allocations.cpp",
+    "csrc/cuda.cpp",
+    "csrc/gradient_hooks.cpp",
+    "csrc/group_norm_silu.cpp",
+    "csrc/recompute.cpp",
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

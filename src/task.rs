@@ -120,18 +120,16 @@ impl Roller<'_> {
     /// here) and the global sample index alone.
     pub fn roll_out(&self, conditioning: &Conditioning, at: NoiseOf, first: usize, count: usize) -> Result<Trajectory> {
         let shape = self.latent_shape;
-        let rows = |purpose: Purpose, step: usize| {
-            let at = Coordinates {
-                purpose,
-                step: step as u16,
-                iteration: at.iteration,
-                task: at.task,
-                ..Coordinates::new(at.seed, purpose)
-            };
-            random::normal_rows(at, first as u32, count, &shape).to_device(self.pipeline.device)
+        let stream = |purpose: Purpose, step: usize| Coordinates {
+            sample: first as u32,
+            step: step as u16,
+            iteration: at.iteration,
+            task: at.task,
+            ..Coordinates::new(at.seed, purpose)
         };
-        let x_t = rows(Purpose::InitialLatent, 0);
-        let noise = |i| rows(Purpose::TransitionNoise, i);
+        let start = stream(Purpose::InitialLatent, 0);
+        let x_t = random::normal_rows(start, first as u32, count, &shape).to_device(self.pipeline.device);
+        let noise = |i| stream(Purpose::TransitionNoise, i);
         sampler::roll_out(&self.pipeline.unet, self.recorded, self.steps, x_t, conditioning, noise)
     }
 }

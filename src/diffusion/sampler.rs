@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use super::{
     recorded::RecordedUNet,
     schedule::Step,
-    transition::{self, Given, Prediction},
+    transition::{self, Noise, Prediction},
 };
 use crate::models::unet::UNet;
 
@@ -100,15 +100,15 @@ impl Trajectory {
     }
 }
 
-/// Rolls out all `steps` from `x_t`, without gradients. `noise(i)` gives z of step i, f32 `[B,C,H,W]`. With `recorded` the
+/// Rolls out all `steps` from `x_t`, without gradients. `noise(i)` is that of step i. With `recorded` the
 /// U-Net's calls are replays.
-pub fn roll_out(
+pub fn roll_out<N: Into<Noise>>(
     unet: &UNet,
     recorded: Option<&RecordedUNet>,
     steps: &[Step],
     x_t: Tensor,
     conditioning: &Conditioning,
-    mut noise: impl FnMut(usize) -> Tensor,
+    mut noise: impl FnMut(usize) -> N,
 ) -> Result<Trajectory> {
     let _no_grad = tch::no_grad_guard();
     let mut trajectory = Trajectory { latents: vec![x_t], log_probs: Vec::with_capacity(steps.len()) };
@@ -118,7 +118,7 @@ pub fn roll_out(
             Some(recorded) => conditioning.predict_recorded(recorded, unet, x_t, step.t)?,
             None => conditioning.predict(unet, x_t, step.t),
         };
-        let drawn = transition::step(step, x_t, output.prediction(), Given::Draw(&noise(i)))?;
+        let drawn = transition::draw(step, x_t, output.prediction(), &noise(i).into())?;
         trajectory.latents.push(drawn.x_prev);
         trajectory.log_probs.push(drawn.log_prob);
     }

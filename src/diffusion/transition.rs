@@ -6,13 +6,15 @@
 //! expressions.
 //!
 //! Latents, noise and log-probabilities are f32; the model's outputs may be of any floating type and are taken to f32
-//! first. Tensors on another device are brought to the host and back.
+//! first. On a GPU the kernels of `cuda/` do the same.
 
 use crate::diffusion::schedule::Step;
-use crate::kernels::ddim_step;
+use crate::kernels::ddim_step::{self, StepScalars};
+use crate::kernels::on_device::Batch;
 use crate::kernels::{from_host, to_host, to_host_f32};
+use crate::random::{self, Coordinates};
 use anyhow::{Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use crate::kernels::ddim_step::Given;
 
@@ -27,6 +29,16 @@ pub struct Prediction<'a> {
 }
 
 impl Prediction<'_> {
+    /// The batch as the GPU's kernels take it.
+    pub(crate) fn on_gpu(self, x_t: &Tensor) -> Result<Batch> {
+        Batch::new(self.eps_uncond, self.eps_cond, x_t)
+    }
+
+    /// The numbers of a transition with this guidance; a guidance scale of 1 without an unconditional output.
+    pub(crate) fn scalars(self, step: &Step) -> StepScalars {
+        step.scalars(if self.eps_uncond.is_some() { self.guidance_scale } else { 1.0 })
+    }
+
     /// Both outputs on the host, and the guidance scale that they combine with.
     pub(crate) fn to_host(self, size: &[i64]) -> Result<(Vec<f32>, Vec<f32>, f64)> {
         let eps_cond = to_host(self.eps_cond, size, "eps_cond")?;
@@ -55,6 +67,52 @@ impl Transition {
     }
 }
 
+/// Where the noise of a transition comes from.
+#[derive(Debug)]
+pub enum Noise {
+    /// z, f32 `[B,C,H,W]`.
+    Tensor(Tensor),
+    /// The streams of samples that follow each other, by the coordinates of the first.
+    Rows(Coordinates),
+}
+
+impl From<Tensor> for Noise {
+    fn from(z: Tensor) -> Self {
+        Noise::Tensor(z)
+    }
+}
+
+impl From<Coordinates> for Noise {
+    fn from(first: Coordinates) -> Self {
+        Noise::Rows(first)
+    }
+}
+
+/// Draws x_{t−1}. On a GPU noise from streams is made where it is used, in the kernel.
+///
+/// # Errors
+/// As [`step`].
+pub fn draw(at: &Step, x_t: &Tensor, prediction: Prediction, noise: &Noise) -> Result<Transition> {
+    match noise {
+        Noise::Tensor(z) => step(at, x_t, prediction, Given::Draw(z)),
+        Noise::Rows(first) if x_t.device() == Device::Cpu => {
+            let size = x_t.size();
+            let (&samples, shape) = size.split_first().context("x_t has no batch dimension")?;
+            let z = random::normal_rows(*first, first.sample, samples as usize, shape);
+            step(at, x_t, prediction, Given::Draw(&z))
+        }
+        Noise::Rows(first) => {
+            let drawn = prediction.on_gpu(x_t).and_then(|batch| batch.draw(&prediction.scalars(at), *first));
+            let (x_prev, log_prob) = drawn.with_context(|| place(at))?;
+            Ok(Transition { x_prev, log_prob: (at.sigma > 0.0).then_some(log_prob) })
+        }
+    }
+}
+
+fn place(at: &Step) -> String {
+    format!("at timestep {} (step {})", at.t, at.index)
+}
+
 /// Draws x_{t−1} with the given noise, or scores a given x_{t−1}; `x_t` and what is given are f32 `[B,C,H,W]`.
 ///
 /// Both ways lead through the same arithmetic: scoring what was drawn, with the same prediction, gives the same
@@ -63,8 +121,20 @@ impl Transition {
 /// # Errors
 /// Shapes that differ from x_t's, latents or noise that are not f32, scoring with σ = 0.
 pub fn step(step: &Step, x_t: &Tensor, prediction: Prediction, given: Given<&Tensor>) -> Result<Transition> {
-    let context = || format!("at timestep {} (step {})", step.t, step.index);
-    step_on_host(step, x_t, prediction, given).with_context(context)
+    if x_t.device() == Device::Cpu {
+        return step_on_host(step, x_t, prediction, given).with_context(|| place(step));
+    }
+    let on_gpu = || {
+        // log-probabilities always in the kernel's order of summation, so that a ratio starts at 1
+        let (x_prev, scored) = match given {
+            Given::Draw(_) => (step_on_host(step, x_t, prediction, given)?.x_prev, step.sigma > 0.0),
+            Given::Score(x_prev) => (x_prev.copy(), true),
+        };
+        let score = || prediction.on_gpu(x_t)?.score(&prediction.scalars(step), &x_prev);
+        let log_prob = if scored { Some(score()?) } else { None };
+        Ok(Transition { x_prev, log_prob })
+    };
+    on_gpu().with_context(|| place(step))
 }
 
 fn step_on_host(step: &Step, x_t: &Tensor, prediction: Prediction, given: Given<&Tensor>) -> Result<Transition> {
@@ -103,7 +173,6 @@ pub fn predict_x0(step: &Step, x_t: &Tensor, eps: &Tensor) -> Tensor {
 mod tests {
     use super::*;
     use crate::diffusion::schedule::{BetaSchedule, Schedule, SchedulerConfig};
-    use tch::Device;
 
     const SIZE: [i64; 4] = [3, 4, 5, 7];
 

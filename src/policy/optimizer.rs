@@ -6,7 +6,7 @@ use tch::Device;
 use crate::{
     kernels::{
         adamw::{self, AdamW},
-        FlatBuffer,
+        on_device, FlatBuffer,
     },
     models::parameters::FlatParameters,
 };
@@ -42,7 +42,8 @@ impl Optimizer {
     /// # Errors
     /// The gradient is not finite: nothing is changed then, on any rank, since all hold the same gradient.
     pub fn step(&mut self, params: &mut FlatParameters, gradient: &FlatBuffer) -> Result<f64> {
-        let norm = adamw::norm(gradient)?;
+        let like = [params.buffer(), &self.exp_avg, &self.exp_avg_sq];
+        let norm = on_device::gradient_norm(gradient, like)?;
         ensure!(
             norm.is_finite(),
             "the gradient of optimizer step {} is not finite (norm {norm}): NaN or infinity in the U-Net's output or in \
@@ -55,7 +56,7 @@ impl Optimizer {
             settings.learning_rate *= ((self.steps + 1) as f64 / self.warmup_steps as f64).min(1.0);
         }
         self.steps += 1;
-        adamw::step(
+        on_device::adamw_step(
             params.buffer_mut(),
             gradient,
             &mut self.exp_avg,

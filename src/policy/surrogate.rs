@@ -12,7 +12,7 @@ use crate::diffusion::transition::Prediction;
 use crate::kernels::clipped_surrogate::{self, SampleTerms};
 use crate::kernels::{from_host, to_host_f32};
 use anyhow::{Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use crate::kernels::clipped_surrogate::Objective;
 
@@ -113,7 +113,23 @@ impl Diagnostics {
 /// Shapes that do not fit together, latents or log-probabilities that are not f32, σ = 0.
 pub fn surrogate(step: &Step, stored: Stored, prediction: Prediction, objective: &Objective) -> Result<Surrogate> {
     let context = || format!("objective at timestep {} (step {})", step.t, step.index);
-    surrogate_on_host(step, stored, prediction, objective).with_context(context)
+    match stored.x_t.device() {
+        Device::Cpu => surrogate_on_host(step, stored, prediction, objective),
+        _ => surrogate_on_gpu(step, stored, prediction, objective),
+    }
+    .with_context(context)
+}
+
+fn surrogate_on_gpu(step: &Step, stored: Stored, prediction: Prediction, objective: &Objective) -> Result<Surrogate> {
+    let (terms, grad_uncond, grad_cond) = prediction.on_gpu(stored.x_t)?.surrogate(
+        &prediction.scalars(step),
+        stored.x_prev,
+        stored.log_prob_old,
+        stored.advantage,
+        objective,
+        prediction.eps_uncond.is_some(),
+    )?;
+    Ok(Surrogate { grad_uncond, grad_cond, diagnostics: Diagnostics::of(&terms) })
 }
 
 fn surrogate_on_host(step: &Step, stored: Stored, prediction: Prediction, objective: &Objective) -> Result<Surrogate> {
@@ -160,7 +176,6 @@ mod tests {
     use super::*;
     use crate::diffusion::schedule::{Schedule, SchedulerConfig};
     use crate::diffusion::transition::{self, Given};
-    use tch::Device;
 
     const SIZE: [i64; 4] = [4, 2, 3, 5];
     const OBJECTIVE: Objective = Objective { clip_range: 1e-4, weight: 1.0, samples: 4 };

@@ -1,0 +1,191 @@
+//! Each operation where its operands lie: the plain implementation on the host, the kernel on a GPU.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use anyhow::{bail, ensure, Context, Result};
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    adamw::{self, AdamW, Piece, Table},
+    clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, SampleTerms, TERMS},
+    cuda::{Gpu, Machine, Slice},
+    ddim_step::{self, DeviceInputs, StepScalars},
+    normal_rows::Rows,
+    FlatBuffer,
+};
+use crate::{device::current_stream, random::Coordinates};
+
+/// The kernels of a GPU on this thread's current stream; the first call for a GPU compiles them or takes them from the
+/// cache.
+pub fn machine(device: Device) -> Result<Arc<dyn Machine>> {
+    static OPEN: Mutex<BTreeMap<usize, Gpu>> = Mutex::new(BTreeMap::new());
+    let Device::Cuda(index) = device else { bail!("{device:?} has no kernels") };
+    let mut open = OPEN.lock().expect("a panic ends the process");
+    let gpu = match open.get(&index) {
+        Some(gpu) => gpu,
+        None => {
+            let opened = Gpu::open(index).with_context(|| format!("kernels of GPU {index}"))?;
+            open.entry(index).or_insert(opened)
+        }
+    };
+    Ok(gpu.on_stream(current_stream(index)? as u64))
+}
+
+/// The table of one flat vector of parameters.
+fn table<'a>(
+    machine: &Arc<dyn Machine>,
+    params: &'a FlatBuffer,
+    grads: &'a FlatBuffer,
+    exp_avg: &'a FlatBuffer,
+    exp_avg_sq: &'a FlatBuffer,
+) -> Result<Table<'a>> {
+    let slice = |vector: &'a FlatBuffer| Slice::of(vector.tensor(), machine.as_ref());
+    let piece = Piece {
+        param: slice(params)?,
+        grad: slice(grads)?,
+        exp_avg: slice(exp_avg)?,
+        exp_avg_sq: slice(exp_avg_sq)?,
+        copy: None,
+    };
+    Table::new(machine, &[piece])
+}
+
+/// [`adamw::reference`] on vectors of one device; on a GPU the same bits.
+///
+/// # Errors
+/// As [`adamw::reference`]; vectors of different devices; a launch that fails.
+pub fn adamw_step(
+    params: &mut FlatBuffer,
+    grads: &FlatBuffer,
+    exp_avg: &mut FlatBuffer,
+    exp_avg_sq: &mut FlatBuffer,
+    settings: &AdamW,
+    step: u64,
+    grad_scale: f32,
+) -> Result<()> {
+    let devices = [grads.device(), exp_avg.device(), exp_avg_sq.device()];
+    ensure!(devices == [params.device(); 3], "AdamW: parameters on {:?}, the rest on {devices:?}", params.device());
+    if params.device() == Device::Cpu {
+        let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
+        return adamw::reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale);
+    }
+    let machine = machine(params.device())?;
+    table(&machine, params, grads, exp_avg, exp_avg_sq)?.step(settings, step, grad_scale)
+}
+
+/// L2 norm of a gradient in f64; on a GPU in another fixed order than on the host. `like` are three other vectors of the
+/// same length and device (an optimizer's), which the kernel's table wants.
+pub fn gradient_norm(gradient: &FlatBuffer, like: [&FlatBuffer; 3]) -> Result<f64> {
+    if gradient.device() == Device::Cpu {
+        return Ok(adamw::global_norm(gradient.slice()));
+    }
+    let machine = machine(gradient.device())?;
+    let [params, exp_avg, exp_avg_sq] = like;
+    Ok(table(&machine, params, gradient, exp_avg, exp_avg_sq)?.sum_of_squares()?.sqrt())
+}
+
+/// The model's outputs and x_t of a batch on a GPU, in row-major order.
+pub struct Batch {
+    eps_uncond: Tensor,
+    eps_cond: Tensor,
+    x_t: Tensor,
+    machine: Arc<dyn Machine>,
+}
+
+impl Batch {
+    /// `eps_uncond` None: no guidance, whatever the guidance scale of the step says.
+    ///
+    /// # Errors
+    /// Shapes that differ, latents that are not f32.
+    pub fn new(eps_uncond: Option<&Tensor>, eps_cond: &Tensor, x_t: &Tensor) -> Result<Self> {
+        let flat = |t: &Tensor, name: &str| {
+            ensure!(t.size() == x_t.size(), "{name} has shape {:?}, expected {:?}", t.size(), x_t.size());
+            Ok(t.detach().contiguous())
+        };
+        ensure_f32(x_t, "x_t")?;
+        Ok(Batch {
+            eps_uncond: flat(eps_uncond.unwrap_or(eps_cond), "eps_uncond")?,
+            eps_cond: flat(eps_cond, "eps_cond")?,
+            x_t: flat(x_t, "x_t")?,
+            machine: machine(x_t.device())?,
+        })
+    }
+
+    fn inputs(&self) -> Result<DeviceInputs<'_>> {
+        Ok(DeviceInputs {
+            eps_uncond: self.slice(&self.eps_uncond)?,
+            eps_cond: self.slice(&self.eps_cond)?,
+            x_t: self.slice(&self.x_t)?,
+        })
+    }
+
+    fn slice<'a>(&self, tensor: &'a Tensor) -> Result<Slice<'a>> {
+        Slice::of(tensor, self.machine.as_ref())
+    }
+
+    fn per_sample(&self) -> Tensor {
+        Tensor::zeros([self.x_t.size()[0]], (Kind::Float, self.x_t.device()))
+    }
+
+    /// x_prev and its log-probability, with the noise of the streams from `first` on.
+    pub fn draw(&self, step: &StepScalars, first: Coordinates) -> Result<(Tensor, Tensor)> {
+        let (x_prev, log_prob) = (self.x_t.zeros_like(), self.per_sample());
+        let (x, l) = (self.slice(&x_prev)?, self.slice(&log_prob)?);
+        ddim_step::launch_draw(self.machine.as_ref(), &self.inputs()?, Rows { first }, step, x, l)?;
+        Ok((x_prev, log_prob))
+    }
+
+    /// The log-probability of a stored x_prev, in the kernel's order of summation.
+    pub fn score(&self, step: &StepScalars, x_prev: &Tensor) -> Result<Tensor> {
+        ensure_f32(x_prev, "x_prev")?;
+        let (x_prev, log_prob) = (x_prev.contiguous(), self.per_sample());
+        let (x, l) = (self.slice(&x_prev)?, self.slice(&log_prob)?);
+        ddim_step::launch_score(self.machine.as_ref(), &self.inputs()?, x, step, l)?;
+        Ok(log_prob)
+    }
+
+    /// Terms of every sample and the gradients of the outputs (without and with the prompt), of their shape, f32.
+    pub fn surrogate(
+        &self,
+        step: &StepScalars,
+        x_prev: &Tensor,
+        log_prob_old: &Tensor,
+        advantage: &Tensor,
+        objective: &Objective,
+        guided: bool,
+    ) -> Result<(Vec<SampleTerms>, Option<Tensor>, Tensor)> {
+        for (tensor, name) in [(x_prev, "x_prev"), (log_prob_old, "log_prob_old"), (advantage, "advantage")] {
+            ensure_f32(tensor, name)?;
+        }
+        let samples = self.x_t.size()[0];
+        let (x_prev, log_prob_old, advantage) =
+            (x_prev.contiguous(), log_prob_old.contiguous(), advantage.contiguous());
+        for (tensor, name) in [(&log_prob_old, "log_prob_old"), (&advantage, "advantage")] {
+            ensure!(tensor.size() == [samples], "{name} has shape {:?}, expected [{samples}]", tensor.size());
+        }
+        let terms = Tensor::zeros([samples * TERMS as i64], (Kind::Float, self.x_t.device()));
+        let grad_uncond = guided.then(|| self.x_t.zeros_like());
+        let grad_cond = self.x_t.zeros_like();
+        let stored = DeviceStored {
+            x_prev: self.slice(&x_prev)?,
+            log_prob_old: self.slice(&log_prob_old)?,
+            advantage: self.slice(&advantage)?,
+        };
+        let out = DeviceGradients {
+            terms: self.slice(&terms)?,
+            grad_uncond: grad_uncond.as_ref().map(|grad| self.slice(grad)).transpose()?,
+            grad_cond: self.slice(&grad_cond)?,
+        };
+        clipped_surrogate::launch(self.machine.as_ref(), &self.inputs()?, &stored, step, objective, &out)?;
+        let values = Vec::<f32>::try_from(&terms.to_device(Device::Cpu))?;
+        Ok((clipped_surrogate::terms_from(&values), grad_uncond, grad_cond))
+    }
+}
+
+fn ensure_f32(tensor: &Tensor, name: &str) -> Result<()> {
+    ensure!(tensor.kind() == Kind::Float, "{name} must be f32, it is {:?}", tensor.kind());
+    Ok(())
+}
