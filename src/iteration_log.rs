@@ -10,10 +10,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use crate::{
     comm::Communicator,
     config::Config,
+    device,
     models::flops,
     policy::{advantage::Advantages, surrogate::Diagnostics},
     rewards::Scores,
@@ -68,6 +70,7 @@ struct Part {
 
 pub struct IterationLog {
     started: Instant,
+    device: Device,
     /// The same on all ranks, in order of appearance.
     common: Metrics,
     gradient_norms: Vec<f64>,
@@ -78,9 +81,10 @@ pub struct IterationLog {
 }
 
 impl IterationLog {
-    pub fn new(iteration: u64) -> Self {
+    pub fn new(iteration: u64, device: Device) -> Self {
         IterationLog {
             started: Instant::now(),
+            device,
             common: Metrics::new(iteration),
             gradient_norms: Vec::new(),
             bad_rewards: 0,
@@ -90,8 +94,12 @@ impl IterationLog {
         }
     }
 
-    /// Ends a stage that began at `started`.
+    /// Ends a stage that began at `started`. A GPU works behind the program: its part of the stage is waited for.
     pub fn spent(&mut self, stage: &'static str, started: Instant) {
+        if let Device::Cuda(index) = self.device {
+            // an error of the GPU comes out again at the next operation that can report it
+            let _ = device::synchronize(index);
+        }
         *self.seconds.entry(stage).or_default() += started.elapsed();
         let forward = flops::counted() - self.flops_before;
         self.part.flops += forward * if WITH_BACKWARD.contains(&stage) { 3 } else { 1 };

@@ -20,6 +20,9 @@
 //! ```
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
 //!
+//! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
+//! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
+//!
 //! # Notation
 //! | here | paper | meaning |
 //! |---|---|---|

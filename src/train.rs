@@ -95,7 +95,7 @@ impl<'a> Trainer<'a> {
 
     /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
     pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
-        let mut log = IterationLog::new(iteration);
+        let mut log = IterationLog::new(iteration, self.pipeline.device);
         for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
             // 1a–c. prompts, roll-out with the current policy, rewards, advantages
             let batch = self.sample(task, iteration, &mut log)?;

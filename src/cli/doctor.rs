@@ -158,6 +158,7 @@ fn nccl_works(comm: nccl::Nccl, device: Device) -> Result<()> {
     let n = comm.size() as f64;
     let (wanted, got) = (1000.0 * n * (n + 1.0) / 2.0, values.f_sum(Kind::Float)?.double_value(&[]));
     ensure!(got == wanted, "a sum over {n} GPUs gave {got}, expected {wanted}");
+    comm.close();
     Ok(())
 }
 

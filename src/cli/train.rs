@@ -54,7 +54,11 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }
     signals::install()?;
-    Ok(match run.go()? {
+    let ending = run.go()?;
+    if let Some(nccl) = nccl {
+        nccl.close();
+    }
+    Ok(match ending {
         Ending::Complete => ExitCode::SUCCESS,
         Ending::Interrupted => ExitCode::from(START_AGAIN),
     })

@@ -197,6 +197,34 @@ impl<'a> Nccl<'a> {
     }
 }
 
+impl Nccl<'_> {
+    /// Leaves in an orderly way, with all ranks; without this call a rank leaves as after a failure.
+    pub fn close(mut self) {
+        self.leave(self.shared.api.destroy);
+    }
+
+    /// Ends the watcher and releases everything, once.
+    fn leave(&mut self, leave: unsafe extern "C" fn(ncclComm_t) -> c_int) {
+        let Some(watcher) = self.watcher.take() else { return };
+        self.shared.closed.store(true, Ordering::Release);
+        // a panic of the watcher has already ended the process
+        let _ = watcher.join();
+        let shared = &self.shared;
+        // SAFETY: nobody uses the handles any more, and each is released once. Failures are not reported: the process is
+        // about to end or has already failed.
+        unsafe {
+            let _ = driver::ctx::set_current(shared.context);
+            let _ = leave(shared.comm);
+            let _ = driver::stream::synchronize(shared.stream);
+            for (event, _) in shared.running.lock().expect("a panic ends the process").drain(..) {
+                let _ = driver::event::destroy(event);
+            }
+            let _ = driver::stream::destroy(shared.stream);
+            let _ = driver::primary_ctx::release(self.device);
+        }
+    }
+}
+
 /// Ends the run if the ranks have not met after a long time.
 fn watch_set_up(joined: Arc<AtomicBool>, rank: usize) {
     let begun = Instant::now();
@@ -359,24 +387,9 @@ impl Communicator for Nccl<'_> {
 }
 
 impl Drop for Nccl<'_> {
+    /// Leaves without the other ranks: after a failure there is nothing to wait for.
     fn drop(&mut self) {
-        self.shared.closed.store(true, Ordering::Release);
-        if let Some(watcher) = self.watcher.take() {
-            let _ = watcher.join();
-        }
-        let shared = &self.shared;
-        // SAFETY: all ranks have finished their sums, nobody uses the handles any more, and each is released once.
-        // Failures are not reported: the process is about to end or has already failed.
-        unsafe {
-            let _ = driver::ctx::set_current(shared.context);
-            let _ = driver::stream::synchronize(shared.stream);
-            for (event, _) in shared.running.lock().expect("a panic ends the process").drain(..) {
-                let _ = driver::event::destroy(event);
-            }
-            let _ = (shared.api.destroy)(shared.comm);
-            let _ = driver::stream::destroy(shared.stream);
-            let _ = driver::primary_ctx::release(self.device);
-        }
+        self.leave(self.shared.api.abort);
     }
 }
 

@@ -48,6 +48,10 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() == 0 {
         print(&config, comm.size(), &measured, args.json)?;
     }
+    drop(trainer);
+    if let Some(nccl) = nccl {
+        nccl.close();
+    }
     Ok(())
 }
 
