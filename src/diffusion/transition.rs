@@ -124,7 +124,7 @@ pub fn step(step: &Step, x_t: &Tensor, prediction: Prediction, given: Given<&Ten
     if x_t.device() == Device::Cpu {
         return step_on_host(step, x_t, prediction, given).with_context(|| place(step));
     }
-    let on_gpu = || {
+    let on_gpu = || -> Result<Transition> {
         // log-probabilities always in the kernel's order of summation, so that a ratio starts at 1
         let (x_prev, scored) = match given {
             Given::Draw(_) => (step_on_host(step, x_t, prediction, given)?.x_prev, step.sigma > 0.0),
