@@ -217,7 +217,8 @@ impl<'a> Trainer<'a> {
         let first_lane = self.lanes.mine().start;
         let _stage = {
             let task = &self.tasks[task].config;
-            let advice = format!("raise run.lanes, or lower task.{}.samples", task.name);
+            let more = "set model.gradient_checkpointing = true";
+            let advice = format!("{more}, raise run.lanes, or lower task.{}.samples", task.name);
             memory::stage(format!("update of task {}", task.name), task.samples / self.lanes.count, advice)
         };
         let (t, name) = (self.steps[step].t, &self.tasks[task].config.name);

@@ -182,7 +182,7 @@ fn nan_weight(comm: &dyn Communicator, late: bool) {
     let break_it = |trainer: &Trainer| {
         if comm.rank() + 1 == comm.size() {
             let mut weight = trainer.learner.params.leaves().last().unwrap().view([-1]).get(0);
-            tch::no_grad(|| weight.fill_(f64::NAN));
+            let _ = tch::no_grad(|| weight.fill_(f64::NAN));
         }
     };
     if !late {

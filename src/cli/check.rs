@@ -109,7 +109,7 @@ fn model(config: &Config, architecture: Option<Architecture>) -> Result<(Pipelin
     let missing = path != "embedded" && !Path::new(path).exists();
     let Some(architecture) = architecture.or(missing.then_some(Architecture::Sd2Base)) else {
         let what = model_location(path).origin()?;
-        return Ok((load_for_training(config, &Local)?, what));
+        return Ok((load_for_training(config, &Local, Device::Cpu)?, what));
     };
     let pipeline = Pipeline::shapes_only(architecture.files(), Device::Cpu, build_for(config))
         .with_context(|| format!("--architecture {architecture}"))?;

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     cli::{Failure, OrMistake},
-    comm::{Communicator, Local, TreeSum},
+    comm::{Communicator, Local},
     diffusion::{
         sampler::{self, Conditioning},
         schedule::{Schedule, SchedulerConfig},
@@ -27,6 +27,7 @@ use crate::{
         weights::tensor_bytes,
     },
     policy::{
+        gradient_sum::{GradientSum, Transport},
         lanes::Lanes,
         optimizer::Optimizer,
         surrogate::Objective,
@@ -161,9 +162,8 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
         "guided_step",
         &mut || {
             let x_t = noise(Purpose::InitialLatent);
-            let rolled =
-                sampler::roll_out(&pipeline.unet, &[step], x_t, &conditioning, |_| noise(Purpose::TransitionNoise))?;
-            Ok(trajectory = Some(rolled))
+            let z = |_| noise(Purpose::TransitionNoise);
+            Ok(trajectory = Some(sampler::roll_out(&pipeline.unet, None, &[step], x_t, &conditioning, z)?))
         },
         1.0,
     )?;
@@ -174,8 +174,8 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
     timed("decode_one", &mut || Ok(drop(tch::no_grad(|| pipeline.vae.decode_scaled(&one)))), 1.0)?;
 
     let mut params = FlatParameters::new(&[pipeline.trainable()])?;
-    let mut optimizer = Optimizer::new(params.len(), AdamW::default(), None, 0);
-    let (lanes, mut sum) = (Lanes::new(1, &Local)?, TreeSum::new(params.len()));
+    let mut optimizer = Optimizer::new(params.buffer(), AdamW::default(), None, 0);
+    let (lanes, mut sum) = (Lanes::new(1, &Local)?, GradientSum::new(&params, Transport::default())?);
     let advantage: Vec<f32> = (0..args.samples).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
     let batch = LaneBatch { conditioning, trajectory, advantage: Tensor::from_slice(&advantage) };
     let objective = Objective { clip_range: 1e-4, weight: 1.0, samples: args.samples };
@@ -183,10 +183,10 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
     timed(
         "training_step",
         &mut || {
-            let gradient = lanes.sum_gradients(&params, &mut sum, &Local, |_| {
+            let gradient = lanes.sum_gradients(&mut sum, &Local, |_| {
                 let (value, diagnostics) = lane_objective(&pipeline.unet, &step, &batch, &objective)?;
                 drift = diagnostics.ratio_drift;
-                Ok(Tensor::run_backward(&[value], params.leaves(), false, false))
+                Ok(value)
             })?;
             norm = optimizer.step(&mut params, &gradient)?;
             Ok(())
