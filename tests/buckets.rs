@@ -29,7 +29,7 @@ fn launch(ranks: usize, case: &str) -> Finished {
     let mut command = mpirun(ranks);
     command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
     command.env(CASE, case);
-    // ten seconds were observed on two busy cores
+    // 38 s for all launches of this file together were observed on two busy cores
     run_within(command, Duration::from_secs(180))
 }
 
@@ -159,12 +159,12 @@ fn bf16_wire(comm: &dyn Communicator) {
         return;
     }
     assert_ne!(bits(&sums[0]), bits(&exact), "bf16 rounds");
-    // a share or partial sum is rounded by at most 2^-9 of itself; in the worst element they cancel
+    // each of at most three roundings (of a share and of two partial sums) is off by up to 2^-9
     let size = |v: &[f32]| v.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
     sums[0].iter_mut().zip(&exact).for_each(|(a, b)| *a -= b);
     let error = size(&sums[0]) / size(&exact);
-    // observed 1.6e-3 at 2 ranks, 2.0e-3 at 4
-    assert!(error < 8e-3, "{error}");
+    std::io::Write::write_all(&mut std::io::stdout(), format!("relative error {error:.2e}\n").as_bytes()).unwrap();
+    assert!(error < 3.0 / 512.0, "{error}");
 }
 
 /// A small embedded experiment.
