@@ -1,9 +1,14 @@
 //! Compiles the C++ shim and tells the linker where libtorch lies, so that the binary runs without any environment set.
 use std::{env, path::PathBuf};
 
+/// C++ over libtorch.
+const SHIM: [&str; 2] = ["csrc/shim.cpp", "csrc/group_norm_silu.cpp"];
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=csrc/shim.cpp");
+    for file in SHIM {
+        println!("cargo:rerun-if-changed={file}");
+    }
     println!("cargo:rerun-if-env-changed=RLDIFF_RPATH");
 
     // torch-sys (links = "tch") hands down the library folder of the torch it was built against.
@@ -16,7 +21,7 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .include(&torch_include)
         .include(torch_include.join("torch/csrc/api/include"))
-        .file("csrc/shim.cpp")
+        .files(SHIM)
         .compile("rldiff_shim");
 
     // DT_RPATH, not DT_RUNPATH: it must also hold for what the libraries themselves load.

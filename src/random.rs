@@ -81,6 +81,11 @@ impl Coordinates {
         Coordinates { seed, purpose, iteration: 0, task: 0, sample: 0, step: 0 }
     }
 
+    /// The last word of the counter.
+    pub(crate) fn tail(&self) -> u32 {
+        u32::from(self.purpose as u8) << 24 | u32::from(self.task) << 16 | u32::from(self.step)
+    }
+
     pub fn stream(self) -> Stream {
         Stream { coordinates: self, block: 0, buffer: [0; 4], used: 4 }
     }
@@ -97,8 +102,8 @@ pub struct Stream {
 impl Stream {
     fn next_block(&mut self) -> [u32; 4] {
         let c = &self.coordinates;
-        let tail = u32::from(c.purpose as u8) << 24 | u32::from(c.task) << 16 | u32::from(c.step);
-        let words = philox4x32_10([self.block, c.sample, c.iteration, tail], [c.seed as u32, (c.seed >> 32) as u32]);
+        let counter = [self.block, c.sample, c.iteration, c.tail()];
+        let words = philox4x32_10(counter, [c.seed as u32, (c.seed >> 32) as u32]);
         self.block = self.block.wrapping_add(1);
         words
     }

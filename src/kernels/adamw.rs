@@ -13,8 +13,11 @@
 //! and rounded once. At the paper's setting lr·λ = 2e-8 is below half a unit in the last place of 1, so in f32 the
 //! decay factor is exactly 1, here as in torch.
 
+use super::cuda::{arguments, ensure_apart, Buffer, Element, Machine, Slice};
 use super::{ordered_sum, pair_up, LANES};
 use anyhow::{ensure, Result};
+use std::marker::PhantomData;
+use std::sync::Arc;
 
 /// Hyperparameters; the default is the paper's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +34,41 @@ pub struct AdamW {
 impl Default for AdamW {
     fn default() -> Self {
         AdamW { learning_rate: 2e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 1e-2 }
+    }
+}
+
+/// What a step multiplies with, in f32; also `Scalars` of `cuda/adamw.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Scalars {
+    grad_scale: f32,
+    /// 1 − lr·λ.
+    decay: f32,
+    /// 1 − β₁.
+    rest1: f32,
+    beta2: f32,
+    /// 1 − β₂.
+    rest2: f32,
+    /// √(1 − β₂ᵏ).
+    correction2: f32,
+    epsilon: f32,
+    /// −lr/(1 − β₁ᵏ).
+    negative_step_size: f32,
+}
+
+impl Scalars {
+    fn of(settings: &AdamW, step: u64, grad_scale: f32) -> Self {
+        let &AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = settings;
+        Scalars {
+            grad_scale,
+            decay: (1.0 - learning_rate * weight_decay) as f32,
+            rest1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            rest2: (1.0 - beta2) as f32,
+            correction2: (1.0 - beta2.powf(step as f64)).sqrt() as f32,
+            epsilon: epsilon as f32,
+            negative_step_size: -(learning_rate / (1.0 - beta1.powf(step as f64))) as f32,
+        }
     }
 }
 
@@ -53,19 +91,14 @@ pub fn reference(
     let lengths = [grads.len(), exp_avg.len(), exp_avg_sq.len()];
     ensure!(lengths == [params.len(); 3], "AdamW: {} parameters, but gradient, m and v have {lengths:?}", params.len());
     ensure!(step > 0, "AdamW counts steps from 1");
-    let &AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = settings;
-    let decay = (1.0 - learning_rate * weight_decay) as f32;
-    let negative_step_size = -(learning_rate / (1.0 - beta1.powf(step as f64))) as f32;
-    let correction2 = (1.0 - beta2.powf(step as f64)).sqrt() as f32;
-    let (rest1, beta2, rest2) = ((1.0 - beta1) as f32, beta2 as f32, (1.0 - beta2) as f32);
-    let epsilon = epsilon as f32;
+    let s = Scalars::of(settings, step, grad_scale);
     let moments = exp_avg.iter_mut().zip(exp_avg_sq.iter_mut());
     for ((param, &grad), (m, v)) in params.iter_mut().zip(grads).zip(moments) {
-        let grad = grad * grad_scale;
-        *m += rest1 * (grad - *m);
-        *v = beta2 * *v + rest2 * grad * grad;
-        let denominator = v.sqrt() / correction2 + epsilon;
-        *param = *param * decay + negative_step_size * *m / denominator;
+        let grad = grad * s.grad_scale;
+        *m += s.rest1 * (grad - *m);
+        *v = s.beta2 * *v + s.rest2 * grad * grad;
+        let denominator = v.sqrt() / s.correction2 + s.epsilon;
+        *param = *param * s.decay + s.negative_step_size * *m / denominator;
     }
     Ok(())
 }
@@ -96,6 +129,117 @@ pub fn clip_factor(norm: f64, max_norm: Option<f64>) -> f32 {
         None => 1.0,
         Some(_) if !norm.is_finite() => f32::NAN,
         Some(max_norm) => (max_norm / (norm + 1e-6)).min(1.0) as f32,
+    }
+}
+
+/// Elements per block, as in `cuda/adamw.cu`.
+const CHUNK: usize = 4096;
+
+/// One tensor on the device, or one piece of a flat buffer; all slices have the same length.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// f32.
+    pub param: Slice<'a>,
+    /// f32, bf16 or f16, the same in all pieces.
+    pub grad: Slice<'a>,
+    /// m, f32.
+    pub exp_avg: Slice<'a>,
+    /// v, f32.
+    pub exp_avg_sq: Slice<'a>,
+    /// Gets the new parameters in bf16.
+    pub copy: Option<Slice<'a>>,
+}
+
+/// `Range` of `cuda/adamw.cu`: param, grad, exp_avg, exp_avg_sq, copy, length, first_block.
+const RANGE_WORDS: usize = 7;
+
+/// The parameters of an optimizer on the device: one launch steps all of them, two give the gradient's norm.
+pub struct Table<'a> {
+    machine: Arc<dyn Machine>,
+    ranges: Buffer,
+    partial: Buffer,
+    total: Buffer,
+    blocks: u32,
+    /// Index of the gradients' number type in the kernels' names.
+    variant: usize,
+    memory: PhantomData<Slice<'a>>,
+}
+
+impl<'a> Table<'a> {
+    /// # Errors
+    /// Slices that do not fit together, have other number types than [`Piece`] says, or overlap.
+    pub fn new(machine: &Arc<dyn Machine>, pieces: &[Piece<'a>]) -> Result<Self> {
+        let element = pieces.first().map_or(Element::F32, |piece| piece.grad.element());
+        let mut words = Vec::with_capacity(pieces.len() * RANGE_WORDS);
+        let (mut written, mut read, mut blocks) = (Vec::new(), Vec::new(), 0);
+        for piece in pieces.iter().filter(|piece| !piece.param.is_empty()) {
+            let length = piece.param.len();
+            piece.param.expect(length, Element::F32, "a parameter")?;
+            piece.grad.expect(length, element, "a gradient")?;
+            piece.exp_avg.expect(length, Element::F32, "a first moment")?;
+            piece.exp_avg_sq.expect(length, Element::F32, "a second moment")?;
+            written.extend([piece.param, piece.exp_avg, piece.exp_avg_sq]);
+            if let Some(copy) = piece.copy {
+                copy.expect(length, Element::Bf16, "a parameter's copy")?;
+                written.push(copy);
+            }
+            read.push(piece.grad);
+            words.extend([piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq].map(|slice| slice.address()));
+            words.extend([piece.copy.map_or(0, |slice| slice.address()), length as u64, blocks as u64]);
+            blocks += length.div_ceil(CHUNK);
+        }
+        ensure_apart(&written, &read)?;
+        ensure!(blocks < 1 << 31, "the parameters are too many for a launch");
+        Ok(Table {
+            machine: machine.clone(),
+            ranges: Buffer::upload(machine, &words)?,
+            partial: Buffer::new(machine, blocks, Element::F64)?,
+            total: Buffer::new(machine, 1, Element::F64)?,
+            blocks: blocks as u32,
+            variant: element.variant("a gradient")?,
+            memory: PhantomData,
+        })
+    }
+
+    /// [`reference`] on all pieces, the same bits.
+    ///
+    /// # Errors
+    /// `step` = 0; a launch that fails.
+    pub fn step(&self, settings: &AdamW, step: u64, grad_scale: f32) -> Result<()> {
+        ensure!(step > 0, "AdamW counts steps from 1");
+        if self.blocks == 0 {
+            return Ok(());
+        }
+        let kernel = ["adamw_f32", "adamw_bf16", "adamw_f16"][self.variant];
+        let scalars = Scalars::of(settings, step, grad_scale);
+        let (ranges, count) = self.ranges();
+        // SAFETY: types and order as in cuda/adamw.cu; `new` checked the ranges, whose memory lives for 'a
+        unsafe { self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, scalars]) }
+    }
+
+    /// [`sum_of_squares`] of all gradients, in f64, in an order that depends on the lengths of the pieces alone; waits
+    /// for the device.
+    ///
+    /// # Errors
+    /// A launch or an earlier kernel that fails.
+    pub fn sum_of_squares(&self) -> Result<f64> {
+        if self.blocks == 0 {
+            return Ok(0.0);
+        }
+        let kernel = ["sum_of_squares_f32", "sum_of_squares_bf16", "sum_of_squares_f16"][self.variant];
+        let (ranges, count) = self.ranges();
+        let (partial, total) = (self.partial.slice().address(), self.total.slice().address());
+        // SAFETY: types and order as in cuda/adamw.cu; `partial` has one element per block
+        unsafe {
+            self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, partial])?;
+            self.machine.launch("sum_of_partials", [1, 1], 1024, arguments![partial, self.blocks, total])?;
+        }
+        Ok(self.total.download::<f64>()?[0])
+    }
+
+    fn ranges(&self) -> (u64, u32) {
+        let slice = self.ranges.slice();
+        (slice.address(), (slice.len() / RANGE_WORDS) as u32)
     }
 }
 

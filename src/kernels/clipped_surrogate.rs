@@ -12,7 +12,8 @@
 //! A sample whose advantage is NaN is excluded: no loss, and a gradient of exactly 0 whatever its other inputs hold.
 //! A log-probability that is NaN is not hidden by the clipping: it gives a NaN loss and NaN gradients.
 
-use super::ddim_step::{ensure_density, row_length, Inputs, StepScalars};
+use super::cuda::{arguments, ensure_apart, Element, Machine, Slice};
+use super::ddim_step::{ensure_density, row_length, DeviceInputs, DeviceStep, Inputs, StepScalars, ROW_THREADS};
 use anyhow::{ensure, Result};
 
 /// What Eq. 7 is scaled and clipped with.
@@ -119,6 +120,114 @@ pub fn reference(
         }
     }
     Ok(terms)
+}
+
+/// Numbers per sample that the device writes: the fields of [`SampleTerms`] in their order, flags as 0 or 1.
+pub const TERMS: usize = 6;
+
+/// The terms of each sample, from what [`launch`] wrote.
+pub fn terms_from(values: &[f32]) -> Vec<SampleTerms> {
+    let term = |v: &[f32]| SampleTerms {
+        log_prob: v[0],
+        ratio: v[1],
+        loss: v[2],
+        approx_kl: v[3],
+        clipped: v[4] != 0.0,
+        used: v[5] != 0.0,
+    };
+    values.chunks_exact(TERMS).map(term).collect()
+}
+
+/// `Objective` of `cuda/clipped_surrogate.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct DeviceObjective {
+    clip_range: f64,
+    scale: f64,
+    c_eps: f64,
+    sigma: f64,
+}
+
+/// The stored transitions of B samples on the device, all f32.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceStored<'a> {
+    /// B·D.
+    pub x_prev: Slice<'a>,
+    /// B.
+    pub log_prob_old: Slice<'a>,
+    /// B; NaN excludes the sample.
+    pub advantage: Slice<'a>,
+}
+
+/// Where the device writes, all f32.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceGradients<'a> {
+    /// B·[`TERMS`].
+    pub terms: Slice<'a>,
+    /// B·D; None without guidance.
+    pub grad_uncond: Option<Slice<'a>>,
+    /// B·D.
+    pub grad_cond: Slice<'a>,
+}
+
+/// [`reference`] on the device, in one launch. The log-probability is summed in f32, in the order in which
+/// [`ddim_step::launch_draw`](super::ddim_step::launch_draw) summed it.
+///
+/// # Errors
+/// Slices that do not fit together or overlap; σ = 0; N = 0; a launch that fails.
+pub fn launch(
+    machine: &dyn Machine,
+    inputs: &DeviceInputs,
+    stored: &DeviceStored,
+    step: &StepScalars,
+    objective: &Objective,
+    out: &DeviceGradients,
+) -> Result<()> {
+    let samples = stored.log_prob_old.len();
+    let row = inputs.check(samples)?;
+    ensure_density(step)?;
+    ensure!(objective.samples > 0, "the batch has no usable sample");
+    let total = inputs.x_t.len();
+    stored.x_prev.expect(total, Element::F32, "x_prev")?;
+    stored.log_prob_old.expect(samples, Element::F32, "log_prob_old")?;
+    stored.advantage.expect(samples, Element::F32, "advantage")?;
+    out.terms.expect(samples * TERMS, Element::F32, "terms")?;
+    out.grad_cond.expect(total, Element::F32, "grad_cond")?;
+    let mut written = vec![out.terms, out.grad_cond];
+    if let Some(grad_uncond) = out.grad_uncond {
+        grad_uncond.expect(total, Element::F32, "grad_uncond")?;
+        written.push(grad_uncond);
+    }
+    let [uncond, cond, x_t] = inputs.slices();
+    let read = [uncond, cond, x_t, stored.x_prev, stored.log_prob_old, stored.advantage];
+    ensure_apart(&written, &read)?;
+    if samples == 0 {
+        return Ok(());
+    }
+    let kernel = ["clipped_surrogate_f32", "clipped_surrogate_bf16", "clipped_surrogate_f16"]
+        [inputs.eps_cond.element().variant("eps")?];
+    let [uncond, cond, x_t, x_prev, log_prob_old, advantage] = read.map(|slice| slice.address());
+    let (terms, grad_cond) = (out.terms.address(), out.grad_cond.address());
+    let grad_uncond = out.grad_uncond.map_or(0, |slice| slice.address());
+    let scale = objective.weight / objective.samples as f64;
+    let objective = DeviceObjective { clip_range: objective.clip_range, scale, c_eps: step.c_eps, sigma: step.sigma };
+    let step = DeviceStep::from(step);
+    let arguments = arguments![
+        uncond,
+        cond,
+        x_t,
+        x_prev,
+        log_prob_old,
+        advantage,
+        terms,
+        grad_uncond,
+        grad_cond,
+        row,
+        step,
+        objective,
+    ];
+    // SAFETY: types and order as in cuda/clipped_surrogate.cu; lengths checked above; a null grad_uncond is allowed
+    unsafe { machine.launch(kernel, [samples as u32, 1], ROW_THREADS, arguments) }
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@
 //! later; [`clipped_surrogate`](super::clipped_surrogate) calls the same one. Hence exp(log_prob − log_prob_old) is
 //! exactly 1 as long as the model's output is the same.
 
+use super::cuda::{arguments, ensure_apart, Element, Machine, Slice};
+use super::normal_rows::{DeviceStream, Rows};
 use super::ordered_sum;
 use anyhow::{ensure, Result};
 
@@ -138,6 +140,130 @@ pub(super) fn ensure_density(step: &StepScalars) -> Result<()> {
         step.sigma
     );
     Ok(())
+}
+
+/// Threads of a block in `cuda/transition.cuh`; one block has one sample.
+pub(super) const ROW_THREADS: u32 = 1024;
+
+/// `Step` of `cuda/transition.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DeviceStep {
+    c_x: f32,
+    c_eps: f32,
+    guidance_scale: f32,
+    sigma: f32,
+    two_variance: f64,
+    log_sigma: f64,
+}
+
+impl From<&StepScalars> for DeviceStep {
+    fn from(step: &StepScalars) -> Self {
+        DeviceStep {
+            c_x: step.c_x as f32,
+            c_eps: step.c_eps as f32,
+            guidance_scale: step.guidance_scale as f32,
+            sigma: step.sigma as f32,
+            two_variance: 2.0 * step.sigma * step.sigma,
+            log_sigma: step.sigma.ln(),
+        }
+    }
+}
+
+/// B rows of D elements on the device: the outputs of the model (f32, bf16 or f16, both the same) and x_t (f32).
+/// Without guidance give `eps_cond` twice and a guidance scale of 1.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceInputs<'a> {
+    pub eps_uncond: Slice<'a>,
+    pub eps_cond: Slice<'a>,
+    pub x_t: Slice<'a>,
+}
+
+impl DeviceInputs<'_> {
+    /// D, for `samples` rows.
+    pub(super) fn check(&self, samples: usize) -> Result<u32> {
+        let total = self.x_t.len();
+        ensure!(
+            if samples == 0 { total == 0 } else { total > 0 && total % samples == 0 },
+            "{total} elements cannot be {samples} samples of equal size"
+        );
+        self.x_t.expect(total, Element::F32, "x_t")?;
+        self.eps_cond.element().variant("eps_cond")?;
+        self.eps_cond.expect(total, self.eps_cond.element(), "eps_cond")?;
+        self.eps_uncond.expect(total, self.eps_cond.element(), "eps_uncond")?;
+        let row = total.checked_div(samples).unwrap_or(0);
+        ensure!(row < 1 << 31 && samples < 1 << 31, "{samples} rows of {row} elements are too many for a launch");
+        Ok(row as u32)
+    }
+
+    pub(super) fn slices(&self) -> [Slice<'_>; 3] {
+        [self.eps_uncond, self.eps_cond, self.x_t]
+    }
+}
+
+/// On the device: draws x_prev (f32, B·D) with the noise of `rows`, the numbers of
+/// [`random::normal_rows`](crate::random::normal_rows), and writes its log_prob (f32, B); σ = 0 as in [`reference`].
+///
+/// The noise can differ from the host's in the last bits, since logarithm and sine do. The log-probability is summed in
+/// f32.
+///
+/// # Errors
+/// Slices that do not fit together or overlap; a launch that fails.
+pub fn launch_draw(
+    machine: &dyn Machine,
+    inputs: &DeviceInputs,
+    rows: Rows,
+    step: &StepScalars,
+    x_prev: Slice,
+    log_prob: Slice,
+) -> Result<()> {
+    let samples = log_prob.len();
+    let row = inputs.check(samples)?;
+    x_prev.expect(inputs.x_t.len(), Element::F32, "x_prev")?;
+    log_prob.expect(samples, Element::F32, "log_prob")?;
+    ensure_apart(&[x_prev, log_prob], &inputs.slices())?;
+    if samples == 0 {
+        return Ok(());
+    }
+    let kernel = ["ddim_step_draw_f32", "ddim_step_draw_bf16", "ddim_step_draw_f16"]
+        [inputs.eps_cond.element().variant("eps")?];
+    let pointers = inputs.slices().map(|slice| slice.address());
+    let (x_prev, log_prob) = (x_prev.address(), log_prob.address());
+    let (step, stream) = (DeviceStep::from(step), DeviceStream::from(rows));
+    let arguments = arguments![pointers[0], pointers[1], pointers[2], x_prev, log_prob, row, step, stream];
+    // SAFETY: types and order as in cuda/ddim_step.cu; the slices hold B·D and B elements, checked above
+    unsafe { machine.launch(kernel, [samples as u32, 1], ROW_THREADS, arguments) }
+}
+
+/// On the device: writes the log-probability (f32, B) of a stored x_prev (f32, B·D); the bits that [`launch_draw`]
+/// wrote when it drew it from the same inputs.
+///
+/// # Errors
+/// Slices that do not fit together or overlap; σ = 0; a launch that fails.
+pub fn launch_score(
+    machine: &dyn Machine,
+    inputs: &DeviceInputs,
+    x_prev: Slice,
+    step: &StepScalars,
+    log_prob: Slice,
+) -> Result<()> {
+    let samples = log_prob.len();
+    let row = inputs.check(samples)?;
+    ensure_density(step)?;
+    x_prev.expect(inputs.x_t.len(), Element::F32, "x_prev")?;
+    log_prob.expect(samples, Element::F32, "log_prob")?;
+    let [uncond, cond, x_t] = inputs.slices();
+    ensure_apart(&[log_prob], &[uncond, cond, x_t, x_prev])?;
+    if samples == 0 {
+        return Ok(());
+    }
+    let kernel = ["ddim_step_score_f32", "ddim_step_score_bf16", "ddim_step_score_f16"]
+        [inputs.eps_cond.element().variant("eps")?];
+    let pointers = [uncond, cond, x_t, x_prev, log_prob].map(|slice| slice.address());
+    let step = DeviceStep::from(step);
+    let arguments = arguments![pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], row, step];
+    // SAFETY: types and order as in cuda/ddim_step.cu; the slices hold B·D and B elements, checked above
+    unsafe { machine.launch(kernel, [samples as u32, 1], ROW_THREADS, arguments) }
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The kernels: one file per operation, each with a plain `reference()` that every platform compiles.
+//! The kernels: one file per operation, each with a plain `reference()` that every platform compiles and a checked
+//! launcher of the CUDA kernel in `cuda/<operation>.cu`, which must agree with it.
 //!
 //! A `reference()` works on flat row-major f32 slices (one row per sample), does the per-element arithmetic in f32
 //! and every sum in f64 in an order that depends on nothing but the length, so its results are reproducible bit for
@@ -9,7 +10,10 @@ use tch::{Device, Kind, Tensor};
 
 pub mod adamw;
 pub mod clipped_surrogate;
+pub mod cuda;
 pub mod ddim_step;
+pub mod group_norm_silu;
+pub mod normal_rows;
 
 /// Partial sums kept side by side: fixes the order of a sum and lets it use vector registers.
 pub(crate) const LANES: usize = 8;

@@ -1,0 +1,327 @@
+// Group normalisation, optionally followed by SiLU, of channels-last activations [N, pixels, C], forward and backward.
+//
+//   forward   xhat = (x - mean_g) rstd_g,  u = xhat w_c + b_c,  y = u or u s(u),  s(u) = 1/(1 + exp(-u))
+//   backward  du = dy or dy s(u)(1 + u (1 - s(u))),  dw_c = sum du xhat,  db_c = sum du  over n and pixels,
+//             dx = rstd_g (du w_c - A_g/M - xhat B_g/M),  A_g = sum du w_c,  B_g = sum du w_c xhat  over the M elements
+//             of the group
+// mean and variance are over the M = pixels * C/groups elements of one sample's group; rstd = 1/sqrt(variance + epsilon).
+//
+// Three launches forward: channel sums of pieces of the pixels; statistics from them; y. Four backward: channel sums of
+// du and du xhat; group sums from them; dw and db; dx. How the pixels are cut depends on their number alone, so a
+// sample's result does not depend on the batch. Sums are f32 within a piece and f64 where pieces, channels and samples
+// are put together, always in the same order; the forward sums are of x minus the channel's first pixel, so a mean far
+// from 0 costs no digits.
+//
+// Threads: a block of 256 has one piece of one sample's pixels: columns of four channels times rows of pixels, so that
+// neighbouring threads read neighbouring channels. Statistics and group sums: one warp per sample and group.
+// Memory, bytes per element of size s: forward 3 s (x twice, y), backward 5 s (x and dy twice, dx).
+#include "common.cuh"
+
+constexpr u32 THREADS = 256;
+
+// As `DeviceShape` in src/kernels/group_norm_silu.rs.
+struct Shape {
+  u32 pixels, channels, groups;
+  u32 pieces, pixels_per_piece;
+  u32 silu;            // 0 or 1
+  u32 parameter_kind;  // of weight and bias: 0 f32, 1 bf16, 2 f16
+  double epsilon;
+
+  __device__ __forceinline__ u32 quads() const { return (channels + 3) / 4; }
+  __device__ __forceinline__ u32 columns() const { return min(quads(), THREADS); }
+  __device__ __forceinline__ u32 group_of(u32 channel) const { return channel / (channels / groups); }
+  __device__ __forceinline__ float parameter(const void *p, u32 channel) const {
+    if (parameter_kind == 0) return static_cast<const float *>(p)[channel];
+    if (parameter_kind == 1) return to_float(static_cast<const bf16 *>(p)[channel]);
+    return to_float(static_cast<const f16 *>(p)[channel]);
+  }
+};
+
+// This thread's place: its pixels are begin + row, then every rows-th one below end; its channels are those of quad
+// first + column, for first = 0, columns, 2 columns...
+struct Place {
+  u32 column, row, rows, begin, end;
+  bool active;
+
+  __device__ explicit Place(const Shape &shape) {
+    const u32 columns = shape.columns();
+    rows = THREADS / columns;
+    column = threadIdx.x % columns;
+    row = threadIdx.x / columns;
+    active = row < rows;
+    begin = blockIdx.x * shape.pixels_per_piece;
+    end = min(begin + shape.pixels_per_piece, shape.pixels);
+  }
+};
+
+// What the four channels of a quad need.
+struct ChannelConstants {
+  float mean[4], rstd[4], weight[4], bias[4];
+
+  __device__ ChannelConstants(const Shape &shape, const float *means, const float *rstds, const void *weights,
+                              const void *biases, u32 quad, u32 count) {
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) {
+      const u32 channel = 4 * quad + (k < count ? k : 0), group = blockIdx.y * shape.groups + shape.group_of(channel);
+      mean[k] = means[group];
+      rstd[k] = rstds[group];
+      weight[k] = shape.parameter(weights, channel);
+      bias[k] = shape.parameter(biases, channel);
+    }
+  }
+};
+
+__device__ __forceinline__ float sigmoid(float u) { return 1.f / (1.f + expf(-u)); }
+
+// Adds up the pairs of sums of the block's rows and writes those of channels 4*first.. to out[channel].
+__device__ __forceinline__ void write_channel_sums(const Shape &shape, const Place &place, u32 first, const Quad &a,
+                                                   const Quad &b, float2 *out) {
+  __shared__ float2 sums[4 * THREADS];
+  const u32 width = 4 * shape.columns();
+  if (place.active)
+    for (u32 k = 0; k < 4; k++) sums[place.row * width + 4 * place.column + k] = make_float2(a.v[k], b.v[k]);
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < width && 4 * first + i < shape.channels; i += THREADS) {
+    float2 sum = sums[i];
+    for (u32 row = 1; row < place.rows; row++) {
+      sum.x += sums[row * width + i].x;
+      sum.y += sums[row * width + i].y;
+    }
+    out[4 * first + i] = sum;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float2 *piece_of_block(const Shape &shape, float2 *partial) {
+  return partial + (static_cast<size_t>(blockIdx.y) * shape.pieces + blockIdx.x) * shape.channels;
+}
+
+// partial[n][piece][channel] = sums of (x - first) and (x - first)^2; first = the channel's first pixel.
+template <class T>
+__device__ __forceinline__ void forward_sums(const T *x, float2 *partial, const Shape &shape) {
+  const Place place(shape);
+  const bool vector = shape.channels % 4 == 0 && aligned(x);
+  x += static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
+  for (u32 first = 0; first < shape.quads(); first += shape.columns()) {
+    const u32 quad = first + place.column;
+    Quad sum = {}, squares = {};
+    if (place.active && quad < shape.quads()) {
+      const u32 count = min(4u, shape.channels - 4 * quad);
+      const Quad shift = load_quad(x + 4 * quad, count, vector);
+      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
+        const Quad value = load_quad(x + static_cast<size_t>(pixel) * shape.channels + 4 * quad, count, vector);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float d = value.v[k] - shift.v[k];
+          sum.v[k] += d;
+          squares.v[k] += d * d;
+        }
+      }
+    }
+    write_channel_sums(shape, place, first, sum, squares, piece_of_block(shape, partial));
+  }
+}
+
+// Sum of a channel's pieces.
+__device__ __forceinline__ double2 sum_of_pieces(const float2 *partial, const Shape &shape, u32 channel) {
+  const float2 *at = partial + static_cast<size_t>(blockIdx.y) * shape.pieces * shape.channels + channel;
+  double2 sum = make_double2(0.0, 0.0);
+  for (u32 piece = 0; piece < shape.pieces; piece++) {
+    const float2 part = at[static_cast<size_t>(piece) * shape.channels];
+    sum.x += part.x;
+    sum.y += part.y;
+  }
+  return sum;
+}
+
+// mean[n][group], rstd[n][group]; one warp, blockIdx = (group, n). Means are relative to the group's first element, and
+// variance = mean of the channels' variances + variance of the channels' means.
+template <class T>
+__device__ __forceinline__ void statistics(const T *x, const float2 *partial, float *mean, float *rstd,
+                                           const Shape &shape) {
+  const u32 width = shape.channels / shape.groups, first_channel = blockIdx.x * width;
+  const double pixels = shape.pixels;
+  x += static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
+  const double origin = to_float(x[first_channel]);
+  double of_means = 0.0, of_squares = 0.0, within = 0.0;
+  for (u32 i = threadIdx.x; i < width; i += 32) {
+    const double2 sums = sum_of_pieces(partial, shape, first_channel + i);
+    const double shifted = sums.x / pixels;
+    const double channel_mean = shifted + (to_float(x[first_channel + i]) - origin);
+    of_means += channel_mean;
+    of_squares += channel_mean * channel_mean;
+    within += sums.y / pixels - shifted * shifted;
+  }
+  of_means = warp_sum(of_means) / width;
+  of_squares = warp_sum(of_squares) / width;
+  within = warp_sum(within) / width;
+  if (threadIdx.x == 0) {
+    const double variance = within + (of_squares - of_means * of_means);
+    mean[blockIdx.y * shape.groups + blockIdx.x] = static_cast<float>(origin + of_means);
+    // NaN stays NaN; only rounding can make a variance negative
+    rstd[blockIdx.y * shape.groups + blockIdx.x] =
+        static_cast<float>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + shape.epsilon));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void forward(const T *x, const void *weight, const void *bias, const float *mean,
+                                        const float *rstd, T *y, const Shape &shape) {
+  const Place place(shape);
+  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(y);
+  const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
+  if (!place.active) return;
+  for (u32 quad = place.column; quad < shape.quads(); quad += shape.columns()) {
+    const u32 count = min(4u, shape.channels - 4 * quad);
+    const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
+    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
+      const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
+      Quad value = load_quad(x + at, count, vector);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float u = (value.v[k] - c.mean[k]) * c.rstd[k] * c.weight[k] + c.bias[k];
+        value.v[k] = shape.silu ? u * sigmoid(u) : u;
+      }
+      store_quad(y + at, value, count, vector);
+    }
+  }
+}
+
+// du from dy and xhat.
+__device__ __forceinline__ float grad_before_silu(float dy, float xhat, float weight, float bias, u32 silu) {
+  if (!silu) return dy;
+  const float u = xhat * weight + bias, s = sigmoid(u);
+  return dy * (s * (1.f + u * (1.f - s)));
+}
+
+// partial[n][piece][channel] = sums of du and du xhat.
+template <class T>
+__device__ __forceinline__ void backward_sums(const T *x, const T *dy, const void *weight, const void *bias,
+                                              const float *mean, const float *rstd, float2 *partial,
+                                              const Shape &shape) {
+  const Place place(shape);
+  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(dy);
+  const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
+  for (u32 first = 0; first < shape.quads(); first += shape.columns()) {
+    const u32 quad = first + place.column;
+    Quad sum = {}, products = {};
+    if (place.active && quad < shape.quads()) {
+      const u32 count = min(4u, shape.channels - 4 * quad);
+      const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
+      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
+        const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
+        const Quad value = load_quad(x + at, count, vector), grad = load_quad(dy + at, count, vector);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float xhat = (value.v[k] - c.mean[k]) * c.rstd[k];
+          const float du = grad_before_silu(grad.v[k], xhat, c.weight[k], c.bias[k], shape.silu);
+          sum.v[k] += du;
+          products.v[k] += du * xhat;
+        }
+      }
+    }
+    write_channel_sums(shape, place, first, sum, products, piece_of_block(shape, partial));
+  }
+}
+
+// channel_sums[n][channel] = a channel's sums over all pieces; group_means[n][group] = A/M, B/M. One warp, blockIdx =
+// (group, n).
+extern "C" __global__ void __launch_bounds__(32)
+    group_norm_silu_backward_groups(const float2 *__restrict__ partial, const void *__restrict__ weight,
+                                    double2 *__restrict__ channel_sums, float2 *__restrict__ group_means, Shape shape) {
+  const u32 width = shape.channels / shape.groups, first_channel = blockIdx.x * width;
+  double of_du = 0.0, of_products = 0.0;
+  for (u32 i = threadIdx.x; i < width; i += 32) {
+    const u32 channel = first_channel + i;
+    const double2 sums = sum_of_pieces(partial, shape, channel);
+    channel_sums[static_cast<size_t>(blockIdx.y) * shape.channels + channel] = sums;
+    const double w = shape.parameter(weight, channel);
+    of_du += w * sums.x;
+    of_products += w * sums.y;
+  }
+  of_du = warp_sum(of_du);
+  of_products = warp_sum(of_products);
+  if (threadIdx.x == 0) {
+    const double elements = static_cast<double>(shape.pixels) * width;
+    group_means[blockIdx.y * shape.groups + blockIdx.x] =
+        make_float2(static_cast<float>(of_du / elements), static_cast<float>(of_products / elements));
+  }
+}
+
+// dw and db of one channel per thread, over the samples in order.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    group_norm_silu_backward_parameters(const double2 *__restrict__ channel_sums, float *__restrict__ grad_weight,
+                                        float *__restrict__ grad_bias, u32 samples, u32 channels) {
+  const u32 channel = blockIdx.x * THREADS + threadIdx.x;
+  if (channel >= channels) return;
+  double2 sum = make_double2(0.0, 0.0);
+  for (u32 n = 0; n < samples; n++) {
+    const double2 part = channel_sums[static_cast<size_t>(n) * channels + channel];
+    sum.x += part.x;
+    sum.y += part.y;
+  }
+  grad_bias[channel] = static_cast<float>(sum.x);
+  grad_weight[channel] = static_cast<float>(sum.y);
+}
+
+template <class T>
+__device__ __forceinline__ void backward(const T *x, const T *dy, const void *weight, const void *bias,
+                                         const float *mean, const float *rstd, const float2 *group_means, T *dx,
+                                         const Shape &shape) {
+  const Place place(shape);
+  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(dy) && aligned(dx);
+  const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
+  if (!place.active) return;
+  for (u32 quad = place.column; quad < shape.quads(); quad += shape.columns()) {
+    const u32 count = min(4u, shape.channels - 4 * quad);
+    const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
+    float2 means[4];
+#pragma unroll
+    for (u32 k = 0; k < 4; k++)
+      means[k] = group_means[blockIdx.y * shape.groups + shape.group_of(4 * quad + (k < count ? k : 0))];
+    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
+      const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
+      const Quad value = load_quad(x + at, count, vector), grad = load_quad(dy + at, count, vector);
+      Quad result;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float xhat = (value.v[k] - c.mean[k]) * c.rstd[k];
+        const float du = grad_before_silu(grad.v[k], xhat, c.weight[k], c.bias[k], shape.silu);
+        result.v[k] = c.rstd[k] * (du * c.weight[k] - means[k].x - xhat * means[k].y);
+      }
+      store_quad(dx + at, result, count, vector);
+    }
+  }
+}
+
+#define GROUP_NORM_SILU(NAME, T)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, 4) \
+      group_norm_silu_sums_##NAME(const T *__restrict__ x, float2 *__restrict__ partial, Shape shape) {              \
+    forward_sums<T>(x, partial, shape);                                                                              \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(32)                                                                   \
+      group_norm_silu_statistics_##NAME(const T *__restrict__ x, const float2 *__restrict__ partial,                 \
+                                        float *__restrict__ mean, float *__restrict__ rstd, Shape shape) {           \
+    statistics<T>(x, partial, mean, rstd, shape);                                                                    \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_forward_##NAME(                              \
+      const T *__restrict__ x, const void *__restrict__ weight, const void *__restrict__ bias,                       \
+      const float *__restrict__ mean, const float *__restrict__ rstd, T *__restrict__ y, Shape shape) {              \
+    forward<T>(x, weight, bias, mean, rstd, y, shape);                                                               \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_backward_sums_##NAME(                        \
+      const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
+      const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
+      float2 *__restrict__ partial, Shape shape) {                                                                   \
+    backward_sums<T>(x, dy, weight, bias, mean, rstd, partial, shape);                                               \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_backward_##NAME(                             \
+      const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
+      const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
+      const float2 *__restrict__ group_means, T *__restrict__ dx, Shape shape) {                                     \
+    backward<T>(x, dy, weight, bias, mean, rstd, group_means, dx, shape);                                            \
+  }
+
+GROUP_NORM_SILU(f32, float)
+GROUP_NORM_SILU(bf16, bf16)
+GROUP_NORM_SILU(f16, f16)
