@@ -4,6 +4,7 @@
 #   make run       joint fine-tuning of the embedded miniature under mpirun (RANKS=2, ARGS="--set run.iterations=2")
 #   make test      format, clippy, docs, unit and integration tests, mpirun at 1, 2 and 4 ranks
 #   make torture   the tests that take longer
+#   make test-gpu  the kernels on a GPU; skips, and says why, where there is none (RLDIFF_REQUIRE_GPU=1: fails)
 #   make parity GOLDENS=DIR   the networks against reference numbers made with diffusers
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
 #
@@ -12,7 +13,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := build
-.PHONY: setup build run test torture parity env check-format clippy docs clean
+.PHONY: setup build run test test-gpu torture parity env check-format clippy docs clean
 
 VENV := $(CURDIR)/.venv
 export RLDIFF_VENV := $(VENV)
@@ -44,6 +45,9 @@ docs: setup
 
 test: check-format build clippy docs
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS)
+
+test-gpu: build
+	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels -- --nocapture
 
 torture: build
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS) -- --include-ignored
