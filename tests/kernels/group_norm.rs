@@ -95,6 +95,7 @@ pub fn both_passes<T: Real, P: Real>(machines: &Machines, offset: f32, seen: &mu
             Element::Bf16 => 3.9e-3,
             _ => 4.9e-4,
         };
+        // f32 sums and products: observed 3.3e-7, with bf16's rounding 3.7e-3, with a mean of 100 4.9e-6.
         // x − mean loses digits with the mean's size: 2^-24 |offset|, times rstd. One element per group has variance 0
         // and rstd 316; there the expected value is 0 and nothing is lost, for x equals its mean.
         let arithmetic = 2e-6 + 1.2e-7 * f64::from(offset.abs());

@@ -129,7 +129,7 @@ impl Toolkit {
     pub fn find(first: &[PathBuf]) -> Result<Self> {
         let roots = roots(first);
         let looked = roots.iter().map(|r| r.display().to_string()).collect::<Vec<_>>().join(", ");
-        roots.iter().find(|root| load_nvrtc(root));
+        let _preloaded = roots.iter().find(|root| load_nvrtc(root));
         // SAFETY: only tries to load the library; its initialisers are NVIDIA's
         ensure!(
             unsafe { sys::is_culib_present() },
