@@ -26,7 +26,7 @@ macro_rules! real {
         fn value(self) -> f32 { self.into() }
     })* };
 }
-real!(f32: |v| v, bf16: bf16::from_f32, f16: f16::from_f32);
+real!(f32: std::convert::identity, bf16: bf16::from_f32, f16: f16::from_f32);
 
 /// Largest error of each quantity, against its tolerance.
 #[derive(Default)]
