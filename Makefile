@@ -3,8 +3,8 @@
 #   make build     target/release/rldiff, which then runs without any environment set
 #   make run       joint fine-tuning of the embedded miniature under mpirun (RANKS=2, ARGS="--set run.iterations=2")
 #   make test      format, clippy, docs, unit and integration tests, mpirun at 1, 2 and 4 ranks
-#   make test-gpu  the program on a GPU; skips, and says why, where there is none (RLDIFF_REQUIRE_GPU=1: fails)
 #   make torture   the tests that take longer
+#   make test-gpu  kernels and program on a GPU; skips, and says why, where there is none (RLDIFF_REQUIRE_GPU=1: fails)
 #   make parity GOLDENS=DIR   the networks against reference numbers made with diffusers
 #   make bundle    what another host needs, as target/bundle/rldiff-VERSION-ARCHITECTURE.tar.gz
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
@@ -48,7 +48,7 @@ test: check-format build clippy docs
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS)
 
 test-gpu: build
-	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu -- --nocapture
+	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels --test gpu -- --nocapture
 
 torture: build
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS) -- --include-ignored

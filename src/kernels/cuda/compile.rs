@@ -129,7 +129,7 @@ impl Toolkit {
     pub fn find(first: &[PathBuf]) -> Result<Self> {
         let roots = roots(first);
         let looked = roots.iter().map(|r| r.display().to_string()).collect::<Vec<_>>().join(", ");
-        roots.iter().find(|root| load_nvrtc(root));
+        let _preloaded = roots.iter().find(|root| load_nvrtc(root));
         // SAFETY: only tries to load the library; its initialisers are NVIDIA's
         ensure!(
             unsafe { sys::is_culib_present() },
@@ -287,12 +287,8 @@ pub(super) fn compile_cached(
         return Ok(Compiled { cubin, log: String::new() });
     }
     let compiled = compile(source, architecture, &toolkit()?)?;
-    if let (Some(path), Some(folder)) = (path, folder) {
-        let mut bytes = compiled.cubin.clone();
-        bytes.extend(Sha256::digest(&compiled.cubin));
-        let written =
-            fs::create_dir_all(folder).map_err(anyhow::Error::from).and_then(|()| write_atomic(&path, &bytes));
-        if let Err(error) = written {
+    if let Some(path) = path {
+        if let Err(error) = keep(&path, &compiled.cubin) {
             log::warn!("compiled kernels are not kept: {error:#}");
         }
     }
@@ -317,6 +313,13 @@ fn cache_name(source: &Source, architecture: Architecture) -> String {
     }
     let digest: String = hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect();
     format!("{}-{}-{digest}.cubin", source.name, architecture.name())
+}
+
+/// Writes a cubin and its digest, making the folder.
+fn keep(path: &Path, cubin: &[u8]) -> Result<()> {
+    let folder = path.parent().expect("a file of the cache lies in its folder");
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    write_atomic(path, &[cubin, &Sha256::digest(cubin)].concat())
 }
 
 /// None if the file is missing or damaged.
@@ -347,19 +350,19 @@ mod tests {
 
     #[test]
     fn the_cache_returns_what_was_kept_and_refuses_damage() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(cache_name(&SOURCES[0], HOPPER));
-        let mut bytes = b"a cubin".to_vec();
-        bytes.extend(Sha256::digest(b"a cubin"));
-        fs::write(&path, &bytes).unwrap();
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("kernels");
+        let path = folder.join(cache_name(&SOURCES[0], HOPPER));
+        keep(&path, b"a cubin").unwrap();
         let mut no_toolkit = || bail!("asked for NVRTC");
-        let kept = compile_cached(&SOURCES[0], HOPPER, Some(folder.path()), &mut no_toolkit).unwrap();
+        let kept = compile_cached(&SOURCES[0], HOPPER, Some(&folder), &mut no_toolkit).unwrap();
         assert_eq!(kept.cubin, b"a cubin");
+        let mut bytes = fs::read(&path).unwrap();
         bytes[2] ^= 1;
         fs::write(&path, &bytes).unwrap();
-        let error = compile_cached(&SOURCES[0], HOPPER, Some(folder.path()), &mut no_toolkit).unwrap_err();
+        let error = compile_cached(&SOURCES[0], HOPPER, Some(&folder), &mut no_toolkit).unwrap_err();
         assert_eq!(error.to_string(), "asked for NVRTC");
-        assert!(read_cached(&folder.path().join("absent")).is_none());
+        assert!(read_cached(&folder.join("absent")).is_none());
     }
 
     #[test]

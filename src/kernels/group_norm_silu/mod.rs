@@ -82,7 +82,7 @@ fn sigmoid(u: f64) -> f64 {
 fn statistics(x: &[f32], shape: &Shape) -> Vec<(f64, f64)> {
     let width = shape.channels / shape.groups;
     let mut all = Vec::with_capacity(shape.samples * shape.groups);
-    for sample in x.chunks(shape.pixels * shape.channels) {
+    for sample in x.chunks((shape.pixels * shape.channels).max(1)) {
         for group in 0..shape.groups {
             let values = || sample.chunks(shape.channels).flat_map(|pixel| &pixel[group * width..][..width]);
             let count = (shape.pixels * width) as f64;

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""The work of `rldiff bench rollout` and `rldiff bench update`, done by PyTorch with diffusers' U-Net: what rldiff is
+compared with. `bench/compare.sh` runs both in turn.
+
+roll-out: classifier-free guidance with both halves in one call, DDIM transition (eta 1), log-probability of each step.
+update:   the same call with gradients, clipped surrogate, backward pass, one fused AdamW step.
+
+Weights are random (the time does not depend on them). On a GPU in bf16 with scaled dot-product attention, eager or
+compiled (--compile: torch.compile, max-autotune, channels-last); on a CPU in f32, eager.
+"""
+import argparse
+import json
+import math
+import statistics
+import time
+
+import torch
+from diffusers import UNet2DConditionModel
+
+GUIDANCE = 7.0
+CLIP_RANGE = 1e-4
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="unet/config.json of a diffusers folder")
+    parser.add_argument("--what", choices=["rollout", "update"], required=True)
+    parser.add_argument("--batch", type=int, default=16, help="samples; each is two rows")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of the roll-out")
+    parser.add_argument("--tokens", type=int, default=77)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    return parser.parse_args()
+
+
+def schedule(steps):
+    """Timestep and alpha_bar before and after each step: leading spacing, offset 1."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0).tolist()
+    stride = 1000 // steps
+    times = [k * stride + 1 for k in reversed(range(steps))]
+    return [(t, alpha_bar[t], alpha_bar[max(t - stride, 0)]) for t in times]
+
+
+class Work:
+    def __init__(self, args):
+        self.args = args
+        self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        with open(args.config) as file:
+            config = json.load(file)
+        torch.manual_seed(1)
+        self.unet = UNet2DConditionModel.from_config(config).to(args.device, self.dtype)
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.call = self.unet
+        if args.compile:
+            self.unet.to(memory_format=torch.channels_last)
+            self.call = torch.compile(self.unet, mode="max-autotune")
+        size, width = config["sample_size"], config["cross_attention_dim"]
+        shape = (args.batch, config["in_channels"], size, size)
+        self.shape, self.steps = shape, schedule(args.steps)
+        self.text = torch.randn(2 * args.batch, args.tokens, width, device=args.device, dtype=self.dtype)
+        self.advantage = torch.randn(args.batch, device=args.device)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=2e-6, fused=True)
+
+    def transition(self, x_t, step):
+        """Mean and standard deviation of x_prev."""
+        t, bar, bar_prev = step
+        both = torch.cat([x_t, x_t]).to(self.dtype)
+        out = self.call(both, torch.tensor(t, device=x_t.device), encoder_hidden_states=self.text).sample.float()
+        uncond, cond = out.chunk(2)
+        eps = uncond + GUIDANCE * (cond - uncond)
+        sigma = math.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))
+        x_0 = (x_t - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
+        return math.sqrt(bar_prev) * x_0 + math.sqrt(1 - bar_prev - sigma**2) * eps, sigma
+
+    @staticmethod
+    def log_prob(x_prev, mean, sigma):
+        density = -((x_prev - mean) ** 2) / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
+        return density.mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def rollout(self):
+        x = torch.randn(self.shape, device=self.args.device)
+        for step in self.steps:
+            mean, sigma = self.transition(x, step)
+            x = mean + sigma * torch.randn_like(x)
+            self.log_prob(x, mean, sigma)
+
+    def update(self):
+        step = self.steps[len(self.steps) // 2]
+        x_t, x_prev = (torch.randn(self.shape, device=self.args.device) for _ in range(2))
+        mean, sigma = self.transition(x_t, step)
+        log_prob = self.log_prob(x_prev, mean, sigma)
+        ratio = torch.exp(log_prob - log_prob.detach())
+        clipped = torch.clamp(ratio, 1 - CLIP_RANGE, 1 + CLIP_RANGE)
+        torch.maximum(-self.advantage * ratio, -self.advantage * clipped).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    work = Work(args)
+    run = {"rollout": work.rollout, "update": work.update}[args.what]
+    seconds = []
+    for i in range(args.warm_up + args.repeats):
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        if i >= args.warm_up:
+            seconds.append(time.perf_counter() - started)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(json.dumps({
+        "what": args.what, "device": name, "batch": args.batch, "steps": args.steps, "compiled": args.compile,
+        "seconds": seconds, "median_seconds": statistics.median(seconds), "torch": torch.__version__,
+    }))
+
+
+if __name__ == "__main__":
+    main()
