@@ -63,6 +63,12 @@ impl Learner {
         Ok(norm)
     }
 
+    /// Whether all weights, and their averages, are numbers.
+    pub fn is_finite(&self) -> bool {
+        let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        finite(self.params.values()) && self.average.as_deref().is_none_or(finite)
+    }
+
     /// The weights to evaluate and to save: the average where there is one.
     pub fn result(&self) -> BTreeMap<String, Tensor> {
         self.params.unflatten(self.average.as_deref().unwrap_or(self.params.values()))

@@ -5,33 +5,24 @@ mod common;
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use common::{empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use common::{
+    empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within,
+    runs::{assert_same_run, checkpoint, command, computed_lines, descendants, train, LIMIT},
+    set, SMALL,
+};
 use rldiff::{
     store,
-    telemetry::{read_metrics, read_png, Metrics, RunFiles, Summary},
+    telemetry::{read_metrics, read_png, RunFiles, Summary},
 };
 
-const LIMIT: Duration = Duration::from_secs(180);
 const TASKS: [&str; 3] = ["composition", "parity", "preference"];
 const FOUR: [&str; 2] = ["run.iterations=4", "trajectories.every=1"];
-
-/// `mpirun -n ranks rldiff --out out`, the small config changed by `settings`, and `more` arguments.
-fn command(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Command {
-    let mut command = rldiff(ranks, out.parent().unwrap());
-    command.args(set(&SMALL)).args(set(settings)).args(more).arg("--out").arg(out);
-    command
-}
-
-fn train(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Finished {
-    let done = run_within(command(ranks, out, settings, more), LIMIT);
-    done.expect_success(&format!("{} on {ranks} ranks, {settings:?} {more:?}", out.display()))
-}
 
 /// Four iterations on one rank, never interrupted.
 fn straight() -> &'static RunFiles {
@@ -53,10 +44,6 @@ fn on_two_ranks() -> &'static RunFiles {
     })
 }
 
-fn checkpoint(files: &RunFiles, iteration: u64) -> PathBuf {
-    files.checkpoints().join(format!("iteration-{iteration:06}"))
-}
-
 /// A copy of `run` that ends after checkpoint `iteration`, without its results.
 fn copy_until(run: &RunFiles, iteration: u64, name: &str) -> RunFiles {
     let copy = RunFiles::new(empty_folder(name).join("run"));
@@ -70,38 +57,6 @@ fn copy_until(run: &RunFiles, iteration: u64, name: &str) -> RunFiles {
     }
     fs::remove_file(copy.summary()).unwrap();
     copy
-}
-
-/// What an iteration computed: every metric but the measured times, as bits.
-fn computed(metrics: &Metrics) -> (u64, Vec<(String, u64)>) {
-    let measured = |name: &str| name.starts_with("seconds/") || name == "samples_per_second" || name == "tflops";
-    let values = metrics.iter().filter(|(name, _)| !measured(name));
-    (metrics.iteration, values.map(|(name, value)| (name.to_string(), value.to_bits())).collect())
-}
-
-fn computed_lines(files: &RunFiles) -> Vec<(u64, Vec<(String, u64)>)> {
-    read_metrics(&files.metrics()).unwrap().iter().map(computed).collect()
-}
-
-/// The two runs have the same training state, tuned model, metrics and evaluation, bit for bit.
-fn assert_same_run(a: &RunFiles, b: &RunFiles, iteration: u64) {
-    let names = format!("{} and {}", a.root().display(), b.root().display());
-    let digest = |files: &RunFiles| store::digest(&checkpoint(files, iteration)).unwrap();
-    assert_eq!(digest(a), digest(b), "{names}: other states");
-    let model = |files: &RunFiles| -> Vec<_> {
-        let relative = |(path, bytes): (PathBuf, _)| (path.strip_prefix(files.root()).unwrap().to_path_buf(), bytes);
-        files_below(&files.model()).into_iter().map(relative).collect()
-    };
-    assert!(model(a) == model(b), "{names}: other models");
-    let (of_a, of_b) = (computed_lines(a), computed_lines(b));
-    assert_eq!((of_a.len(), of_b.len()), (iteration as usize, iteration as usize), "{names}: lines of metrics");
-    for (line, other) in of_a.iter().zip(&of_b) {
-        let differing: Vec<_> = line.1.iter().zip(&other.1).filter(|(x, y)| x != y).collect();
-        assert!(line == other, "{names}, iteration {}: {differing:?}", line.0);
-    }
-    let summary = |files: &RunFiles| Summary::read(&files.summary()).unwrap();
-    assert_eq!(summary(a).tasks, summary(b).tasks, "{names}");
-    assert_eq!((summary(a).iterations, summary(b).iterations), (iteration, iteration), "{names}");
 }
 
 #[test]
@@ -202,28 +157,6 @@ fn a_stopped_run_is_extended_on_another_number_of_ranks() {
     fs::write(files.summary(), text.replace("\"iterations\": 4", "\"iterations\": 2")).unwrap();
     train(1, files.root(), &FOUR, &["--resume", "auto"]);
     assert_same_run(straight(), &files, 4);
-}
-
-/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
-fn descendants(root: i32) -> Vec<i32> {
-    let parent_of = |pid: i32| -> Option<i32> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // "pid (name) state parent …"; the name may hold anything
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-    };
-    let all: Vec<(i32, i32)> = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| Some((pid, parent_of(pid)?)))
-        .collect();
-    let mut found = vec![root];
-    let mut next = 0;
-    while next < found.len() {
-        let here = found[next];
-        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
-        next += 1;
-    }
-    found
 }
 
 /// Starts `command` and kills all its processes as soon as `files` has `lines` lines of metrics.

@@ -70,7 +70,8 @@ fn digest(path: &Path) -> String {
 
 /// All metrics but the measured ones, as text with every digit.
 fn numbers(out: &Path) -> Vec<Vec<(String, String)>> {
-    let measured = |name: &str| name.starts_with("seconds/") || ["samples_per_second", "tflops"].contains(&name);
+    let timed = |name: &str| name.starts_with("seconds/") || name.starts_with("background/");
+    let measured = |name: &str| timed(name) || ["samples_per_second", "tflops"].contains(&name);
     let of = |m: &Metrics| {
         let kept = m.iter().filter(|(name, _)| !measured(name));
         kept.map(|(name, value)| (name.to_string(), format!("{value:?}"))).collect()

@@ -4,7 +4,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::{
-    comm::Communicator,
+    comm::{Communicator, Watched},
+    faults,
     run::{Ending, Resume, Run},
     signals,
     telemetry::RunFiles,
@@ -27,6 +28,8 @@ pub struct Args {
 const START_AGAIN: u8 = 75;
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+    let comm = &Watched::new(comm);
+    faults::install(comm.rank()).or_mistake()?;
     let config = args.config.load(comm).or_mistake()?;
     let files = RunFiles::new(args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)));
     let resume = match args.resume.as_deref() {

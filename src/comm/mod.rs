@@ -7,10 +7,13 @@ mod launcher;
 mod local;
 mod mpi;
 mod tree;
+mod watched;
 
 pub use self::local::Local;
+pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
 pub use self::tree::{same_tree, tree_sum, TreeSum};
+pub use self::watched::Watched;
 
 use anyhow::{bail, Result};
 
