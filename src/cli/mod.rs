@@ -123,10 +123,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(2)
         }
         Err(Failure::AtWork(e)) => {
-            match comm.size() {
-                1 => eprintln!("error: {e:#}"),
-                _ => eprintln!("error: rank {}: {e:#}", comm.rank()),
-            }
+            let line = match comm.size() {
+                1 => format!("error: {e:#}\n"),
+                _ => format!("error: rank {}: {e:#}\n", comm.rank()),
+            };
+            // one write, so that the lines of several ranks stay whole; nobody is left to tell if it fails
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
             comm.abort(if e.downcast_ref::<CannotWrite>().is_some() { CANNOT_WRITE } else { 1 })
         }
     }

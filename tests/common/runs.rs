@@ -108,6 +108,6 @@ pub const TINY: [&str; 10] = [
     "task.composition.samples=2",
     "task.parity.samples=4",
     "task.preference.samples=2",
-    "task.composition.evaluation_samples=1",
-    "task.preference.evaluation_samples=1",
+    "task.composition.evaluation_samples=2",
+    "task.preference.evaluation_samples=2",
 ];
