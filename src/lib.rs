@@ -19,6 +19,7 @@
 //!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
 //! ```
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
+//! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //!
 //! # Notation
 //! | here | paper | meaning |

@@ -11,6 +11,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::OnceLock,
 };
 
 use common::{
@@ -61,10 +62,13 @@ fn settings(iterations: &'static str) -> Vec<&'static str> {
 }
 
 /// A run of three iterations that nothing disturbs.
-fn straight(folder: &Path) -> RunFiles {
-    let files = RunFiles::new(folder.join("straight"));
-    train(1, files.root(), &settings("run.iterations=3"), &[]);
-    files
+fn straight() -> &'static RunFiles {
+    static RUN: OnceLock<RunFiles> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let files = RunFiles::new(empty_folder("disk-straight").join("run"));
+        train(1, files.root(), &settings("run.iterations=3"), &[]);
+        files
+    })
 }
 
 fn resume(files: &RunFiles, fault: Option<&str>) -> Finished {
@@ -104,7 +108,7 @@ fn a_full_disk_ends_the_run_with_its_code_and_leaves_the_old_checkpoint() {
     expect_cannot_write(&done, &["iteration-000002.partial/shard-00"], &files, "disk full");
     fs::remove_file(&filler).unwrap();
     resume(&files, None).expect_success("with room");
-    assert_same_run(&straight(&folder), &files, 3);
+    assert_same_run(straight(), &files, 3);
     println!("disk full during a save: exit code {CANNOT_WRITE}, old checkpoint sound, resumed to the same bits");
 }
 
@@ -133,7 +137,7 @@ fn a_read_only_folder_ends_the_run_with_its_code_and_leaves_the_old_checkpoint()
         expect_cannot_write(&done, &["iteration-000002.partial", "Read-only"], &files, "read-only");
     }
     resume(&files, None).expect_success("writable again");
-    assert_same_run(&straight(&folder), &files, 3);
+    assert_same_run(straight(), &files, 3);
     println!("read-only folder: exit code {CANNOT_WRITE}, old checkpoint sound, resumed to the same bits");
 }
 
@@ -165,7 +169,7 @@ fn failing_device(steps: &[(&str, &str, usize)], name: &str) {
         expect_cannot_write(&done, &["Input/output error", &format!("rank {rank}:")], &files, &fault);
     }
     resume(&files, None).expect_success("in order again");
-    assert_same_run(&straight(&folder), &files, 3);
+    assert_same_run(straight(), &files, 3);
     let n = steps.len();
     println!(
         "EIO at {n} of {n} steps of a save: exit code {CANNOT_WRITE}, old checkpoint sound, resumed to the same bits"

@@ -48,11 +48,6 @@ fn a_rank_that_hangs_is_named_with_its_host_and_operation() {
             format!("rank 1 on {} is late: it is in update (composition) of iteration 2 for", host()),
         ),
         (
-            "rollout",
-            ["run.collective_limit=3.0", "run.reward_limit=0.0"],
-            format!("rank 1 on {} is late: it is in rollout (composition) of iteration 2 for", host()),
-        ),
-        (
             "reward",
             ["run.collective_limit=60.0", "run.reward_limit=3.0"],
             format!("rank 1 on {} is late: it is in reward (composition) of iteration 2 for", host()),

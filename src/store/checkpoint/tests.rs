@@ -194,3 +194,26 @@ fn unusual_numbers_survive() {
     assert_eq!(bits(loaded.vector("weights").unwrap()), bits(&weights));
     assert_eq!(loaded.meta, meta);
 }
+
+/// Checkpoints, and trajectory shards beside them, from several threads at once: HDF5 itself allows only one, so this
+/// crashes or mixes up files unless every call takes the crate's lock.
+#[test]
+fn threads_may_write_and_read_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u16 {
+            let own = folder.path().join(thread.to_string());
+            scope.spawn(move || {
+                for iteration in 1..=20 {
+                    let seed = f32::from(thread) + iteration as f32 / 32.0;
+                    store(&own, iteration, seed, 2);
+                    let loaded = load_latest(&own, &Local).unwrap().unwrap().checkpoint;
+                    assert_eq!(
+                        (loaded.iteration, loaded.vector("weights").unwrap()),
+                        (iteration, &state(seed).weights[..])
+                    );
+                }
+            });
+        }
+    });
+}
