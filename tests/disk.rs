@@ -106,6 +106,7 @@ fn a_full_disk_ends_the_run_with_its_code_and_leaves_the_old_checkpoint() {
     fill(&filler, size / 2);
     let done = resume(&files, None);
     expect_cannot_write(&done, &["iteration-000002.partial/shard-00"], &files, "disk full");
+    assert_eq!(fs::read_dir(files.checkpoints()).unwrap().count(), 1, "the failed save takes room");
     fs::remove_file(&filler).unwrap();
     resume(&files, None).expect_success("with room");
     assert_same_run(straight(), &files, 3);

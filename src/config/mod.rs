@@ -48,7 +48,8 @@ pub struct RunConfig {
     pub keep_every: u64,
     /// Iterations between comparisons of the ranks' weights; 0 for none.
     pub compare_every: u64,
-    /// The run ends where a rank waits longer than this for the others, in seconds; 0 for never.
+    /// The run ends where a rank waits longer than this for the others, in seconds; 0 for never. At the end the others
+    /// wait while rank 0 writes the results.
     pub collective_limit: f64,
     /// The run ends where a rank's reward takes longer than this, in seconds; 0 for never.
     pub reward_limit: f64,

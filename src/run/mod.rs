@@ -29,7 +29,7 @@ use crate::{
     },
     policy::lanes::Lanes,
     replicas, signals,
-    store::{Keep, SaveReport, Saver},
+    store::{self, Keep, SaveReport, Saver},
     stragglers::Stragglers,
     telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
     train::Trainer,
@@ -241,6 +241,7 @@ impl<'a> Run<'a> {
             None => resume::move_aside(self.files.root())?,
             Some(checkpoint) => resume::return_to(checkpoint, self.done, &self.files)?,
         }
+        store::checkpoint::clear_leftovers(&self.files.checkpoints())?;
         let watch = self.files.watch();
         if watch.exists() {
             fs::remove_dir_all(&watch).with_context(|| format!("cannot clear {}", watch.display()))?;

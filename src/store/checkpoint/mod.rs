@@ -33,7 +33,7 @@ use serde_json::Value;
 
 pub use load::{load, load_latest, read, Loaded};
 pub use manifest::{Manifest, ShardEntry};
-pub use publish::Keep;
+pub use publish::{clear_leftovers, Keep};
 pub use save::{save, SaveReport, Saver};
 
 /// Version of the shard format.

@@ -54,6 +54,14 @@ pub(super) fn remove_others(path: &Path, newest: u64, keep: Keep) -> Result<()> 
         faults::file_point("remove", path)?;
         fs::rename(path, &removed).with_context(|| format!("cannot remove {}", path.display()))?;
     }
+    clear_leftovers(checkpoints)
+}
+
+/// Removes what saves have left in `checkpoints` that were interrupted or failed: it takes the room of the next one.
+pub fn clear_leftovers(checkpoints: &Path) -> Result<()> {
+    if !checkpoints.exists() {
+        return Ok(());
+    }
     for entry in fs::read_dir(checkpoints).with_context(|| format!("cannot read {}", checkpoints.display()))? {
         let path = entry?.path();
         if path.extension().is_some_and(|e| e == "removed" || e == "replaced" || e == "partial") {

@@ -145,7 +145,16 @@ impl Saver {
 
     /// From one phase to the next, waiting for the threads.
     fn step(&mut self, comm: &dyn Communicator) -> Result<Option<SaveReport>> {
-        let Some(mut pending) = self.pending.take() else { return Ok(None) };
+        let Some(pending) = self.pending.take() else { return Ok(None) };
+        let outcome = self.step_of(pending, comm);
+        if outcome.is_err() && comm.rank() == 0 {
+            // all ranks' threads have ended; best effort, since the first error is the one worth reporting
+            let _ = publish::clear_leftovers(&self.checkpoints);
+        }
+        outcome
+    }
+
+    fn step_of(&mut self, mut pending: Pending, comm: &dyn Communicator) -> Result<Option<SaveReport>> {
         let started = Instant::now();
         match pending.phase {
             Phase::Writing(thread) => {
