@@ -165,13 +165,18 @@ fn a_stopped_run_is_extended_on_another_number_of_ranks() {
     assert_same_run(straight(), &files, 4);
 }
 
-/// Starts `command` and kills all its processes as soon as `files` has `lines` lines of metrics.
-fn kill_after(mut command: Command, files: &RunFiles, lines: usize) {
+/// Lines of metrics so far.
+fn logged(files: &RunFiles) -> usize {
+    read_metrics(&files.metrics()).map_or(0, |metrics| metrics.len())
+}
+
+/// Starts `command` and kills all its processes as soon as `now` says so.
+fn kill_once(mut command: Command, now: impl Fn() -> bool) {
     let mut child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    while read_metrics(&files.metrics()).map_or(0, |metrics| metrics.len()) < lines {
+    while !now() {
         assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        assert!(started.elapsed() < LIMIT, "no {lines} lines of metrics after {LIMIT:?}");
+        assert!(started.elapsed() < LIMIT, "not yet after {LIMIT:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
     for pid in descendants(child.id() as i32) {
@@ -187,7 +192,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let _alone = one_at_a_time();
     let files = RunFiles::new(empty_folder("runs-killed").join("run"));
     let settings = [&FOUR[..], &["run.checkpoint_every=2"]].concat();
-    kill_after(command(2, files.root(), &settings, &[]), &files, 3);
+    kill_once(command(2, files.root(), &settings, &[]), || logged(&files) >= 3 && checkpoint(&files, 2).exists());
     assert!(!files.summary().exists() && !checkpoint(&files, 4).exists());
     train(1, files.root(), &settings, &["--resume", "auto"]);
     assert_same_run(straight(), &files, 4);
@@ -203,7 +208,7 @@ fn a_run_killed_before_its_first_checkpoint_begins_anew() {
     let _alone = one_at_a_time();
     let files = RunFiles::new(empty_folder("runs-killed-early").join("run"));
     let settings = ["run.iterations=3", "run.checkpoint_every=3"];
-    kill_after(command(1, files.root(), &settings, &[]), &files, 1);
+    kill_once(command(1, files.root(), &settings, &[]), || logged(&files) >= 1);
     train(1, files.root(), &["run.iterations=1"], &["--resume", "auto"]);
     assert_eq!(computed_lines(&files), computed_lines(straight())[..1]);
     assert!(files.root().with_file_name("run.1").join("metrics.jsonl").is_file(), "the earlier metrics are gone");

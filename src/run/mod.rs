@@ -10,7 +10,7 @@ pub use resume::Resume;
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{ensure, Context, Result};
@@ -31,7 +31,7 @@ use crate::{
     replicas, signals,
     store::{self, Keep, SaveReport, Saver},
     stragglers::Stragglers,
-    telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
+    telemetry::{can_be_folder, names, RunFiles, Summary},
     train::Trainer,
     watch::{self, Limits, Watchdog},
 };
@@ -175,7 +175,11 @@ impl<'a> Run<'a> {
         let mut stragglers = Stragglers::default();
 
         for iteration in self.done..config.run.iterations {
+            let (mut saved, mut stalled) = (None, Duration::ZERO);
             let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
+                let started = Instant::now();
+                saved = saver.advance(comm).context(CannotWrite)?.or(saved.take());
+                stalled += started.elapsed();
                 let every = config.trajectories.every;
                 if every > 0 && (iteration + 1) % every == 0 {
                     trajectories::write(trainer, &self.files, task, iteration, batch, chosen).context(CannotWrite)?;
@@ -197,12 +201,16 @@ impl<'a> Run<'a> {
             let save_now = stop || every > 0 && (done % every == 0 || last);
             let _stage = watch::stage("saving", "");
             let started = Instant::now();
-            let mut report = saver.advance(comm).context(CannotWrite)?;
+            saved = saver.advance(comm).context(CannotWrite)?.or(saved);
             if save_now {
                 let file = recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
-                report = report.or(self.begin_save(&mut saver, done, &config_toml, file).context(CannotWrite)?);
+                saved = self.begin_save(&mut saver, done, &config_toml, file).context(CannotWrite)?.or(saved);
             }
-            note_save(&mut metrics, started, report.as_ref());
+            stalled += started.elapsed();
+            metrics.set(names::SAVE_STALL, stalled.as_secs_f64());
+            if let Some(report) = saved {
+                metrics.set(names::SAVE_IN_BACKGROUND, report.took.as_secs_f64());
+            }
             if let Some(recorder) = &mut recorder {
                 faults::point("metrics");
                 recorder.iteration(&metrics).context(CannotWrite)?;
@@ -260,14 +268,6 @@ impl<'a> Run<'a> {
         let learner = &self.trainer.learner;
         let (meta, layout) = (learner.meta(), learner.layout());
         saver.begin(&learner.checkpoint(iteration, &meta, &layout, config_toml), metrics, self.comm)
-    }
-}
-
-/// What the loop has waited for checkpoints since `started`, and what became complete.
-fn note_save(metrics: &mut Metrics, started: Instant, complete: Option<&SaveReport>) {
-    metrics.set(names::SAVE_STALL, started.elapsed().as_secs_f64());
-    if let Some(report) = complete {
-        metrics.set(names::SAVE_IN_BACKGROUND, report.took.as_secs_f64());
     }
 }
 

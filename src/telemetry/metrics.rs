@@ -35,7 +35,7 @@ pub mod names {
     pub const SECONDS: &str = "seconds/iteration";
     /// Seconds that the loop waited for checkpoints: for the copy of the state, and at the steps of an earlier save.
     pub const SAVE_STALL: &str = "seconds/save";
-    /// Seconds that rank 0's threads worked on the checkpoint that became complete after this iteration.
+    /// Seconds that rank 0's threads worked on the checkpoint that became complete in this iteration.
     pub const SAVE_IN_BACKGROUND: &str = "background/save_seconds";
     /// L_pre, mean over the pretraining steps of the iteration.
     pub const PRETRAINING_LOSS: &str = "pretraining_loss";

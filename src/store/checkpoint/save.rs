@@ -7,7 +7,8 @@
 //!             gather the shards' digests  ──────────────────────────────────►  fsync of metrics; manifest;
 //! advance     is it published? ◄────────────────────────────────────────────   rename; old ones removed
 //! ```
-//! [`Saver::advance`] is called at the end of each iteration and does not wait; [`Saver::finish`] does. A failure on one
+//! [`Saver::advance`] is called after each task's roll-out and at the end of an iteration and does not wait;
+//! [`Saver::finish`] does. A failure on one
 //! rank is an error on all at the next of these calls, and leaves the checkpoints that were there.
 //!
 //! Two threads of a process may then use HDF5, which is not thread-safe by itself: every call of the crate `hdf5` takes
