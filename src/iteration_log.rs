@@ -19,7 +19,9 @@ use crate::{
     models::flops,
     policy::{advantage::Advantages, surrogate::Diagnostics},
     rewards::Scores,
+    stragglers::StageSeconds,
     telemetry::{names, number, Metrics},
+    watch,
 };
 
 /// Stages whose forward passes are followed by a backward pass of twice the cost.
@@ -66,6 +68,8 @@ struct Part {
     /// By lane.
     lanes: BTreeMap<usize, Sums>,
     flops: u64,
+    /// Of own work, without waiting for other ranks.
+    seconds: StageSeconds,
 }
 
 pub struct IterationLog {
@@ -78,6 +82,7 @@ pub struct IterationLog {
     part: Part,
     seconds: BTreeMap<&'static str, Duration>,
     flops_before: u64,
+    waited_before: Duration,
 }
 
 impl IterationLog {
@@ -91,6 +96,7 @@ impl IterationLog {
             part: Part::default(),
             seconds: BTreeMap::new(),
             flops_before: flops::counted(),
+            waited_before: watch::waited(),
         }
     }
 
@@ -100,7 +106,11 @@ impl IterationLog {
             // an error of the GPU comes out again at the next operation that can report it
             let _ = device::synchronize(index);
         }
-        *self.seconds.entry(stage).or_default() += started.elapsed();
+        let (elapsed, waited) = (started.elapsed(), watch::waited());
+        *self.seconds.entry(stage).or_default() += elapsed;
+        let own = elapsed.saturating_sub(waited - self.waited_before).as_secs_f64();
+        *self.part.seconds.entry(stage.to_string()).or_default() += own;
+        self.waited_before = waited;
         let forward = flops::counted() - self.flops_before;
         self.part.flops += forward * if WITH_BACKWARD.contains(&stage) { 3 } else { 1 };
         self.flops_before = flops::counted();
@@ -149,9 +159,10 @@ impl IterationLog {
         self.lane(lane).add(names::PRETRAINING_LOSS.to_string(), loss, 1);
     }
 
-    /// The iteration's metrics, the same on every rank but for rank-local seconds (a collective call).
-    pub fn finish(mut self, comm: &dyn Communicator, config: &Config) -> Result<Metrics> {
-        let (total, flops) = merge(&comm.all_gather_bytes(&serde_json::to_vec(&self.part)?)?)?;
+    /// The iteration's metrics, the same on every rank but for rank-local seconds, and the seconds of own work of all
+    /// ranks in rank order (a collective call).
+    pub fn finish(mut self, comm: &dyn Communicator, config: &Config) -> Result<(Metrics, Vec<StageSeconds>)> {
+        let (total, flops, stage_seconds) = merge(&comm.all_gather_bytes(&serde_json::to_vec(&self.part)?)?)?;
         for (name, (sum, count)) in total.means {
             self.common.set(name, sum.0 / count as f64);
         }
@@ -169,20 +180,21 @@ impl IterationLog {
         self.common.set(names::SECONDS, seconds);
         self.common.set(names::SAMPLES_PER_SECOND, samples as f64 / seconds);
         self.common.set(names::TFLOPS, flops as f64 / seconds / 1e12);
-        Ok(self.common)
+        Ok((self.common, stage_seconds))
     }
 }
 
-/// Sums of all lanes and floating-point operations of all ranks, from the parts of all ranks in rank order.
-fn merge(parts: &[Vec<u8>]) -> Result<(Sums, u64)> {
-    let (mut total, mut flops) = (Sums::default(), 0);
+/// Sums of all lanes, floating-point operations of all ranks and seconds of each, from their parts in rank order.
+fn merge(parts: &[Vec<u8>]) -> Result<(Sums, u64, Vec<StageSeconds>)> {
+    let (mut total, mut flops, mut seconds) = (Sums::default(), 0, Vec::with_capacity(parts.len()));
     for bytes in parts {
         // ranks hold consecutive lanes: rank order is lane order
         let part: Part = serde_json::from_slice(bytes).context("metrics of another rank")?;
         part.lanes.into_values().for_each(|lane| total.merge(lane));
         flops += part.flops;
+        seconds.push(part.seconds);
     }
-    Ok((total, flops))
+    Ok((total, flops, seconds))
 }
 
 #[cfg(test)]
@@ -201,7 +213,7 @@ mod tests {
             }
             serde_json::to_vec(&part).unwrap()
         };
-        let (total, flops) = merge(&(0..ranks).map(part_of).collect::<Vec<_>>()).unwrap();
+        let (total, flops, _) = merge(&(0..ranks).map(part_of).collect::<Vec<_>>()).unwrap();
         assert_eq!(flops, ranks as u64);
         let (sum, count) = total.means["kl"];
         (sum.0, count, total.maxima["drift"].0)

@@ -8,6 +8,7 @@ use tch::Tensor;
 
 use crate::{
     config::Config,
+    faults,
     kernels::{adamw::AdamW, FlatBuffer},
     models::{parameters::FlatParameters, pipeline::Pipeline},
     policy::{
@@ -61,6 +62,22 @@ impl Learner {
             update_average(average, self.params.buffer(), self.average_decay);
         }
         Ok(norm)
+    }
+
+    /// Whether all weights, and their averages, are numbers.
+    pub fn is_finite(&self) -> bool {
+        let finite = |values: &FlatBuffer| values.tensor().isfinite().all().int64_value(&[]) != 0;
+        finite(self.params.buffer()) && self.average.as_ref().is_none_or(finite)
+    }
+
+    /// The fault `weights`: the first weight becomes NaN, or another by its last bit.
+    pub fn spoil_weights(&mut self) {
+        let first = self.params.buffer().part(0..1);
+        let mut value = [first.double_value(&[0]) as f32];
+        if faults::spoil("weights", &mut value) {
+            let _ = first.shallow_clone().fill_(f64::from(value[0]));
+            self.params.publish();
+        }
     }
 
     /// The weights to evaluate and to save: the average where there is one.

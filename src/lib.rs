@@ -19,6 +19,7 @@
 //!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
 //! ```
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
+//! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -56,6 +57,7 @@ pub mod config;
 pub mod device;
 pub mod diffusion;
 pub mod evaluate;
+pub mod faults;
 pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
@@ -66,10 +68,13 @@ pub mod pairs;
 pub mod policy;
 pub mod prompts;
 pub mod random;
+pub mod replicas;
 pub mod rewards;
 pub mod run;
 pub mod signals;
 pub mod store;
+pub mod stragglers;
 pub mod task;
 pub mod telemetry;
 pub mod train;
+pub mod watch;

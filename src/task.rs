@@ -10,10 +10,12 @@ use crate::{
         sampler::{self, Conditioning, Trajectory},
         schedule::Step,
     },
+    faults,
     models::pipeline::Pipeline,
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
     rewards::{self, Reward, Scores},
+    watch,
 };
 
 /// A task with everything it needs at run time.
@@ -67,16 +69,18 @@ impl Task {
 }
 
 fn judge(reward: &mut dyn Reward, task: &str, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
+    let _stage = watch::stage(watch::REWARD, task);
     let _no_grad = tch::no_grad_guard();
     // rewards judge on the host
     let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
-    let scores = reward.score(&images, prompts).with_context(|| format!("reward of task {task}"))?;
+    let mut scores = reward.score(&images, prompts).with_context(|| format!("reward of task {task}"))?;
     ensure!(
         scores.rewards.len() == prompts.len(),
         "reward of task {task} gave {} values for {} pictures",
         scores.rewards.len(),
         prompts.len()
     );
+    faults::spoil("rewards", &mut scores.rewards);
     Ok(Scored { images, scores })
 }
 

@@ -2,16 +2,18 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{anyhow, ensure, Context, Error, Result};
 use tch::{Device, Tensor};
 
 use crate::{
-    comm::Communicator,
+    comm::{agree, Communicator},
     config::{Config, Normalisation, PretrainMode},
     diffusion::{
         recorded::RecordedUNet,
+        sampler::Trajectory,
         schedule::{Schedule, SchedulerConfig, Step},
     },
+    faults,
     iteration_log::IterationLog,
     learner::Learner,
     memory,
@@ -26,8 +28,10 @@ use crate::{
     },
     prompts::Prompt,
     random::{Coordinates, Purpose},
+    stragglers::StageSeconds,
     task::{NoiseOf, Roller, Task},
     telemetry::Metrics,
+    watch,
 };
 
 /// A run's fixed parts and what it has learnt so far.
@@ -40,6 +44,8 @@ pub struct Trainer<'a> {
     pub steps: Vec<Step>,
     pub tasks: Vec<Task>,
     pub learner: Learner,
+    /// Own work of all ranks in the last iteration.
+    pub stage_seconds: Vec<StageSeconds>,
     lanes: Lanes,
     pairs: PairSource,
     sum: GradientSum,
@@ -87,6 +93,7 @@ impl<'a> Trainer<'a> {
             steps,
             tasks,
             learner,
+            stage_seconds: Vec::new(),
             lanes,
         };
         trainable_steps(&trainer.steps, config)?;
@@ -95,6 +102,7 @@ impl<'a> Trainer<'a> {
 
     /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
     pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
+        watch::iteration(iteration);
         let mut log = IterationLog::new(iteration, self.pipeline.device);
         for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
             // 1a–c. prompts, roll-out with the current policy, rewards, advantages
@@ -111,7 +119,8 @@ impl<'a> Trainer<'a> {
         if self.config.pretrain.mode == PretrainMode::Separate {
             self.pretrain(iteration, &mut log)?;
         }
-        let metrics = log.finish(self.comm, self.config)?;
+        let (metrics, stage_seconds) = log.finish(self.comm, self.config)?;
+        self.stage_seconds = stage_seconds;
         self.learner.ratio_drift = self.learner.ratio_drift.max(metrics.get("ratio_drift").unwrap_or(f64::NAN));
         Ok(metrics)
     }
@@ -136,9 +145,11 @@ impl<'a> Trainer<'a> {
             let first = lane * per_lane;
             let lane_prompts = self.tasks[task].draw_prompts(seed, iteration as u32, first, per_lane);
             let started = Instant::now();
-            let stage = memory::stage(format!("roll-out of task {name}"), per_lane, &advice);
+            let stage =
+                (watch::stage("rollout", &name), memory::stage(format!("roll-out of task {name}"), per_lane, &advice));
             let conditioning = roller.conditioning(&lane_prompts)?;
             let trajectory = roller.roll_out(&conditioning, noise, first, per_lane)?;
+            spoil_log_probs(&trajectory);
             log.spent("rollout", started);
             drop(stage);
             let started = Instant::now();
@@ -150,6 +161,7 @@ impl<'a> Trainer<'a> {
             rolled.push((conditioning, trajectory));
             prompts.extend(lane_prompts);
         }
+        let _stage = watch::stage("advantage", &self.tasks[task].config.name);
         let started = Instant::now();
         let advantages = self.advantages(task, &prompts, &rewards)?;
         log.spent("advantage", started);
@@ -207,15 +219,17 @@ impl<'a> Trainer<'a> {
         batch: &TaskBatch,
         log: &mut IterationLog,
     ) -> Result<()> {
-        let started = Instant::now();
         let config = self.config;
+        let _stage = watch::stage("update", &self.tasks[task].config.name);
+        let started = Instant::now();
+        let mut broken = Vec::new();
         let objective = Objective {
             clip_range: config.update.clip_range,
             weight: self.tasks[task].config.weight,
             samples: batch.advantages.usable_count(),
         };
         let first_lane = self.lanes.mine().start;
-        let _stage = {
+        let _memory = {
             let task = &self.tasks[task].config;
             let more = "set model.gradient_checkpointing = true";
             let advice = format!("{more}, raise run.lanes, or lower task.{}.samples", task.name);
@@ -227,15 +241,25 @@ impl<'a> Trainer<'a> {
             let (mut value, diagnostics) =
                 lane_objective(&self.pipeline.unet, &self.steps[step], lane_batch, &objective)?;
             log.objective(name, lane, t, pass == 0, &diagnostics);
+            if !diagnostics.loss_sum.is_finite() || !diagnostics.ratio_drift.is_finite() {
+                broken.push(format!("log-probability of lane {lane}"));
+            }
+            value = spoil_value(value);
             if config.pretrain.mode == PretrainMode::Combined {
                 let slot = (self.tasks[task].index as usize * config.update.timesteps + pass) as u16;
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot, lane)?;
                 log.pretraining(lane, loss.double_value(&[]));
                 value += loss * (config.pretrain.weight / self.lanes.count as f64);
             }
+            if !value.double_value(&[]).is_finite() {
+                broken.push(format!("objective of lane {lane}"));
+            }
             Ok(value)
         })?;
-        let norm = self.learner.step(&gradient).with_context(|| format!("task {name}, timestep {t}"))?;
+        faults::point("optimizer");
+        let stepped = self.learner.step(&gradient).map_err(|e| self.where_from(e, broken));
+        let norm = stepped.with_context(|| format!("task {name}, timestep {t}"))?;
+        self.learner.spoil_weights();
         self.sum.recycle(gradient);
         log.step(name, t, norm);
         log.spent("update", started);
@@ -243,20 +267,46 @@ impl<'a> Trainer<'a> {
     }
 
     fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
+        let _stage = watch::stage("pretrain", "");
         let started = Instant::now();
         let batch = self.config.pretrain.batch_per_lane;
-        let _stage = memory::stage("pretraining step", batch, "lower pretrain.batch_per_lane");
+        let _memory = memory::stage("pretraining step", batch, "lower pretrain.batch_per_lane");
         for slot in 0..self.config.pretrain.steps {
+            let mut broken = Vec::new();
             let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot as u16, lane)?;
                 log.pretraining(lane, loss.double_value(&[]));
+                if !loss.double_value(&[]).is_finite() {
+                    broken.push(format!("pretraining loss of lane {lane}"));
+                }
                 Ok(loss * (self.config.pretrain.weight / self.lanes.count as f64))
             })?;
-            self.learner.step(&gradient).context("pretraining step")?;
+            self.learner.step(&gradient).map_err(|e| self.where_from(e, broken)).context("pretraining step")?;
             self.sum.recycle(gradient);
         }
         log.spent("pretrain", started);
         Ok(())
+    }
+
+    /// A gradient that is not finite is an error on all ranks in the same step, since all hold the same sum; this adds
+    /// on which rank it began. `broken` is what this rank saw. A collective call.
+    fn where_from(&self, error: Error, mut broken: Vec<String>) -> Error {
+        if !self.learner.is_finite() {
+            broken.insert(0, "weights".to_string());
+        }
+        let mine = if broken.is_empty() { Ok(()) } else { Err(anyhow!("not finite: {}", broken.join(", "))) };
+        match agree(self.comm, mine) {
+            Ok(()) => error,
+            Err(found) => anyhow!("{error:#}; {found:#}"),
+        }
+    }
+
+    /// # Errors
+    /// The weights of a rank are not finite: the same error on all ranks. A collective call.
+    pub fn check_weights(&self, iteration: u64) -> Result<()> {
+        let finite = self.learner.is_finite();
+        let mine = if finite { Ok(()) } else { Err(anyhow!("the weights after iteration {iteration} are not finite")) };
+        agree(self.comm, mine)
     }
 
     /// The weights by name: what `evaluate` compares and `save` writes.
@@ -281,4 +331,23 @@ pub fn trainable_steps(steps: &[Step], config: &Config) -> Result<Vec<usize>> {
         steps.len()
     );
     Ok(indices)
+}
+
+/// The fault `log_prob`: the first sample's log-probabilities become NaN.
+fn spoil_log_probs(trajectory: &Trajectory) {
+    let mut number = [0.0];
+    if faults::spoil("log_prob", &mut number) {
+        for log_prob in trajectory.log_probs.iter().flatten() {
+            let _ = log_prob.get(0).fill_(f64::from(number[0]));
+        }
+    }
+}
+
+/// The fault `gradient`: a value that is NaN, and so is its gradient.
+fn spoil_value(value: Tensor) -> Tensor {
+    let mut factor = [1.0];
+    match faults::spoil("gradient", &mut factor) {
+        true => value * f64::from(factor[0]),
+        false => value,
+    }
 }

@@ -175,7 +175,7 @@ fn save_vectors(
     let layout = [ParameterEntry { name: "conv.weight".into(), shape: vec![weights.len()], offset: 0 }];
     let vectors = vec![("weights", weights), ("exp_avg", moments)];
     let checkpoint = CheckpointRef { iteration, meta: &meta, config_toml: "[run]\n", layout: &layout, vectors };
-    store::save(folder, &checkpoint, 9, comm).map(drop)
+    store::save(folder, &checkpoint, store::Keep { last: 9, every: 0 }, comm).map(drop)
 }
 
 fn save(comm: &dyn Communicator) {

@@ -5,33 +5,24 @@ mod common;
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use common::{empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use common::{
+    empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within,
+    runs::{assert_same_run, checkpoint, command, computed_lines, descendants, train, LIMIT},
+    set, SMALL,
+};
 use rldiff::{
     store,
-    telemetry::{read_metrics, read_png, Metrics, RunFiles, Summary},
+    telemetry::{read_metrics, read_png, RunFiles, Summary},
 };
 
-const LIMIT: Duration = Duration::from_secs(180);
 const TASKS: [&str; 3] = ["composition", "parity", "preference"];
 const FOUR: [&str; 2] = ["run.iterations=4", "trajectories.every=1"];
-
-/// `mpirun -n ranks rldiff --out out`, the small config changed by `settings`, and `more` arguments.
-fn command(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Command {
-    let mut command = rldiff(ranks, out.parent().unwrap());
-    command.args(set(&SMALL)).args(set(settings)).args(more).arg("--out").arg(out);
-    command
-}
-
-fn train(ranks: usize, out: &Path, settings: &[&str], more: &[&str]) -> Finished {
-    let done = run_within(command(ranks, out, settings, more), LIMIT);
-    done.expect_success(&format!("{} on {ranks} ranks, {settings:?} {more:?}", out.display()))
-}
 
 /// Four iterations on one rank, never interrupted.
 fn straight() -> &'static RunFiles {
@@ -53,10 +44,6 @@ fn on_two_ranks() -> &'static RunFiles {
     })
 }
 
-fn checkpoint(files: &RunFiles, iteration: u64) -> PathBuf {
-    files.checkpoints().join(format!("iteration-{iteration:06}"))
-}
-
 /// A copy of `run` that ends after checkpoint `iteration`, without its results.
 fn copy_until(run: &RunFiles, iteration: u64, name: &str) -> RunFiles {
     let copy = RunFiles::new(empty_folder(name).join("run"));
@@ -70,38 +57,6 @@ fn copy_until(run: &RunFiles, iteration: u64, name: &str) -> RunFiles {
     }
     fs::remove_file(copy.summary()).unwrap();
     copy
-}
-
-/// What an iteration computed: every metric but the measured times, as bits.
-fn computed(metrics: &Metrics) -> (u64, Vec<(String, u64)>) {
-    let measured = |name: &str| name.starts_with("seconds/") || name == "samples_per_second" || name == "tflops";
-    let values = metrics.iter().filter(|(name, _)| !measured(name));
-    (metrics.iteration, values.map(|(name, value)| (name.to_string(), value.to_bits())).collect())
-}
-
-fn computed_lines(files: &RunFiles) -> Vec<(u64, Vec<(String, u64)>)> {
-    read_metrics(&files.metrics()).unwrap().iter().map(computed).collect()
-}
-
-/// The two runs have the same training state, tuned model, metrics and evaluation, bit for bit.
-fn assert_same_run(a: &RunFiles, b: &RunFiles, iteration: u64) {
-    let names = format!("{} and {}", a.root().display(), b.root().display());
-    let digest = |files: &RunFiles| store::digest(&checkpoint(files, iteration)).unwrap();
-    assert_eq!(digest(a), digest(b), "{names}: other states");
-    let model = |files: &RunFiles| -> Vec<_> {
-        let relative = |(path, bytes): (PathBuf, _)| (path.strip_prefix(files.root()).unwrap().to_path_buf(), bytes);
-        files_below(&files.model()).into_iter().map(relative).collect()
-    };
-    assert!(model(a) == model(b), "{names}: other models");
-    let (of_a, of_b) = (computed_lines(a), computed_lines(b));
-    assert_eq!((of_a.len(), of_b.len()), (iteration as usize, iteration as usize), "{names}: lines of metrics");
-    for (line, other) in of_a.iter().zip(&of_b) {
-        let differing: Vec<_> = line.1.iter().zip(&other.1).filter(|(x, y)| x != y).collect();
-        assert!(line == other, "{names}, iteration {}: {differing:?}", line.0);
-    }
-    let summary = |files: &RunFiles| Summary::read(&files.summary()).unwrap();
-    assert_eq!(summary(a).tasks, summary(b).tasks, "{names}");
-    assert_eq!((summary(a).iterations, summary(b).iterations), (iteration, iteration), "{names}");
 }
 
 #[test]
@@ -133,7 +88,11 @@ fn a_run_leaves_everything_it_promises() {
         LIMIT,
     )
     .expect_success("inspect");
-    assert!(shown.stdout.contains("iteration     4") && shown.stdout.contains("exp_avg_sq"), "{}", shown.stdout);
+    let state = store::digest(files.root()).unwrap();
+    let parts = ["iteration     4", "exp_avg_sq", "optimizer_steps", "prompt_statistics", "run.seed", "lanes = 4"];
+    for part in parts.iter().chain(&["shard-000.h5", "those of iteration 5", "rldiff 0.", &state]) {
+        assert!(shown.stdout.contains(part), "{part:?} is not in\n{}", shown.stdout);
+    }
 
     let summary: serde_json::Value = serde_json::from_slice(&fs::read(files.summary()).unwrap()).unwrap();
     let tasks = summary["tasks"].as_array().unwrap();
@@ -158,12 +117,14 @@ fn every_promised_metric_is_logged_and_the_first_pass_has_ratio_one() {
     for line in &lines {
         let of_tasks = TASKS.iter().flat_map(|t| ["reward_mean", "reward_std"].map(|name| format!("{t}/{name}")));
         let stages = ["rollout", "reward", "advantage", "update", "pretrain", "iteration"];
+        let waiting = ["seconds/save"];
         let others = ["clip_fraction", "approx_kl", "ratio_drift", "gradient_norm", "bad_rewards", "pretraining_loss"];
         let speed = ["samples_per_second", "tflops"];
         let wanted = of_tasks
             .chain(stages.map(|stage| format!("seconds/{stage}")))
             .chain(others.map(String::from))
-            .chain(speed.map(String::from));
+            .chain(speed.map(String::from))
+            .chain(waiting.map(String::from));
         for name in wanted {
             assert!(line.get(&name).is_some_and(f64::is_finite), "iteration {}: {name}", line.iteration);
         }
@@ -204,35 +165,18 @@ fn a_stopped_run_is_extended_on_another_number_of_ranks() {
     assert_same_run(straight(), &files, 4);
 }
 
-/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
-fn descendants(root: i32) -> Vec<i32> {
-    let parent_of = |pid: i32| -> Option<i32> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // "pid (name) state parent …"; the name may hold anything
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-    };
-    let all: Vec<(i32, i32)> = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| Some((pid, parent_of(pid)?)))
-        .collect();
-    let mut found = vec![root];
-    let mut next = 0;
-    while next < found.len() {
-        let here = found[next];
-        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
-        next += 1;
-    }
-    found
+/// Lines of metrics so far.
+fn logged(files: &RunFiles) -> usize {
+    read_metrics(&files.metrics()).map_or(0, |metrics| metrics.len())
 }
 
-/// Starts `command` and kills all its processes as soon as `files` has `lines` lines of metrics.
-fn kill_after(mut command: Command, files: &RunFiles, lines: usize) {
+/// Starts `command` and kills all its processes as soon as `now` says so.
+fn kill_once(mut command: Command, now: impl Fn() -> bool) {
     let mut child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    while read_metrics(&files.metrics()).map_or(0, |metrics| metrics.len()) < lines {
+    while !now() {
         assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        assert!(started.elapsed() < LIMIT, "no {lines} lines of metrics after {LIMIT:?}");
+        assert!(started.elapsed() < LIMIT, "not yet after {LIMIT:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
     for pid in descendants(child.id() as i32) {
@@ -248,7 +192,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let _alone = one_at_a_time();
     let files = RunFiles::new(empty_folder("runs-killed").join("run"));
     let settings = [&FOUR[..], &["run.checkpoint_every=2"]].concat();
-    kill_after(command(2, files.root(), &settings, &[]), &files, 3);
+    kill_once(command(2, files.root(), &settings, &[]), || logged(&files) >= 3 && checkpoint(&files, 2).exists());
     assert!(!files.summary().exists() && !checkpoint(&files, 4).exists());
     train(1, files.root(), &settings, &["--resume", "auto"]);
     assert_same_run(straight(), &files, 4);
@@ -264,7 +208,7 @@ fn a_run_killed_before_its_first_checkpoint_begins_anew() {
     let _alone = one_at_a_time();
     let files = RunFiles::new(empty_folder("runs-killed-early").join("run"));
     let settings = ["run.iterations=3", "run.checkpoint_every=3"];
-    kill_after(command(1, files.root(), &settings, &[]), &files, 1);
+    kill_once(command(1, files.root(), &settings, &[]), || logged(&files) >= 1);
     train(1, files.root(), &["run.iterations=1"], &["--resume", "auto"]);
     assert_eq!(computed_lines(&files), computed_lines(straight())[..1]);
     assert!(files.root().with_file_name("run.1").join("metrics.jsonl").is_file(), "the earlier metrics are gone");
@@ -368,10 +312,11 @@ fn other_programs_read_the_hdf5_files() {
     assert_eq!(done.stdout.trim(), "ok");
 }
 
-/// Expects the run to end with a failure that names `file`, without waiting for anything.
+/// Expects the run to end with the exit code of files that cannot be written and to name `file`, without waiting for
+/// anything.
 fn fails(command: Command, file: &str) {
     let done = run_within(command, LIMIT);
-    assert!(!done.status.success(), "no failure\n{}", done.stderr);
+    assert_eq!(done.status.code(), Some(74), "{}\n{}", done.status, done.stderr);
     assert!(done.stderr.contains(file), "{file} is not named\n{}", done.stderr);
     // start, one iteration and the end of all ranks; six seconds were observed on two busy cores
     assert!(done.took < Duration::from_secs(60), "took {:?}", done.took);

@@ -70,7 +70,8 @@ fn digest(path: &Path) -> String {
 
 /// All metrics but the measured ones, as text with every digit.
 fn numbers(out: &Path) -> Vec<Vec<(String, String)>> {
-    let measured = |name: &str| name.starts_with("seconds/") || ["samples_per_second", "tflops"].contains(&name);
+    let timed = |name: &str| name.starts_with("seconds/") || name.starts_with("background/");
+    let measured = |name: &str| timed(name) || ["samples_per_second", "tflops"].contains(&name);
     let of = |m: &Metrics| {
         let kept = m.iter().filter(|(name, _)| !measured(name));
         kept.map(|(name, value)| (name.to_string(), format!("{value:?}"))).collect()
@@ -112,6 +113,38 @@ fn the_first_ratio_is_one_at_every_timestep() {
     }
     // the total and the six timesteps
     assert_eq!(seen.len(), 7, "{seen:?}");
+}
+
+/// Without a step of the weights every ratio is a first one: all samples at all timesteps, with and without adapters.
+#[test]
+fn the_first_ratio_is_one_for_every_sample_and_timestep() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = [
+        "run.iterations=2",
+        "update.timesteps=6",
+        "update.max_sensitivity=0.0",
+        "update.learning_rate=0.0",
+        "pretrain.mode=off",
+    ];
+    let mut ratios = 0;
+    for (ranks, rank_of_adapters) in [(1, "lora.rank=0"), (2, "lora.rank=2")] {
+        let out = folder.path().join(rank_of_adapters);
+        run(ranks, &out, &[&settings[..], &[rank_of_adapters]].concat());
+        for metrics in read_metrics(&RunFiles::new(&out).metrics()).unwrap() {
+            // ½(log w)² summed over samples and timesteps: 0 only where each w is exactly 1
+            for name in ["approx_kl", "ratio_drift", "clip_fraction"] {
+                assert_eq!(metrics.get(name), Some(0.0), "{name} of iteration {}", metrics.iteration);
+            }
+            for task in ["composition", "preference"] {
+                let timesteps =
+                    metrics.iter().filter(|(name, _)| name.starts_with(&format!("{task}/gradient_norm/t"))).count();
+                assert_eq!(timesteps, 6, "{task}");
+                ratios += 4 * timesteps;
+            }
+        }
+    }
+    assert_eq!(ratios, 192);
+    println!("{ratios} of {ratios} first ratios (sample, timestep) are exactly 1");
 }
 
 #[test]

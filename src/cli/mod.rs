@@ -1,7 +1,8 @@
 //! The command line: one file per command.
 //!
-//! Exit codes: 0 done; 1 a failure at work; 2 a mistake in what was asked for, found before any work; 75 saved and
-//! ready to be started again; 101 a panic.
+//! Exit codes: 0 done; 1 a failure at work, a late rank among them; 2 a mistake in what was asked for, found before any
+//! work; 74 the run's files cannot be written (EX_IOERR): the checkpoints that were complete still are; 75 saved and
+//! ready to be started again (EX_TEMPFAIL); 101 a panic.
 
 mod bench;
 mod check;
@@ -24,6 +25,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     comm::{self, abort_world_on_panic, Communicator},
     memory,
+    run::CannotWrite,
     telemetry::init_logger,
 };
 
@@ -89,6 +91,9 @@ impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
     }
 }
 
+/// Exit code where a run's files cannot be written.
+const CANNOT_WRITE: i32 = 74;
+
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     abort_world_on_panic();
@@ -122,11 +127,13 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");
             let text = memory::explain(&text).unwrap_or(text);
-            match comm.size() {
-                1 => eprintln!("error: {text}"),
-                _ => eprintln!("error: rank {}: {text}", comm.rank()),
-            }
-            comm.abort(1)
+            let line = match comm.size() {
+                1 => format!("error: {text}\n"),
+                _ => format!("error: rank {}: {text}\n", comm.rank()),
+            };
+            // one write, so that the lines of several ranks stay whole; nobody is left to tell if it fails
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+            comm.abort(if e.downcast_ref::<CannotWrite>().is_some() { CANNOT_WRITE } else { 1 })
         }
     }
 }

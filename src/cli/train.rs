@@ -6,7 +6,8 @@ use tch::Device;
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{nccl, Communicator},
+    comm::{nccl, Communicator, Watched},
+    faults,
     run::{Ending, Resume, Run},
     signals,
     telemetry::RunFiles,
@@ -31,6 +32,9 @@ pub struct Args {
 const START_AGAIN: u8 = 75;
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+    let watched = Watched::new(comm);
+    let comm: &dyn Communicator = &watched;
+    faults::install(comm.rank()).or_mistake()?;
     let config = args.config.load(comm).or_mistake()?;
     let files = RunFiles::new(args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)));
     let resume = match args.resume.as_deref() {

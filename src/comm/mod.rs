@@ -8,10 +8,13 @@ mod local;
 mod mpi;
 pub mod nccl;
 mod tree;
+mod watched;
 
 pub use self::local::Local;
+pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
+pub use self::watched::Watched;
 
 use anyhow::{bail, ensure, Result};
 use half::bf16;

@@ -241,7 +241,7 @@ impl Communicator for Mpi {
 
 /// Ends all ranks with `code`, from any thread: through MPI where it is up, and by leaving at once should MPI itself
 /// hang (the launcher then ends the others).
-pub(super) fn end_world(code: i32) -> ! {
+pub(crate) fn end_world(code: i32) -> ! {
     // SAFETY: _exit only ends the process.
     let leave = move || unsafe { libc::_exit(code) };
     let _ = std::thread::Builder::new().spawn(move || {

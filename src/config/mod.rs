@@ -51,6 +51,15 @@ pub struct RunConfig {
     pub checkpoint_every: u64,
     /// How many of the newest checkpoints stay.
     pub keep_checkpoints: usize,
+    /// Checkpoints whose iteration is a multiple of this stay as well; 0 for none.
+    pub keep_every: u64,
+    /// Iterations between comparisons of the ranks' weights; 0 for none.
+    pub compare_every: u64,
+    /// The run ends where a rank waits longer than this for the others, in seconds; 0 for never. At the end the others
+    /// wait while rank 0 writes the results.
+    pub collective_limit: f64,
+    /// The run ends where a rank's reward takes longer than this, in seconds; 0 for never.
+    pub reward_limit: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -27,6 +27,15 @@ impl Config {
         ensure!(r.threads > 0, "run.threads must be at least 1");
         ensure!(r.iterations < u64::from(u32::MAX), "run.iterations must be below 2^32");
         ensure!(r.keep_checkpoints > 0, "run.keep_checkpoints must be at least 1");
+        ensure!(
+            r.checkpoint_every == 0 || r.keep_every % r.checkpoint_every == 0,
+            "run.keep_every = {} must be a multiple of run.checkpoint_every = {} (0 for none)",
+            r.keep_every,
+            r.checkpoint_every
+        );
+        for (key, limit) in [("collective_limit", r.collective_limit), ("reward_limit", r.reward_limit)] {
+            ensure!(limit >= 0.0 && limit.is_finite(), "run.{key} = {limit} must be a number of seconds (0 for never)");
+        }
         let l = &self.lora;
         ensure!((0..=4096).contains(&l.rank), "lora.rank = {} must be in 0..=4096", l.rank);
         ensure!(l.rank == 0 || l.alpha > 0.0, "lora.alpha must be positive");
@@ -132,6 +141,8 @@ mod tests {
             ("task.parity.samples=100", "multiple of"),
             ("task.parity.images_per_prompt=1", "parity judges"),
             ("run.lanes=0", "run.lanes"),
+            ("run.keep_every=7", "run.keep_every = 7"),
+            ("run.reward_limit=-1.0", "run.reward_limit"),
             ("update.timesteps=7", "update.timesteps = 7"),
             ("rollout.eta=0.0", "rollout.eta"),
             ("ema.decay=1.0", "ema.decay"),

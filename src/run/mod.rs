@@ -9,8 +9,9 @@ mod trajectories;
 pub use resume::Resume;
 
 use std::{
+    fs::{self, File},
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{ensure, Context, Result};
@@ -20,6 +21,7 @@ use crate::{
     comm::{agree, same_tree, Communicator},
     config::Config,
     device::ensure_gpu,
+    faults,
     learner::Learner,
     miniature,
     models::{
@@ -30,9 +32,12 @@ use crate::{
         weights::read_safetensors,
     },
     policy::lanes::Lanes,
-    signals, store,
-    telemetry::{can_be_folder, RunFiles, Summary},
+    replicas, signals,
+    store::{self, Keep, SaveReport, Saver},
+    stragglers::Stragglers,
+    telemetry::{can_be_folder, names, RunFiles, Summary},
     train::Trainer,
+    watch::{self, Limits, Watchdog},
 };
 use recorder::Recorder;
 
@@ -85,6 +90,17 @@ pub fn build_for(config: &Config) -> Build {
         (settings, Source::Seeded(config.run.seed))
     });
     Build { unet_kind: config.model.compute.kind(), gradient_checkpointing: config.model.gradient_checkpointing, lora }
+}
+
+/// The context of an error that came from writing a run's files: disk full, read-only, an error of the device. The
+/// command line has an exit code for it. A run that cannot save does not go on: what it would compute could be lost.
+#[derive(Clone, Copy, Debug)]
+pub struct CannotWrite;
+
+impl std::fmt::Display for CannotWrite {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("cannot write the run's files")
+    }
 }
 
 /// How a run came to its end.
@@ -180,31 +196,64 @@ impl<'a> Run<'a> {
             Ok(recorder) => (recorder, Ok(())),
             Err(e) => (None, Err(e)),
         };
-        agree(comm, begun)?;
+        agree(comm, begun).context(CannotWrite)?;
+        let hosts = watch::hosts(comm)?;
+        let limits = Limits { collective: config.run.collective_limit, reward: config.run.reward_limit };
+        let _watchdog = Watchdog::start(self.files.watch(), comm.rank(), hosts.clone(), limits)?;
+        let keep = Keep { last: config.run.keep_checkpoints, every: config.run.keep_every };
+        let mut saver = Saver::new(&self.files.checkpoints(), keep);
+        let mut stragglers = Stragglers::default();
 
         for iteration in self.done..config.run.iterations {
-            let metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
+            let (mut saved, mut stalled) = (None, Duration::ZERO);
+            let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
+                let started = Instant::now();
+                saved = saver.advance(comm).context(CannotWrite)?.or(saved.take());
+                stalled += started.elapsed();
                 let every = config.trajectories.every;
                 if every > 0 && (iteration + 1) % every == 0 {
-                    trajectories::write(trainer, &self.files, task, iteration, batch, chosen)?;
+                    trajectories::write(trainer, &self.files, task, iteration, batch, chosen).context(CannotWrite)?;
                 }
                 Ok(())
             })?;
-            if let Some(recorder) = &mut recorder {
-                recorder.iteration(&metrics)?;
+            let done = iteration + 1;
+            if first {
+                let seconds = metrics.get(names::SECONDS).unwrap_or(0.0);
+                let lines = stragglers.note(&self.trainer.stage_seconds, seconds, &hosts);
+                lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
             }
-            let (every, last) = (config.run.checkpoint_every, iteration + 1 == config.run.iterations);
+            self.trainer.check_weights(done)?;
+            if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
+                replicas::compare(&self.trainer.learner.params.buffer().host(), done, &hosts, comm)?;
+            }
+            let (every, last) = (config.run.checkpoint_every, done == config.run.iterations);
             let stop = signals::asked_to_stop(comm)?;
-            if stop || every > 0 && ((iteration + 1) % every == 0 || last) {
-                if let Some(recorder) = &recorder {
-                    recorder.metrics.sync()?;
+            let save_now = stop || every > 0 && (done % every == 0 || last);
+            let _stage = watch::stage("saving", "");
+            let started = Instant::now();
+            saved = saver.advance(comm).context(CannotWrite)?.or(saved);
+            if save_now {
+                let file = recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
+                saved = self.begin_save(&mut saver, done, &config_toml, file).context(CannotWrite)?.or(saved);
+            }
+            stalled += started.elapsed();
+            metrics.set(names::SAVE_STALL, stalled.as_secs_f64());
+            if let Some(report) = saved {
+                metrics.set(names::SAVE_IN_BACKGROUND, report.took.as_secs_f64());
+            }
+            if let Some(recorder) = &mut recorder {
+                faults::point("metrics");
+                recorder.iteration(&metrics).context(CannotWrite)?;
+            }
+            if stop || last {
+                if let Some(report) = saver.finish(comm).context(CannotWrite)?.filter(|_| first) {
+                    log::info!("{}", in_words(&report));
                 }
-                self.save(iteration + 1, &config_toml)?;
             }
             if stop {
                 if let Some(recorder) = recorder {
                     recorder.finish();
-                    log::info!("asked to stop: saved after iteration {}; go on with --resume auto", iteration + 1);
+                    log::info!("asked to stop: saved after iteration {done}; go on with --resume auto");
                 }
                 return Ok(Ending::Interrupted);
             }
@@ -230,14 +279,34 @@ impl<'a> Run<'a> {
             None => resume::move_aside(self.files.root())?,
             Some(checkpoint) => resume::return_to(checkpoint, self.done, &self.files)?,
         }
+        store::checkpoint::clear_leftovers(&self.files.checkpoints())?;
+        let watch = self.files.watch();
+        if watch.exists() {
+            fs::remove_dir_all(&watch).with_context(|| format!("cannot clear {}", watch.display()))?;
+        }
+        fs::create_dir_all(&watch).with_context(|| format!("cannot create {}", watch.display()))?;
         Recorder::create(self.config, config_toml, &self.files, self.done)
     }
 
-    fn save(&self, iteration: u64, config_toml: &str) -> Result<()> {
+    fn begin_save(
+        &self,
+        saver: &mut Saver,
+        iteration: u64,
+        config_toml: &str,
+        metrics: Option<File>,
+    ) -> Result<Option<SaveReport>> {
         let learner = &self.trainer.learner;
         let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors());
-        let checkpoint = Learner::checkpoint(iteration, &vectors, &meta, &layout, config_toml);
-        store::save(&self.files.checkpoints(), &checkpoint, self.config.run.keep_checkpoints, self.comm)?;
-        Ok(())
+        saver.begin(&Learner::checkpoint(iteration, &vectors, &meta, &layout, config_toml), metrics, self.comm)
     }
+}
+
+fn in_words(report: &SaveReport) -> String {
+    format!(
+        "{}: {:.1} MB by this rank in {:.2} s, the loop waited {:.3} s",
+        report.path.display(),
+        report.bytes as f64 / 1e6,
+        report.took.as_secs_f64(),
+        report.stalled.as_secs_f64()
+    )
 }

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::load_model;
+use super::{load_model, CannotWrite};
 use crate::{
     comm::{agree, Communicator},
     config::Config,
@@ -15,6 +15,7 @@ use crate::{
         RewardPanel, RunFiles, Summary, TaskSummary,
     },
     train::Trainer,
+    watch,
 };
 
 /// Evaluates base and tuned model with the same noise, and writes the results.
@@ -35,6 +36,7 @@ pub fn finish(
         trainer.learner.params.buffer_mut().copy_from(&average);
         trainer.learner.params.publish();
     }
+    let _stage = watch::stage("evaluation", "");
     let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
     let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
     let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
@@ -47,7 +49,7 @@ pub fn finish(
         write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
     let written = if first { save() } else { Ok(()) };
-    agree(comm, written)
+    agree(comm, written).context(CannotWrite)
 }
 
 fn write_results(

@@ -25,6 +25,11 @@ pub fn of_file(path: &Path) -> Result<(String, u64)> {
     read().with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// SHA-256 of `bytes` as lower-case hex.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    hex(Sha256::new_with_prefix(bytes))
+}
+
 fn hex(hash: Sha256) -> String {
     hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }

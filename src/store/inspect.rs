@@ -26,10 +26,21 @@ pub fn inspect(path: &Path) -> Result<String> {
     writeln!(out, "checkpoint    {}", folder.display())?;
     writeln!(out, "iteration     {}", checkpoint.iteration)?;
     writeln!(out, "written by    rldiff {}", checkpoint.code_version)?;
-    writeln!(out, "digest        {}", state_digest(&checkpoint)?)?;
+    writeln!(out, "digest        {} (SHA-256 over the training state)", state_digest(&checkpoint)?)?;
+    writeln!(
+        out,
+        "prompts       the next are those of iteration {}: a function of (run.seed, iteration, task, sample) alone",
+        checkpoint.iteration + 1
+    )?;
     writeln!(out, "parameters    {} in {} tensors", elements(&checkpoint), checkpoint.layout.len())?;
+    writeln!(out, "adapters      {}", adapters(&checkpoint.config_toml))?;
     for (name, values) in &checkpoint.vectors {
         writeln!(out, "{name:<13} norm {:.6e}", global_norm(values))?;
+    }
+    let manifest = checkpoint::Manifest::read(&folder)?;
+    writeln!(out, "\nshards, one per rank that saved (first element, elements, bytes, SHA-256)")?;
+    for shard in &manifest.shards {
+        writeln!(out, "{}  {:>10} {:>10} {:>12}  {}", shard.file, shard.first, shard.count, shard.bytes, shard.sha256)?;
     }
     writeln!(out, "\nstate\n{}", serde_json::to_string_pretty(&checkpoint.meta)?)?;
     writeln!(out, "\nconfig\n{}", checkpoint.config_toml)?;
@@ -43,6 +54,17 @@ pub fn inspect(path: &Path) -> Result<String> {
 /// SHA-256 over the whole training state of the checkpoint at `path` (see [`state_digest`]).
 pub fn digest(path: &Path) -> Result<String> {
     state_digest(&find(path)?.1)
+}
+
+/// Whether the vectors are the U-Net's or those of its adapters, as the config says.
+fn adapters(config_toml: &str) -> String {
+    let config: Option<toml::Table> = config_toml.parse().ok();
+    let rank = config.as_ref().and_then(|config| config.get("lora")?.get("rank")?.as_integer());
+    match rank {
+        Some(0) => "none: the parameters are the U-Net's".to_string(),
+        Some(rank) => format!("LoRA of rank {rank}: the parameters are theirs"),
+        None => "the config does not say".to_string(),
+    }
 }
 
 fn elements(checkpoint: &Checkpoint) -> usize {

@@ -9,7 +9,9 @@ mod h5;
 mod inspect;
 mod trajectory;
 
-pub use checkpoint::{load, load_latest, save, Checkpoint, CheckpointRef, Loaded, ParameterEntry, SaveReport};
+pub use checkpoint::{
+    load, load_latest, save, Checkpoint, CheckpointRef, Keep, Loaded, ParameterEntry, SaveReport, Saver,
+};
 pub use digest::state_digest;
 pub use inspect::{digest, find, inspect};
 pub use trajectory::{LatentPrecision, Latents, TrajectoryShard};
@@ -24,7 +26,7 @@ pub fn round_trip(folder: &std::path::Path) -> anyhow::Result<()> {
     let (weights, meta) = ([1.0f32, -0.5], serde_json::json!({}));
     let checkpoint =
         CheckpointRef { iteration: 1, meta: &meta, config_toml: "", layout: &[], vectors: vec![("weights", &weights)] };
-    save(folder, &checkpoint, 1, &crate::comm::Local)?;
+    save(folder, &checkpoint, Keep { last: 1, every: 0 }, &crate::comm::Local)?;
     let loaded = load_latest(folder, &crate::comm::Local)?;
     let same = loaded.is_some_and(|l| l.checkpoint.vector("weights") == Some(&weights[..]));
     anyhow::ensure!(same, "what was read is not what was written");

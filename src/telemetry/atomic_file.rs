@@ -6,6 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::faults;
+
 /// Writes `bytes` to `path` so that a crash leaves the old file or the new one, never a torn one: a temporary file
 /// in the same folder, fsync, rename, fsync of the folder. Errors name `path`.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -37,10 +39,14 @@ fn write_and_rename(
     folder: &Path,
     write: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
+    faults::file_point("write", path)?;
     write(temporary)?;
+    faults::file_point("fsync", path)?;
     File::open(temporary)?.sync_all()?;
+    faults::file_point("rename", path)?;
     fs::rename(temporary, path)?;
     // the rename itself is durable only once the folder is
+    faults::file_point("sync_folder", path)?;
     File::open(folder)?.sync_all()?;
     Ok(())
 }

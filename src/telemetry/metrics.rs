@@ -33,6 +33,10 @@ pub mod names {
     pub const TFLOPS: &str = "tflops";
     /// Seconds of the whole iteration.
     pub const SECONDS: &str = "seconds/iteration";
+    /// Seconds that the loop waited for checkpoints: for the copy of the state, and at the steps of an earlier save.
+    pub const SAVE_STALL: &str = "seconds/save";
+    /// Seconds that rank 0's threads worked on the checkpoint that became complete in this iteration.
+    pub const SAVE_IN_BACKGROUND: &str = "background/save_seconds";
     /// L_pre, mean over the pretraining steps of the iteration.
     pub const PRETRAINING_LOSS: &str = "pretraining_loss";
 
@@ -158,9 +162,9 @@ impl JsonlWriter {
         self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write to {}", self.path.display()))
     }
 
-    /// fsync: for the moment before a checkpoint is declared complete.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().with_context(|| format!("cannot sync {}", self.path.display()))
+    /// The file, to be synced in the moment before a checkpoint is declared complete.
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone().with_context(|| format!("cannot sync {}", self.path.display()))
     }
 }
 
@@ -223,7 +227,7 @@ mod tests {
     fn write(path: &Path, iterations: std::ops::Range<u64>) {
         let mut writer = JsonlWriter::create(path).unwrap();
         iterations.for_each(|i| writer.append(&sample(i)).unwrap());
-        writer.sync().unwrap();
+        writer.file().unwrap().sync_all().unwrap();
     }
 
     #[test]

@@ -17,6 +17,7 @@ use anyhow::{bail, Context, Result};
 /// ├── model/               the tuned model, a diffusers folder
 /// ├── pytorch_lora_weights.safetensors   the adapters, where those were trained
 /// ├── checkpoints/
+/// ├── watch/               where ranks say what they are doing when one of them is late; empty otherwise
 /// └── trajectories/
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +77,10 @@ impl RunFiles {
 
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
+    }
+
+    pub fn watch(&self) -> PathBuf {
+        self.root.join("watch")
     }
 
     pub fn trajectories(&self) -> PathBuf {

@@ -1,6 +1,8 @@
 //! What the integration tests share: starting ranks, and time limits for everything that is started.
 #![allow(dead_code)] // each test target uses its part
 
+pub mod runs;
+
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

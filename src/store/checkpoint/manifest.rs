@@ -22,6 +22,15 @@ pub struct Manifest {
     pub shards: Vec<ShardEntry>,
 }
 
+/// The file: the manifest with the SHA-256 of its compact JSON. The bytes must be exactly what [`Manifest::write`] makes
+/// of it, so that no bit of the file can change unnoticed.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sealed {
+    manifest: Manifest,
+    sha256: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardEntry {
@@ -33,15 +42,22 @@ pub struct ShardEntry {
 }
 
 impl Manifest {
+    fn sealed(&self) -> Result<Vec<u8>> {
+        let sha256 = digest::of_bytes(&serde_json::to_vec(self)?);
+        Ok(serde_json::to_vec_pretty(&Sealed { manifest: self.clone(), sha256 })?)
+    }
+
     pub fn write(&self, folder: &Path) -> Result<()> {
-        write_atomic(&folder.join(NAME), &serde_json::to_vec_pretty(self)?)
+        write_atomic(&folder.join(NAME), &self.sealed()?)
     }
 
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(NAME);
         let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let manifest: Manifest =
+        let sealed: Sealed =
             serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
+        let manifest = sealed.manifest;
+        ensure!(manifest.sealed()? == bytes, "{} is damaged: its SHA-256 differs", path.display());
         ensure!(
             manifest.format == FORMAT,
             "{}: format {:?}, this rldiff reads {FORMAT:?}",

@@ -4,19 +4,25 @@
 //! checkpoints/iteration-000012/
 //! ├── shard-000.h5     elements 0..n/R of every vector; counters, statistics, config and layout as well
 //! ├── shard-001.h5     elements n/R..2n/R …
-//! └── manifest.json    SHA-256 and length of every shard; written last
+//! └── manifest.json    SHA-256 and length of every shard, and a SHA-256 over itself; written last
 //! ```
 //! A shard has the attributes `format` (text), `iteration`, `first` (u64: its first element) and per vector a dataset
 //! f32 `[elements]`: `weights`, `exp_avg`, `exp_avg_sq` (AdamW's moments) and, with EMA, `ema`. Shard 0 has three texts:
 //! `layout` (JSON: name, shape and offset of every parameter in the vectors), `meta` (JSON: step counters and running
 //! statistics) and `config` (TOML). How many ranks wrote it does not matter to who loads it.
 //!
+//! That is the whole state. Prompts, noise and the choice of timesteps are pure functions of (run.seed, iteration, task,
+//! sample), so the cursor into the prompts is the number of iterations done, and no generator has a state to keep.
+//! Adapters (LoRA) are trained in the U-Net's place: then the vectors are theirs, as the layout's names say.
+//!
 //! The folder is filled under the name `….partial` and renamed when the manifest is in it, so a name without
 //! `.partial` is a complete checkpoint.
 
 mod load;
 mod manifest;
+mod publish;
 mod save;
+mod shard;
 #[cfg(test)]
 mod tests;
 
@@ -26,10 +32,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use load::{load, load_latest, read, Loaded};
-pub use save::{save, SaveReport};
+pub use manifest::{Manifest, ShardEntry};
+pub use publish::{clear_leftovers, Keep};
+pub use save::{save, SaveReport, Saver};
 
 /// Version of the shard format.
-const FORMAT: &str = "rldiff checkpoint 1";
+const FORMAT: &str = "rldiff checkpoint 2";
 
 /// Where a parameter lies in the vectors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -42,7 +42,7 @@ fn store(folder: &Path, iteration: u64, seed: f32, keep: usize) -> SaveReport {
         layout: &s.layout,
         vectors: vec![("weights", &s.weights), ("exp_avg", &s.moments)],
     };
-    save(folder, &checkpoint, keep, &Local).unwrap()
+    save(folder, &checkpoint, Keep { last: keep, every: 0 }, &Local).unwrap()
 }
 
 #[test]
@@ -80,6 +80,24 @@ fn only_the_newest_stay_and_nothing_temporary() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
 }
 
+#[test]
+fn every_so_many_iterations_one_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let s = state(0.0);
+    for iteration in 1..=9 {
+        let checkpoint = CheckpointRef {
+            iteration,
+            meta: &s.meta,
+            config_toml: "",
+            layout: &s.layout,
+            vectors: vec![("weights", &s.weights)],
+        };
+        save(folder.path(), &checkpoint, Keep { last: 2, every: 4 }, &Local).unwrap();
+    }
+    let kept: Vec<u64> = list(folder.path()).unwrap().into_iter().map(|(iteration, _)| iteration).collect();
+    assert_eq!(kept, [4, 8, 9]);
+}
+
 /// A run that fell back past damaged checkpoints must not remove its new one for being older than those.
 #[test]
 fn what_is_saved_outlives_what_was_saved_later_before() {
@@ -113,11 +131,7 @@ fn every_damage_is_noticed_before_hdf5_sees_the_file() {
                 Ok(loaded) => loaded.unwrap(),
                 Err(e) => panic!("{file} at {position}: {e:#}"),
             };
-            // a manifest's version text may change without harm; everything else must be refused
-            if loaded.checkpoint.iteration == 2 {
-                assert!(file == "manifest.json" && loaded.checkpoint.code_version != env!("CARGO_PKG_VERSION"));
-                continue;
-            }
+            assert_eq!(loaded.checkpoint.iteration, 1, "{file} at {position}");
             assert!(loaded.warnings[0].contains("iteration-000002"), "{:?}", loaded.warnings);
             if file == "shard-000.h5" {
                 assert!(loaded.warnings[0].contains("shard-000.h5 (rank 0)"), "{:?}", loaded.warnings);
@@ -174,9 +188,32 @@ fn unusual_numbers_survive() {
     let meta = json!({"a": 0.1f64 + 0.2, "b": f64::MIN_POSITIVE, "c": u64::MAX});
     let checkpoint =
         CheckpointRef { iteration: 0, meta: &meta, config_toml: "", layout: &[], vectors: vec![("weights", &weights)] };
-    save(folder.path(), &checkpoint, 1, &Local).unwrap();
+    save(folder.path(), &checkpoint, Keep { last: 1, every: 0 }, &Local).unwrap();
     let loaded = load_latest(folder.path(), &Local).unwrap().unwrap().checkpoint;
     let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(loaded.vector("weights").unwrap()), bits(&weights));
     assert_eq!(loaded.meta, meta);
+}
+
+/// Checkpoints, and trajectory shards beside them, from several threads at once: HDF5 itself allows only one, so this
+/// crashes or mixes up files unless every call takes the crate's lock.
+#[test]
+fn threads_may_write_and_read_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u16 {
+            let own = folder.path().join(thread.to_string());
+            scope.spawn(move || {
+                for iteration in 1..=20 {
+                    let seed = f32::from(thread) + iteration as f32 / 32.0;
+                    store(&own, iteration, seed, 2);
+                    let loaded = load_latest(&own, &Local).unwrap().unwrap().checkpoint;
+                    assert_eq!(
+                        (loaded.iteration, loaded.vector("weights").unwrap()),
+                        (iteration, &state(seed).weights[..])
+                    );
+                }
+            });
+        }
+    });
 }
