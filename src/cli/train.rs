@@ -35,6 +35,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Some(path) => Resume::From(path.into()),
     };
     tch::set_num_threads(config.run.threads as i32);
+    // again: MPI may have taken some for itself
+    signals::install()?;
     let run = Run::prepare(&config, comm, files.clone(), &resume).or_mistake()?;
     if comm.rank() == 0 {
         let what = match &args.config.config {
@@ -44,7 +46,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
         log::info!("rldiff {}: {what} on {ranks}, results in {}", env!("CARGO_PKG_VERSION"), files.root().display());
     }
-    signals::install()?;
     Ok(match run.go()? {
         Ending::Complete => ExitCode::SUCCESS,
         Ending::Interrupted => ExitCode::from(START_AGAIN),

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Result};
 use tch::Kind;
 
-use super::load_model;
+use super::{load_model, Ending};
 use crate::{
     comm::{agree, Communicator},
     config::Config,
-    evaluate::{evaluate, TaskEvaluation},
+    evaluate::{evaluate, Stop, TaskEvaluation},
     telemetry::{
         before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
         RewardPanel, RunFiles, Summary, TaskSummary,
@@ -17,7 +17,7 @@ use crate::{
     train::Trainer,
 };
 
-/// Evaluates base and tuned model with the same noise, and writes the results.
+/// Evaluates base and tuned model with the same noise, and writes the results; unless `stop` says so in between.
 pub fn finish(
     config: &Config,
     comm: &dyn Communicator,
@@ -25,7 +25,8 @@ pub fn finish(
     mut trainer: Trainer,
     events: Option<EventWriter>,
     started: Instant,
-) -> Result<()> {
+    stop: &Stop,
+) -> Result<Ending> {
     let first = comm.rank() == 0;
     if first {
         log::info!("evaluating the tuned and the base model on held-out prompts");
@@ -35,9 +36,13 @@ pub fn finish(
         trainer.learner.params.values_mut().copy_from_slice(&average);
         trainer.learner.params.publish();
     }
-    let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
+    let Some(tuned) = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
+        return Ok(Ending::Interrupted);
+    };
     let base_model = load_model(&config.model.path, comm)?;
-    let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
+    let Some(base) = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
+        return Ok(Ending::Interrupted);
+    };
     let save = || -> Result<()> {
         let pipeline = &trainer.pipeline;
         pipeline.save(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
@@ -47,7 +52,8 @@ pub fn finish(
         write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
     let written = if first { save() } else { Ok(()) };
-    agree(comm, written)
+    agree(comm, written)?;
+    Ok(Ending::Complete)
 }
 
 fn write_results(
