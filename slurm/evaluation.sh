@@ -6,6 +6,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue --open-mode=append
 #SBATCH --output=%x-%j.out
+# shellcheck source=slurm/lib.sh
 source "${RLDIFF_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib.sh" || exit 2
 
 config=${RLDIFF_CONFIG:-slurm/joint.toml}

@@ -11,15 +11,19 @@ set -u
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
-job_state() { timeout 20 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
+# may this script put its job back into the queue? Not where somebody has cancelled it (that would bring it back) or
+# where Slurm has requeued it already: the job is COMPLETING then, as it is when its time is up, but for the reason
+may_requeue() {
+    timeout 20 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -qE 'JobState=RUNNING|Reason=TimeLimit'
+}
 
 newest_checkpoint() { find "$out/checkpoints" -maxdepth 1 -name 'iteration-*[0-9]' 2>/dev/null | sort | tail -n 1; }
 
 # A signal to the batch script (USR1 before the time limit and before preemption, TERM when time is up) goes on to all
 # ranks. It is repeated, because a launcher that is still starting may lose it; the program does not mind.
-launcher='' reminder='' asked=''
+launcher='' reminder='' signalled='' code=''
 ask_to_stop() {
-    asked=yes
+    signalled=yes
     say "asked to stop ($1)"
     [ -n "$launcher" ] || return
     kill -USR1 "$launcher" 2>/dev/null
@@ -28,7 +32,7 @@ ask_to_stop() {
         reminder=$!
     }
     # time is up: Slurm kills this script within seconds, whether the ranks have saved or not
-    [ "$1" != TERM ] || [ "$(job_state)" != TIMEOUT ] || go_on_or_leave 143
+    [ "$1" != TERM ] || ! may_requeue || go_on_or_leave 143
 }
 
 # Starts `rldiff ARGUMENTS` on $1 ranks and waits for it; leaves its exit code in $code.
@@ -48,11 +52,12 @@ launch() {
     esac
     "${command[@]}" "$RLDIFF" "$@" &
     launcher=$!
-    # a trapped signal interrupts `wait`
     while :; do
+        signalled=''
         wait "$launcher"
         code=$?
-        kill -0 "$launcher" 2>/dev/null || break
+        # a trapped signal interrupts `wait`, which then gives 128 + the signal's number
+        [ -n "$signalled" ] && [ "$code" -gt 128 ] || break
     done
     launcher=''
     [ -z "$reminder" ] || kill "$reminder" 2>/dev/null
@@ -61,31 +66,34 @@ launch() {
 
 # Ends the script after the run has ended with code $1, or puts the job back into the queue.
 go_on_or_leave() {
-    local state
+    local tries
     case $1 in
-        0) say "$out: done"; exit 0 ;;
+        0) say "$out: done"; rm -f "$out.tries"; exit 0 ;;
         # a failure at work, a mistake, a panic: it would fail again
         1 | 2 | 101) say "$out: failed with code $1; not started again"; exit "$1" ;;
         75) say "$out: saved, to be continued" ;;
-        # killed from outside: a rank, a node, the time limit (143). Without a new checkpoint since this start it may
-        # never get further, unless it was the signal that came too early for one.
+        # ended from outside: a rank, a node, the time limit, a launcher that could not start it
         *)
-            if [ "$(newest_checkpoint)" = "$started_from" ] && { [ -z "$asked" ] || [ "$1" = 143 ]; }; then
-                say "$out: ended with code $1 before its first new checkpoint; not started again"
+            tries=0
+            [ "$(newest_checkpoint)" != "$started_from" ] || tries=$(($(cat "$out.tries" 2>/dev/null || echo 0) + 1))
+            if [ "$tries" -ge 3 ]; then
+                rm -f "$out.tries"
+                say "$out: ended with code $1; three starts without a new checkpoint, not started again"
                 exit "$1"
             fi
+            echo "$tries" > "$out.tries"
             say "$out: ended with code $1; goes on from $(newest_checkpoint)"
             ;;
     esac
-    state=$(job_state)
-    case $state in
-        RUNNING | TIMEOUT)
-            timeout 60 scontrol requeue "$SLURM_JOB_ID" && { say "requeued"; exit 75; }
-            # Slurm may have done so in between
-            state=$(job_state)
-            case $state in RUNNING | TIMEOUT) say "cannot requeue: submit the script again to go on"; exit 75 ;; esac ;;
-    esac
-    say "the job is $state: Slurm decides what becomes of it"
+    if may_requeue; then
+        if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+            say "requeued"
+        elif may_requeue; then
+            say "cannot requeue: submit the script again to go on"
+        fi
+    else
+        say "the job is being ended or requeued by Slurm"
+    fi
     exit 75
 }
 
@@ -93,6 +101,7 @@ go_on_or_leave() {
 train() {
     local config=${RLDIFF_CONFIG:-slurm/$1.toml} arguments
     out=${RLDIFF_OUT:-$RLDIFF_RUNS/$(basename "$config" .toml)}
+    mkdir -p "$(dirname "$out")" || exit 2
     started_from=$(newest_checkpoint)
     # shellcheck disable=SC2206
     arguments=(train "$config" --resume auto --out "$out" $RLDIFF_ARGS)

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use common::{descendants, empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
 use rldiff::{
     store,
     telemetry::{read_metrics, read_png, Metrics, RunFiles, Summary},
@@ -202,28 +202,6 @@ fn a_stopped_run_is_extended_on_another_number_of_ranks() {
     fs::write(files.summary(), text.replace("\"iterations\": 4", "\"iterations\": 2")).unwrap();
     train(1, files.root(), &FOUR, &["--resume", "auto"]);
     assert_same_run(straight(), &files, 4);
-}
-
-/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
-fn descendants(root: i32) -> Vec<i32> {
-    let parent_of = |pid: i32| -> Option<i32> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // "pid (name) state parent …"; the name may hold anything
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-    };
-    let all: Vec<(i32, i32)> = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| Some((pid, parent_of(pid)?)))
-        .collect();
-    let mut found = vec![root];
-    let mut next = 0;
-    while next < found.len() {
-        let here = found[next];
-        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
-        next += 1;
-    }
-    found
 }
 
 /// Starts `command` and kills all its processes as soon as `files` has `lines` lines of metrics.
