@@ -35,6 +35,9 @@ ask_to_stop() {
     [ "$1" != TERM ] || ! may_requeue || go_on_or_leave 143
 }
 
+# what srun leaves with when it cannot start the ranks, so that it is not taken for the program's own 1
+export SLURM_EXIT_ERROR=70
+
 # Starts `rldiff ARGUMENTS` on $1 ranks and waits for it; leaves its exit code in $code.
 launch() {
     local ranks=$1 command

@@ -167,7 +167,9 @@ fn storm(name: &str, seed: u64, count: usize) {
     }
     run_within(run(&files), LIMIT).expect_success("the last run, resumed");
     expect_same(&files);
-    say(&format!("{count} signal deliveries, seed {seed}: {runs} runs, bit for bit like the uninterrupted one; {seen:?}"));
+    say(&format!(
+        "{count} signal deliveries, seed {seed}: {runs} runs, bit for bit like the uninterrupted one; {seen:?}"
+    ));
     let left = seen.iter().filter(|(name, _)| name.ends_with("saved and left")).map(|(_, n)| n).sum::<usize>();
     assert!(left * 4 >= count, "only {left} of {count} deliveries stopped a run: the moments miss it");
 }

@@ -26,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 const CLIENT: Duration = Duration::from_secs(30);
 const SETTINGS: [&str; 3] = ["update.timesteps=1", "rollout.steps=3", "run.checkpoint_every=2"];
 /// Of the uninterrupted run. A job does the first of them, as many as its case needs.
-const ITERATIONS: u64 = 20;
+const ITERATIONS: u64 = 16;
 
 /// What is missing for a cluster, if anything.
 fn missing() -> Option<String> {
@@ -106,6 +106,7 @@ impl Cluster {
             // nodes speak through the loopback device only, as if they had nothing else in common; MPICH's other netmod,
             // UCX, does not take that device for the way to another host
             ("MPIR_CVAR_CH4_NETMOD", "ofi".into()),
+            ("FI_PROVIDER", "tcp".into()),
             ("FI_TCP_IFACE", "lo".into()),
             ("OMPI_MCA_btl_tcp_if_include", "lo".into()),
             ("OMPI_MCA_oob_tcp_if_include", "lo".into()),
@@ -221,13 +222,14 @@ fn uninterrupted(jobs: &Path) -> RunFiles {
 
 /// The cases in which jobs run beside each other.
 fn beside_each_other(cluster: &Cluster, straight: &RunFiles) {
-    let case = |name: &'static str, launcher: &'static str, iterations, options: &[&str], restarts, act: &dyn Fn(&Job)| {
-        let started = Instant::now();
-        let job = cluster.submit(name, launcher, iterations, options);
-        act(&job);
-        job.ends_like(straight, restarts);
-        say(&format!("slurm, {name} ({launcher}): same state, {:.0} s", started.elapsed().as_secs_f64()));
-    };
+    let case =
+        |name: &'static str, launcher: &'static str, iterations, options: &[&str], restarts, act: &dyn Fn(&Job)| {
+            let started = Instant::now();
+            let job = cluster.submit(name, launcher, iterations, options);
+            act(&job);
+            job.ends_like(straight, restarts);
+            say(&format!("slurm, {name} ({launcher}): same state, {:.0} s", started.elapsed().as_secs_f64()));
+        };
     let usr1 = |job: &Job| {
         job.wait_for_iterations(3);
         cluster.client("scancel", &["--batch", "--signal=USR1", &job.id]);
@@ -247,9 +249,9 @@ fn beside_each_other(cluster: &Cluster, straight: &RunFiles) {
             usr1_to(cluster, straight, "mpirun", &usr1);
         });
         scope.spawn(|| usr1_to(cluster, straight, "srun", &usr1));
-        // Slurm itself sends USR1, at a time between 10 and 30 s of the first minute
+        // Slurm itself sends USR1, 5 to 15 s after each start
         scope.spawn(|| {
-            let options = ["--time=1", "--signal=B:USR1@40", "--nodes=2"];
+            let options = ["--time=1", "--signal=B:USR1@45", "--nodes=2"];
             case("time-limit", "srun", ITERATIONS, &options, 1, &|_| {})
         });
         scope.spawn(|| {
@@ -333,10 +335,12 @@ fn jobs_survive_what_slurm_and_its_nodes_do_to_them() {
         return;
     }
     let _alone = one_at_a_time();
+    let started = Instant::now();
     let jobs = empty_folder("slurm-jobs");
     let cluster = Cluster::up(jobs.clone());
     let straight = uninterrupted(&jobs);
     beside_each_other(&cluster, &straight);
     preemption(&cluster, &straight);
     lost_node(&cluster, &straight);
+    say(&format!("slurm: all cases in {:.0} s", started.elapsed().as_secs_f64()));
 }

@@ -6,10 +6,12 @@
 mod launcher;
 mod local;
 mod mpi;
+mod timed;
 mod tree;
 
 pub use self::local::Local;
 pub use self::mpi::Mpi;
+pub use self::timed::{Operation, Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, TreeSum};
 
 use anyhow::{bail, Result};
