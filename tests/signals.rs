@@ -116,8 +116,14 @@ fn deliver(files: &RunFiles, dice: &mut Dice, moments: Duration, seen: &mut BTre
         }
     }
     let status = wait_to_end(&mut child, &what);
-    // TERM makes a launcher end everything at once; the run must survive that, the code is the launcher's
-    let by_launcher = target == "the launcher" && signal == libc::SIGTERM;
+    // a launcher may end everything at once at TERM, and die of USR2 (MPICH's does); the code is then its own, and the
+    // run must survive that
+    let by_launcher = target == "the launcher" && signal != libc::SIGUSR1;
+    let started = Instant::now();
+    while ranks.iter().any(|rank| Path::new(&format!("/proc/{rank}")).exists()) {
+        assert!(started.elapsed() < LIMIT, "{what}: ranks outlive the launcher");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let outcome = match status.code() {
         Some(75) => "saved and left",
         Some(0) => "done",
