@@ -144,7 +144,7 @@ fn measured_table(measured: &[Measurement], model: Option<&Model>) -> Result<Str
     )?;
     let (strong, weak): (Select, Select) = (|m| m.strong.as_ref(), |m| Some(&m.weak));
     for (name, select) in [("strong", strong), ("weak", weak)] {
-        let base = measured.iter().find(|m| m.ranks == 1).and_then(select).map(|i| rate(i));
+        let base = measured.iter().find(|m| m.ranks == 1).and_then(select).map(rate);
         for m in measured {
             let Some(i) = select(m) else { continue };
             let seconds = median(i.seconds.clone());
@@ -245,7 +245,7 @@ fn plot(path: &Path, model: &Model, measured: &[Measurement]) -> Result<()> {
     ];
     let (strong, weak): (Select, Select) = (|m| m.strong.as_ref(), |m| Some(&m.weak));
     for (label, select) in [("weak, measured", weak), ("strong, measured", strong)] {
-        let base = measured.iter().find(|m| m.ranks == 1).and_then(select).map(|i| rate(i));
+        let base = measured.iter().find(|m| m.ranks == 1).and_then(select).map(rate);
         let point = |m: &Measurement| Some((x(m.ranks), rate(select(m)?) / (base? * m.ranks as f64)));
         let points: Vec<_> = measured.iter().filter_map(point).collect();
         if !points.is_empty() {
