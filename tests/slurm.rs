@@ -317,8 +317,9 @@ fn not_started_again(cluster: &Cluster) {
     say("slurm: a mistake and a cancelled job are not started again");
 }
 
+/// Iterations are many enough for both jobs to be at work when the slower one has done three.
 fn preemption(cluster: &Cluster, straight: &RunFiles) {
-    let jobs = ["srun", "mpirun"].map(|launcher| cluster.submit(&format!("preempted-{launcher}"), launcher, 6, &[]));
+    let jobs = ["srun", "mpirun"].map(|launcher| cluster.submit(&format!("preempted-{launcher}"), launcher, 10, &[]));
     jobs.iter().for_each(|job| job.wait_for_iterations(3));
     let output = format!("--output={}", cluster.jobs.join("urgent.out").display());
     let options = ["--parsable", "--partition=urgent", "--exclusive", "--nodes=4", "--time=1", &output];
@@ -331,10 +332,11 @@ fn preemption(cluster: &Cluster, straight: &RunFiles) {
     say("slurm, preempted by a higher partition (srun, mpirun): same state");
 }
 
+/// As above.
 fn lost_node(cluster: &Cluster, straight: &RunFiles) {
     // no GPUs: Slurm 22.05 may start the job on a node that is just back without them, and then refuse its steps; srun
     // gives up at once and the script tries again, but MPICH's mpirun waits for its srun for ever
-    let submit = |launcher| cluster.submit(&format!("node-lost-{launcher}"), launcher, 6, &["--gpus-per-node=0"]);
+    let submit = |launcher| cluster.submit(&format!("node-lost-{launcher}"), launcher, 12, &["--gpus-per-node=0"]);
     let jobs = ["srun", "mpirun"].map(submit);
     jobs.iter().for_each(|job| job.wait_for_iterations(3));
     run_within(
