@@ -131,13 +131,22 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         let down = script("down", &self.state).output();
-        let left = script("processes", &self.state).output().map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
-        let clean = down.is_ok_and(|o| o.status.success()) && left.as_ref().is_ok_and(|l| l.trim().is_empty());
+        let left = || {
+            let listed = script("processes", &self.state).output();
+            listed.map_or("unknown".to_string(), |o| String::from_utf8_lossy(&o.stdout).trim().replace('\n', " "))
+        };
+        // the guardian looks twice a second whether it is still needed
+        let started = Instant::now();
+        while !left().is_empty() && started.elapsed() < Duration::from_secs(5) {
+            sleep(Duration::from_millis(200));
+        }
+        let left = left();
         if std::thread::panicking() {
             say(&format!("the cluster's logs are in {}", self.state.join("log").display()));
             return;
         }
-        assert!(clean, "processes of the cluster are left: {left:?}");
+        assert!(down.is_ok_and(|o| o.status.success()), "cluster.sh down failed");
+        assert!(left.is_empty(), "processes of the cluster are left: {left}");
         let _ = fs::remove_dir_all(&self.state);
     }
 }
