@@ -22,6 +22,8 @@ ENVIRONMENT := source tools/environment.sh
 CARGO_FLAGS := --release --locked $(if $(HDF5_DIR),--no-default-features)
 # Python with diffusers, h5py and tensorboard, which some tests compare with; set the variable to use your own
 TEST_PYTHON := export RLDIFF_TEST_PYTHON="$${RLDIFF_TEST_PYTHON:-$$(tools/setup-tests.sh)}"
+# a Slurm cluster of four virtual nodes, where root and the packages are at hand
+TEST_SLURM := tools/setup-slurm.sh
 RANKS ?= 2
 ARGS ?=
 
@@ -45,13 +47,13 @@ docs: setup
 	@$(ENVIRONMENT) && RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps --document-private-items
 
 test: check-format build clippy docs
-	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS)
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && cargo test $(CARGO_FLAGS)
 
 test-gpu: build
 	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels --test gpu -- --nocapture
 
 torture: build
-	@$(ENVIRONMENT) && $(TEST_PYTHON) && cargo test $(CARGO_FLAGS) -- --include-ignored
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && cargo test $(CARGO_FLAGS) -- --include-ignored
 
 parity: setup
 	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }

@@ -37,6 +37,9 @@ pub struct Shown {
     pub reward: f32,
 }
 
+/// Should the evaluation be given up? The same answer on all ranks.
+pub type Stop<'a> = dyn Fn() -> Result<bool> + 'a;
+
 /// One chunk's results on their way between ranks.
 #[derive(Serialize, Deserialize)]
 struct ChunkResult {
@@ -48,14 +51,16 @@ struct ChunkResult {
 }
 
 /// Evaluates every task of the config (also those with `train = false`) with the pipeline's current weights. A
-/// collective call; chunks go round robin over the ranks, and the result is the same on all of them.
+/// collective call; chunks go round robin over the ranks, and the result is the same on all of them. Before each round
+/// all ranks ask `stop` together; where it says so there is no result.
 pub fn evaluate(
     config: &Config,
     pipeline: &Pipeline,
     steps: &[Step],
     tasks: &mut [Task],
     comm: &dyn Communicator,
-) -> Result<Vec<TaskEvaluation>> {
+    stop: &Stop,
+) -> Result<Option<Vec<TaskEvaluation>>> {
     let empty_prompt = pipeline.embed(&[""])?;
     let roller = Roller {
         pipeline,
@@ -65,10 +70,16 @@ pub fn evaluate(
         latent_shape: pipeline.latent_shape(),
         recorded: None,
     };
-    tasks.iter_mut().map(|task| evaluate_task(config, &roller, task, comm)).collect()
+    tasks.iter_mut().map(|task| evaluate_task(config, &roller, task, comm, stop)).collect()
 }
 
-fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn Communicator) -> Result<TaskEvaluation> {
+fn evaluate_task(
+    config: &Config,
+    roller: &Roller,
+    task: &mut Task,
+    comm: &dyn Communicator,
+    stop: &Stop,
+) -> Result<Option<TaskEvaluation>> {
     let settings = &config.evaluation;
     let (total, per_prompt) = (task.config.evaluation_samples, task.config.evaluation_images_per_prompt);
     let groups =
@@ -78,8 +89,12 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
 
     let chunk = CHUNK.next_multiple_of(per_prompt);
     let mut mine = Vec::new();
-    for (number, first) in (0..total).step_by(chunk).enumerate() {
-        if number % comm.size() != comm.rank() {
+    for round in 0..total.div_ceil(chunk * comm.size()) {
+        if stop()? {
+            return Ok(None);
+        }
+        let first = (round * comm.size() + comm.rank()) * chunk;
+        if first >= total {
             continue;
         }
         let count = chunk.min(total - first);
@@ -121,7 +136,7 @@ fn evaluate_task(config: &Config, roller: &Roller, task: &mut Task, comm: &dyn C
     }
     let group = task.evaluation_reward.group();
     let units = rewards.chunks(group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
-    Ok(TaskEvaluation { task: task.config.name.clone(), rewards, units, shown })
+    Ok(Some(TaskEvaluation { task: task.config.name.clone(), rewards, units, shown }))
 }
 
 /// An image f32 `[3, H, W]` in \[0, 1\] as a picture for people.

@@ -12,8 +12,8 @@ use std::{
 };
 
 use common::{
-    empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within,
-    runs::{assert_same_run, checkpoint, command, computed_lines, descendants, train, LIMIT},
+    descendants, empty_folder, files_below, mpirun, one_at_a_time, rldiff, run_within,
+    runs::{assert_same_run, checkpoint, command, computed_lines, train, LIMIT},
     set, SMALL,
 };
 use rldiff::{

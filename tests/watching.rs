@@ -10,7 +10,7 @@ use std::{
 
 use common::{
     empty_folder, one_at_a_time, run_within,
-    runs::{command, descendants, LIMIT, TINY},
+    runs::{command, LIMIT, TINY},
     Finished,
 };
 use rldiff::telemetry::{read_metrics, RunFiles};

@@ -26,6 +26,7 @@ use crate::{
     comm::{self, abort_world_on_panic, Communicator},
     memory,
     run::CannotWrite,
+    signals,
     telemetry::init_logger,
 };
 
@@ -97,7 +98,8 @@ const CANNOT_WRITE: i32 = 74;
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     abort_world_on_panic();
-    let comm = match comm::start() {
+    // before everything else: a signal that comes while a training run starts must not kill it
+    let comm = match signals::install().and_then(|()| comm::start()) {
         Ok(comm) => comm,
         Err(e) => {
             eprintln!("error: {e:#}");
@@ -152,18 +154,22 @@ fn print_usage(error: &clap::Error) {
 }
 
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
-    match cli.command {
-        None => return train::run(cli.train, comm),
-        Some(Command::Train(args)) => return train::run(args, comm),
-        Some(Command::Check(args)) => check::run(args, comm),
-        Some(Command::Inspect(args)) => inspect::run(args, comm),
-        Some(Command::Sample(args)) => sample::run(args, comm),
-        Some(Command::Eval(args)) => eval::run(args, comm),
-        Some(Command::Export(args)) => export::run(args, comm),
-        Some(Command::Pretrain(args)) => pretrain::run(args, comm),
-        Some(Command::Doctor(args)) => doctor::run(args, comm),
-        Some(Command::Tokenize(args)) => tokenize::run(args, comm),
-        Some(Command::Bench(args)) => bench::run(args, comm),
+    let command = cli.command.unwrap_or(Command::Train(cli.train));
+    if !matches!(command, Command::Train(_)) {
+        // the others have nothing to save: a signal ends them
+        signals::release()?;
+    }
+    match command {
+        Command::Train(args) => return train::run(args, comm),
+        Command::Check(args) => check::run(args, comm),
+        Command::Inspect(args) => inspect::run(args, comm),
+        Command::Sample(args) => sample::run(args, comm),
+        Command::Eval(args) => eval::run(args, comm),
+        Command::Export(args) => export::run(args, comm),
+        Command::Pretrain(args) => pretrain::run(args, comm),
+        Command::Doctor(args) => doctor::run(args, comm),
+        Command::Tokenize(args) => tokenize::run(args, comm),
+        Command::Bench(args) => bench::run(args, comm),
     }?;
     Ok(ExitCode::SUCCESS)
 }

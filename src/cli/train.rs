@@ -46,6 +46,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let nccl = nccl::for_gradients(comm, device).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(config.run.threads as i32);
+    // again: MPI may have taken some for itself
+    signals::install()?;
     let run = Run::prepare(&config, comm, device, files.clone(), &resume).or_mistake()?;
     if comm.rank() == 0 {
         let what = match &args.config.config {
@@ -57,7 +59,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         let with = if device == Device::Cpu { "" } else { " with a GPU each" };
         log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }
-    signals::install()?;
     let ending = run.go()?;
     if let Some(nccl) = nccl {
         nccl.close();

@@ -7,12 +7,14 @@ mod launcher;
 mod local;
 mod mpi;
 pub mod nccl;
+mod timed;
 mod tree;
 mod watched;
 
 pub use self::local::Local;
 pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
+pub use self::timed::{Operation, Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 

@@ -190,6 +190,12 @@ impl<'a> Run<'a> {
             }
             return Ok(Ending::Complete);
         }
+        if signals::asked_to_stop(comm)? {
+            if first {
+                log::info!("asked to stop before the first iteration: nothing to save");
+            }
+            return Ok(Ending::Interrupted);
+        }
         let config_toml = toml::to_string_pretty(config)?;
         let begun = if first { self.begin(&config_toml).map(Some) } else { Ok(None) };
         let (mut recorder, begun) = match begun {
@@ -259,8 +265,14 @@ impl<'a> Run<'a> {
             }
         }
         let events = recorder.map(Recorder::finish);
-        results::finish(config, comm, &self.files, self.trainer, events, self.started)?;
-        Ok(Ending::Complete)
+        // the evaluation can be done again where the trained state is on disk
+        let is_saved = config.run.checkpoint_every > 0 || self.done == config.run.iterations;
+        let stop = || Ok(is_saved && signals::asked_to_stop(comm)?);
+        let ending = results::finish(config, comm, &self.files, self.trainer, events, self.started, &stop)?;
+        if first && ending == Ending::Interrupted {
+            log::info!("asked to stop: the training is done and saved; --resume auto evaluates it");
+        }
+        Ok(ending)
     }
 
     /// Whether all iterations are done and the results are theirs, not those of the run before it was extended. Rank 0

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::{load_model, CannotWrite};
+use super::{load_model, CannotWrite, Ending};
 use crate::{
     comm::{agree, Communicator},
     config::Config,
-    evaluate::{evaluate, TaskEvaluation},
+    evaluate::{evaluate, Stop, TaskEvaluation},
     telemetry::{
         before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
         RewardPanel, RunFiles, Summary, TaskSummary,
@@ -18,7 +18,7 @@ use crate::{
     watch,
 };
 
-/// Evaluates base and tuned model with the same noise, and writes the results.
+/// Evaluates base and tuned model with the same noise, and writes the results; unless `stop` says so in between.
 pub fn finish(
     config: &Config,
     comm: &dyn Communicator,
@@ -26,7 +26,8 @@ pub fn finish(
     mut trainer: Trainer,
     events: Option<EventWriter>,
     started: Instant,
-) -> Result<()> {
+    stop: &Stop,
+) -> Result<Ending> {
     let first = comm.rank() == 0;
     if first {
         log::info!("evaluating the tuned and the base model on held-out prompts");
@@ -37,9 +38,13 @@ pub fn finish(
         trainer.learner.params.publish();
     }
     let _stage = watch::stage("evaluation", "");
-    let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
+    let Some(tuned) = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
+        return Ok(Ending::Interrupted);
+    };
     let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
-    let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
+    let Some(base) = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
+        return Ok(Ending::Interrupted);
+    };
     let save = || -> Result<()> {
         let pipeline = &trainer.pipeline;
         pipeline.save(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
@@ -49,7 +54,8 @@ pub fn finish(
         write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
     let written = if first { save() } else { Ok(()) };
-    agree(comm, written).context(CannotWrite)
+    agree(comm, written).context(CannotWrite)?;
+    Ok(Ending::Complete)
 }
 
 fn write_results(

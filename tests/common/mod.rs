@@ -20,23 +20,36 @@ pub fn mpirun_path() -> PathBuf {
     beside.filter(|path| path.is_file()).unwrap_or_else(|| "mpirun".into())
 }
 
-/// `mpirun -n ranks` with what the launcher needs on a small machine and as root; add the program and its arguments.
-/// Each rank computes with one thread.
-pub fn mpirun(ranks: usize) -> Command {
+/// Does that launcher belong to Open MPI? (MPICH and its kin need no flags.)
+pub fn is_open_mpi() -> bool {
     static OPEN_MPI: OnceLock<bool> = OnceLock::new();
-    let open_mpi = *OPEN_MPI.get_or_init(|| {
+    *OPEN_MPI.get_or_init(|| {
         let path = mpirun_path();
         let version = Command::new(&path).arg("--version").output();
         let version = version.unwrap_or_else(|e| panic!("cannot start {} (set RLDIFF_MPIRUN): {e}", path.display()));
         let text = String::from_utf8_lossy(&version.stdout).to_lowercase();
         text.contains("open mpi") || text.contains("open-mpi") || text.contains("openrte")
-    });
+    })
+}
+
+/// What Open MPI's launcher needs on a small machine and as root.
+pub const OPEN_MPI_FLAGS: [&str; 2] = ["--oversubscribe", "--allow-run-as-root"];
+
+/// `mpirun -n ranks` with what the launcher needs; add the program and its arguments. Each rank computes with one
+/// thread.
+pub fn mpirun(ranks: usize) -> Command {
     let mut command = Command::new(mpirun_path());
-    if open_mpi {
-        command.args(["--oversubscribe", "--allow-run-as-root"]);
+    if is_open_mpi() {
+        command.args(OPEN_MPI_FLAGS);
     }
     command.args(["-n", &ranks.to_string()]).env("OMP_NUM_THREADS", "1");
     command
+}
+
+/// Prints a line that the test harness does not hold back: a figure, or that something was skipped.
+pub fn say(line: &str) {
+    // one write, so that it stays whole
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
 }
 
 /// Held while ranks run, so that the tests of one target do not crowd each other out of their time limits.
@@ -166,4 +179,38 @@ pub fn files_below(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     }
     found.sort();
     found
+}
+
+/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
+pub fn descendants(root: i32) -> Vec<i32> {
+    let parent_of = |pid: i32| -> Option<i32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // "pid (name) state parent …"; the name may hold anything
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    };
+    let all: Vec<(i32, i32)> = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Some((pid, parent_of(pid)?)))
+        .collect();
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let here = found[next];
+        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    found
+}
+
+/// The processes among `descendants(root)` that are this program and handle the signals that ask a run to stop.
+pub fn listening_ranks(root: i32) -> Vec<i32> {
+    let listens = |pid: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("").trim();
+        let caught = u64::from_str_radix(field("SigCgt:"), 16).unwrap_or(0);
+        let wanted = [libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2].iter().fold(0, |mask, s| mask | 1 << (s - 1));
+        field("Name:") == "rldiff" && caught & wanted == wanted
+    };
+    descendants(root).into_iter().filter(listens).collect()
 }

@@ -66,28 +66,6 @@ pub fn assert_same_run(a: &RunFiles, b: &RunFiles, iteration: u64) {
     assert_eq!((summary(a).iterations, summary(b).iterations), (iteration, iteration), "{names}");
 }
 
-/// All processes that descend from `root`, itself included (the launcher puts ranks in process groups of their own).
-pub fn descendants(root: i32) -> Vec<i32> {
-    let parent_of = |pid: i32| -> Option<i32> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // "pid (name) state parent …"; the name may hold anything
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-    };
-    let all: Vec<(i32, i32)> = fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| Some((pid, parent_of(pid)?)))
-        .collect();
-    let mut found = vec![root];
-    let mut next = 0;
-    while next < found.len() {
-        let here = found[next];
-        found.extend(all.iter().filter(|(_, parent)| *parent == here).map(|(pid, _)| *pid));
-        next += 1;
-    }
-    found
-}
-
 /// Copies a run's folder, without its results.
 pub fn copy_run(from: &RunFiles, to: &RunFiles) {
     for (path, bytes) in files_below(from.root()) {

@@ -2,8 +2,9 @@
 
 mod iteration;
 mod model;
+mod scaling;
 
-use super::Failure;
+use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::comm::Communicator;
 
 #[derive(clap::Args)]
@@ -18,12 +19,15 @@ enum What {
     Iteration(iteration::Args),
     /// A full-size model of random weights: build, save, load, one guided step, one training step.
     Model(model::Args),
+    /// Weak and strong scaling over ranks: measured on the ranks there are, predicted for more.
+    Scaling(scaling::Args),
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     match args.what {
         What::Iteration(args) => iteration::run(args, comm),
         What::Model(args) => model::run(args, comm),
+        What::Scaling(args) => scaling::run(args, comm),
     }
 }
 

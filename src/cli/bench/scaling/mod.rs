@@ -1,0 +1,67 @@
+//! `rldiff bench scaling`: weak and strong scaling over ranks, measured, and predicted where it cannot be measured.
+//!
+//! Started on n ranks it writes what it measures to `DIR/ranks-n.json`; `--report DIR` compares what lies there with
+//! the [`model`] and predicts the efficiency on more ranks.
+
+mod measurement;
+mod model;
+mod report;
+
+use std::path::PathBuf;
+
+use super::{ConfigArgs, Failure, OrMistake};
+use crate::{
+    comm::{agree, Communicator},
+    telemetry::write_atomic,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Folder for the measurement of this number of ranks.
+    #[arg(long, value_name = "DIR", required_unless_present = "report")]
+    out: Option<PathBuf>,
+    /// Lanes of every rank where the batch grows with the ranks (weak scaling).
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    lanes_per_rank: u16,
+    /// Iterations that are not counted.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    warm_up: u64,
+    /// Iterations that are.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    measured: u64,
+    /// Measure nothing: print table and prediction from the measurements in this folder, and draw them there.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "set"])]
+    report: Option<PathBuf>,
+    #[command(flatten)]
+    machine: report::Machine,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    if let Some(folder) = &args.report {
+        let text = if comm.rank() == 0 { report::write(folder, &args.machine).map(Some) } else { Ok(None) };
+        if let Some(text) = text.or_mistake()? {
+            print!("{text}");
+        }
+        return Ok(());
+    }
+    let folder = args.out.expect("clap demands it");
+    let config = args.config.load(comm).or_mistake()?;
+    tch::set_num_threads(config.run.threads as i32);
+    let plan = measurement::Plan {
+        lanes_per_rank: usize::from(args.lanes_per_rank),
+        warm_up: args.warm_up,
+        measured: args.measured,
+    };
+    let measured = measurement::measure(&config, plan, comm)?;
+    let write = || {
+        std::fs::create_dir_all(&folder)?;
+        let path = folder.join(format!("ranks-{:04}.json", comm.size()));
+        write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
+        println!("{}", report::one_line(&measured));
+        Ok(())
+    };
+    agree(comm, if comm.rank() == 0 { write() } else { Ok(()) })?;
+    Ok(())
+}
