@@ -19,6 +19,7 @@
 //!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
 //! ```
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
+//! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -56,13 +57,17 @@ pub mod config;
 pub mod device;
 pub mod diffusion;
 pub mod evaluate;
+pub mod image_file;
 pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
 pub mod memory;
 pub mod miniature;
 pub mod models;
+#[cfg(test)]
+mod mutations;
 pub mod pairs;
+pub mod parquet_file;
 pub mod policy;
 pub mod prompts;
 pub mod random;
@@ -72,4 +77,6 @@ pub mod signals;
 pub mod store;
 pub mod task;
 pub mod telemetry;
+pub mod text_file;
 pub mod train;
+pub mod word_list;

@@ -13,6 +13,7 @@ mod export;
 mod inspect;
 mod pretrain;
 mod sample;
+mod score;
 mod tokenize;
 mod train;
 
@@ -52,6 +53,8 @@ enum Command {
     Sample(sample::Args),
     /// Score models on the held-out prompts of a config's tasks.
     Eval(eval::Args),
+    /// Judge image files by a reward.
+    Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
     Export(export::Args),
     /// Train the miniature from scratch (it made the embedded weights).
@@ -152,6 +155,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Some(Command::Inspect(args)) => inspect::run(args, comm),
         Some(Command::Sample(args)) => sample::run(args, comm),
         Some(Command::Eval(args)) => eval::run(args, comm),
+        Some(Command::Score(args)) => score::run(args, comm),
         Some(Command::Export(args)) => export::run(args, comm),
         Some(Command::Pretrain(args)) => pretrain::run(args, comm),
         Some(Command::Doctor(args)) => doctor::run(args, comm),
