@@ -103,7 +103,7 @@ fn evaluate_task(
         let advice = format!("lower task.{name}.evaluation_images_per_prompt if it is above {CHUNK}");
         let _stage = memory::stage(format!("evaluation of task {name}"), count, advice);
         let trajectory = roller.roll_out(&roller.conditioning(prompts)?, noise, first, count)?;
-        let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts)?;
+        let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts, first)?;
         let shown = settings.pictures.saturating_sub(first).min(count);
         mine.push(ChunkResult {
             first,
@@ -134,7 +134,7 @@ fn evaluate_task(
             });
         }
     }
-    let group = task.evaluation_reward.group();
+    let group = task.reward.group();
     let units = rewards.chunks(group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
     Ok(Some(TaskEvaluation { task: task.config.name.clone(), rewards, units, shown }))
 }

@@ -20,6 +20,7 @@
 //! ```
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
+//! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -58,13 +59,17 @@ pub mod device;
 pub mod diffusion;
 pub mod evaluate;
 pub mod faults;
+pub mod image_file;
 pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
 pub mod memory;
 pub mod miniature;
 pub mod models;
+#[cfg(test)]
+mod mutations;
 pub mod pairs;
+pub mod parquet_file;
 pub mod policy;
 pub mod prompts;
 pub mod random;
@@ -76,5 +81,7 @@ pub mod store;
 pub mod stragglers;
 pub mod task;
 pub mod telemetry;
+pub mod text_file;
 pub mod train;
 pub mod watch;
+pub mod word_list;

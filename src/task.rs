@@ -14,7 +14,7 @@ use crate::{
     models::pipeline::Pipeline,
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
-    rewards::{self, Reward, Scores},
+    rewards::{self, registry::Place, Reward, Scores},
     watch,
 };
 
@@ -25,24 +25,19 @@ pub struct Task {
     pub index: u8,
     pub prompts: Box<dyn PromptSource>,
     pub reward: Box<dyn Reward>,
-    /// The same for the groups of evaluations.
-    pub evaluation_reward: Box<dyn Reward>,
 }
 
 impl Task {
     pub fn new(config: &TaskConfig, index: usize, seed: u64) -> Result<Self> {
         let index = u8::try_from(index).context("at most 255 tasks")?;
-        let build = |group: usize| {
-            rewards::registry::build(config, seed, index, group)
-                .with_context(|| format!("task {}: reward", config.name))
-        };
+        let place = Place { task: &config.name, index, seed, group: config.images_per_prompt };
         Ok(Task {
             config: config.clone(),
             index,
             prompts: prompts::registry::build(&config.prompts)
                 .with_context(|| format!("task {}: prompts", config.name))?,
-            reward: build(config.images_per_prompt)?,
-            evaluation_reward: build(config.evaluation_images_per_prompt)?,
+            reward: rewards::registry::build(&config.reward, place)
+                .with_context(|| format!("task {}: reward", config.name))?,
         })
     }
 
@@ -57,31 +52,50 @@ impl Task {
             .collect()
     }
 
-    /// Judges x_0 of a batch made of whole groups.
-    pub fn score(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
-        judge(self.reward.as_mut(), &self.config.name, pipeline, x_0, prompts)
+    /// Judges x_0 of a batch made of whole groups: the samples of `iteration` from number `first` on.
+    pub fn score(
+        &mut self,
+        pipeline: &Pipeline,
+        x_0: &Tensor,
+        prompts: &[Prompt],
+        iteration: u64,
+        first: usize,
+    ) -> Result<Scored> {
+        self.reward.set_group(self.config.images_per_prompt);
+        self.judge(pipeline, x_0, prompts, &format!("{iteration:06}"), first)
     }
 
     /// As [`Task::score`], with the groups of evaluations.
-    pub fn evaluate(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
-        judge(self.evaluation_reward.as_mut(), &self.config.name, pipeline, x_0, prompts)
+    pub fn evaluate(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt], first: usize) -> Result<Scored> {
+        self.reward.set_group(self.config.evaluation_images_per_prompt);
+        self.judge(pipeline, x_0, prompts, "evaluation", first)
     }
-}
 
-fn judge(reward: &mut dyn Reward, task: &str, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt]) -> Result<Scored> {
-    let _stage = watch::stage(watch::REWARD, task);
-    let _no_grad = tch::no_grad_guard();
-    // rewards judge on the host
-    let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
-    let mut scores = reward.score(&images, prompts).with_context(|| format!("reward of task {task}"))?;
-    ensure!(
-        scores.rewards.len() == prompts.len(),
-        "reward of task {task} gave {} values for {} pictures",
-        scores.rewards.len(),
-        prompts.len()
-    );
-    faults::spoil("rewards", &mut scores.rewards);
-    Ok(Scored { images, scores })
+    fn judge(
+        &mut self,
+        pipeline: &Pipeline,
+        x_0: &Tensor,
+        prompts: &[Prompt],
+        when: &str,
+        first: usize,
+    ) -> Result<Scored> {
+        let task = &self.config.name;
+        let _stage = watch::stage(watch::REWARD, task);
+        let _no_grad = tch::no_grad_guard();
+        // rewards judge on the host
+        let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
+        let ids: Vec<String> = (first..first + prompts.len()).map(|i| format!("{task}-{when}-{i:06}")).collect();
+        let mut scores =
+            self.reward.score_with_ids(&images, prompts, &ids).with_context(|| format!("reward of task {task}"))?;
+        ensure!(
+            scores.rewards.len() == prompts.len(),
+            "reward of task {task} gave {} values for {} pictures",
+            scores.rewards.len(),
+            prompts.len()
+        );
+        faults::spoil("rewards", &mut scores.rewards);
+        Ok(Scored { images, scores })
+    }
 }
 
 /// Decoded pictures, f32 `[B, 3, H, W]` in \[0, 1\], with their scores.

@@ -6,7 +6,7 @@ use anyhow::{anyhow, ensure, Context, Error, Result};
 use tch::{Device, Tensor};
 
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, all_made, Communicator},
     config::{Config, Normalisation, PretrainMode},
     diffusion::{
         recorded::RecordedUNet,
@@ -18,7 +18,7 @@ use crate::{
     learner::Learner,
     memory,
     models::pipeline::Pipeline,
-    pairs::PairSource,
+    pairs::{self, PairSource},
     policy::{
         advantage::{self, Advantages},
         gradient_sum::GradientSum,
@@ -28,6 +28,7 @@ use crate::{
     },
     prompts::Prompt,
     random::{Coordinates, Purpose},
+    rewards::{self, Part},
     stragglers::StageSeconds,
     task::{NoiseOf, Roller, Task},
     telemetry::Metrics,
@@ -74,18 +75,15 @@ impl<'a> Trainer<'a> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-        let tasks = config
-            .tasks
-            .iter()
-            .enumerate()
-            .map(|(i, task)| Task::new(task, i, config.run.seed))
-            .collect::<Result<Vec<_>>>()?;
+        let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed));
+        // files and programs that only some ranks lack must end all of them
+        let tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>())?;
         let learner = Learner::new(&pipeline, config)?;
         let trainer = Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
             recorded: (config.rollout.cuda_graph && pipeline.device != Device::Cpu).then(RecordedUNet::default),
-            pairs: PairSource::new(&config.pretrain, config.run.seed),
+            pairs: PairSource::new(config, comm, &pipeline, lanes.mine())?,
             config,
             comm,
             pipeline,
@@ -140,7 +138,7 @@ impl<'a> Trainer<'a> {
         };
         let name = self.tasks[task].config.name.clone();
         let advice = format!("raise run.lanes, or lower task.{name}.samples");
-        let (mut rolled, mut prompts, mut rewards) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut rolled, mut prompts, mut rewards, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for lane in self.lanes.mine() {
             let first = lane * per_lane;
             let lane_prompts = self.tasks[task].draw_prompts(seed, iteration as u32, first, per_lane);
@@ -154,16 +152,17 @@ impl<'a> Trainer<'a> {
             drop(stage);
             let started = Instant::now();
             let _stage = memory::stage(format!("reward of task {name}"), per_lane, &advice);
-            let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts)?;
+            let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts, iteration, first)?;
             log.spent("reward", started);
             log.diagnostics(&self.tasks[task].config.name, lane, &scored.scores);
             rewards.extend(scored.scores.rewards);
+            rewards::append_parts(&mut parts, scored.scores.parts);
             rolled.push((conditioning, trajectory));
             prompts.extend(lane_prompts);
         }
         let _stage = watch::stage("advantage", &self.tasks[task].config.name);
         let started = Instant::now();
-        let advantages = self.advantages(task, &prompts, &rewards)?;
+        let advantages = self.advantages(task, &prompts, &rewards, &parts)?;
         log.spent("advantage", started);
         log.rewards(&self.tasks[task].config.name, &advantages, total);
 
@@ -178,11 +177,17 @@ impl<'a> Trainer<'a> {
     }
 
     /// Advantages of the global batch: rewards of all ranks, in the order of the global sample index.
-    fn advantages(&mut self, task: usize, prompts: &[Prompt], rewards: &[f32]) -> Result<Advantages> {
+    fn advantages(&mut self, task: usize, prompts: &[Prompt], rewards: &[f32], parts: &[Part]) -> Result<Advantages> {
         let settings = self.config.advantage.settings();
-        let gathered = self.comm.all_gather_bytes(bytemuck::cast_slice(rewards))?;
-        let all: Vec<f32> = gathered.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(bytes)).collect();
         let name = &self.tasks[task].config.name;
+        let plain = self.gather(rewards)?;
+        let all = if parts.is_empty() {
+            plain.clone()
+        } else {
+            let gathered =
+                parts.iter().map(|p| Ok((p.weight, self.gather(&p.rewards)?))).collect::<Result<Vec<_>>>()?;
+            advantage::weighted_sum(&gathered, &settings).with_context(|| format!("task {name}"))?
+        };
         match self.config.advantage.normalisation {
             Normalisation::Batch => advantage::normalise(&all, &settings),
             Normalisation::PerPrompt => {
@@ -196,7 +201,14 @@ impl<'a> Trainer<'a> {
                 self.learner.statistics[task].normalise(&everyone, &all, &settings, &per_prompt)
             }
         }
+        .map(|advantages| advantages.described_by(&plain))
         .with_context(|| format!("task {name}"))
+    }
+
+    /// The values of all ranks, in the order of the global sample index.
+    fn gather(&self, values: &[f32]) -> Result<Vec<f32>> {
+        let gathered = self.comm.all_gather_bytes(bytemuck::cast_slice(values))?;
+        Ok(gathered.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(bytes)).collect())
     }
 
     fn choose_steps(&self, task: usize, iteration: u64) -> Result<Vec<usize>> {
@@ -246,7 +258,7 @@ impl<'a> Trainer<'a> {
             }
             value = spoil_value(value);
             if config.pretrain.mode == PretrainMode::Combined {
-                let slot = (self.tasks[task].index as usize * config.update.timesteps + pass) as u16;
+                let slot = pairs::combined_slot(config, task, pass);
                 let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot, lane)?;
                 log.pretraining(lane, loss.double_value(&[]));
                 value += loss * (config.pretrain.weight / self.lanes.count as f64);

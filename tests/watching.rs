@@ -9,7 +9,7 @@ use std::{
 };
 
 use common::{
-    empty_folder, one_at_a_time, run_within,
+    descendants, empty_folder, one_at_a_time, run_within,
     runs::{command, LIMIT, TINY},
     Finished,
 };

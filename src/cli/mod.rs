@@ -14,6 +14,7 @@ mod export;
 mod inspect;
 mod pretrain;
 mod sample;
+mod score;
 mod tokenize;
 mod train;
 
@@ -55,6 +56,8 @@ enum Command {
     Sample(sample::Args),
     /// Score models on the held-out prompts of a config's tasks.
     Eval(eval::Args),
+    /// Judge image files by a reward.
+    Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
     Export(export::Args),
     /// Train the miniature from scratch (it made the embedded weights).
@@ -165,6 +168,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
         Command::Eval(args) => eval::run(args, comm),
+        Command::Score(args) => score::run(args, comm),
         Command::Export(args) => export::run(args, comm),
         Command::Pretrain(args) => pretrain::run(args, comm),
         Command::Doctor(args) => doctor::run(args, comm),

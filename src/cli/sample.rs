@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{device_args::DeviceArgs, Failure, OrMistake};
@@ -17,6 +17,7 @@ use crate::{
     run::load_with_adapters,
     task::{NoiseOf, Roller},
     telemetry::{can_be_folder, image_grid, save_png, GridRow, Picture},
+    text_file,
 };
 
 #[derive(clap::Args)]
@@ -138,12 +139,7 @@ fn warn_of_cut_prompts<'a>(pipeline: &Pipeline, prompts: impl Iterator<Item = &'
 fn prompts(args: &Args) -> Result<Vec<Prompt>> {
     let mut texts = args.prompts.clone();
     if let Some(path) = &args.file {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        for (number, line) in bytes.split(|&b| b == b'\n').enumerate() {
-            let line = std::str::from_utf8(line)
-                .map_err(|_| anyhow!("{}: line {} is not UTF-8", path.display(), number + 1))?;
-            texts.extend(Some(line.trim()).filter(|line| !line.is_empty()).map(String::from));
-        }
+        texts.extend(text_file::lines(path)?.into_iter().map(|(_, line)| line));
     }
     ensure!(!texts.is_empty(), "there is nothing to draw: give --prompt or --prompts");
     ensure!(args.images > 0 && args.steps > 0 && args.batch > 0, "--images, --steps and --batch must be at least 1");

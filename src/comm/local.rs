@@ -67,5 +67,9 @@ mod tests {
         assert!(crate::comm::agree(&Local, Ok(())).is_ok());
         let error = crate::comm::agree(&Local, Err(anyhow::anyhow!("inner").context("outer"))).unwrap_err();
         assert_eq!(error.to_string(), "rank 0: outer: inner");
+        // what all ranks (one, here) failed at alike names none of them
+        let failed = crate::comm::all_made::<u8>(&Local, Err(anyhow::anyhow!("inner").context("outer")));
+        assert_eq!(failed.unwrap_err().to_string(), "outer: inner");
+        assert_eq!(crate::comm::all_made(&Local, Ok(3)).unwrap(), 3);
     }
 }

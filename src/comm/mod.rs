@@ -18,7 +18,7 @@ pub use self::timed::{Operation, Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 
-use anyhow::{bail, ensure, Result};
+use anyhow::{anyhow, bail, ensure, Result};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
@@ -125,6 +125,18 @@ pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
         bail!("{}", failures.join("; "));
     }
     Ok(())
+}
+
+/// What every rank made by itself from the same settings, or the same error on all of them: once where all failed alike,
+/// by rank where they did not. A collective call, to be reached even after a failure.
+pub fn all_made<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
+    let text = mine.as_ref().err().map(|e| format!("{e:#}")).unwrap_or_default();
+    let texts = comm.all_gather_bytes(text.as_bytes())?;
+    if !text.is_empty() && texts.iter().all(|other| other == text.as_bytes()) {
+        bail!("{text}");
+    }
+    agree(comm, mine.as_ref().map(drop).map_err(|_| anyhow!("{text}")))?;
+    mine
 }
 
 /// Makes a panic on any thread of any rank end all ranks within seconds: it prints `rank R: message (file:line)` on

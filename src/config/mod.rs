@@ -5,6 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 pub mod load;
+pub mod prompts;
+pub mod rewards;
 pub mod validate;
 
 use crate::{
@@ -15,6 +17,8 @@ use crate::{
     },
 };
 
+pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
+pub use rewards::{ClassifierConfig, CommandReward, RewardConfig, RewardPart, SkinToneSettings};
 pub use validate::Derived;
 
 /// Everything a run is made of.
@@ -218,10 +222,30 @@ pub struct PretrainConfig {
 }
 
 /// Sources of (picture, caption) pairs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "source", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PairData {
-    Miniature,
+    /// The pictures that the miniature was pretrained on.
+    Miniature {},
+    /// Shards as img2dataset writes them.
+    Webdataset(WebdatasetPairs),
+}
+
+/// A folder of `.tar` files with images and captions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebdatasetPairs {
+    pub folder: String,
+    /// Column of the `.parquet` file beside each shard; pairs below `score_min` and failed ones are left out. "" uses
+    /// all pairs and needs no parquet files.
+    pub score_column: String,
+    pub score_min: f64,
+    /// File of words and phrases, one per line; a pair whose caption has one of them is dropped. "" for none.
+    pub drop_words: String,
+    /// Threads that read and decode, per rank.
+    pub threads: usize,
+    /// Batches of a lane that are made ahead of time.
+    pub prefetch: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -285,39 +309,6 @@ pub struct TaskConfig {
     pub evaluation_images_per_prompt: usize,
     pub prompts: PromptConfig,
     pub reward: RewardConfig,
-}
-
-/// Prompt sources.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "source", rename_all = "snake_case", deny_unknown_fields)]
-pub enum PromptConfig {
-    /// Two objects of the miniature and a relation.
-    MiniatureCompositions {},
-    /// Portraits of the miniature's occupations.
-    MiniatureOccupations {},
-    /// An object of the miniature in a place.
-    MiniaturePlaces {},
-}
-
-/// Rewards.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
-pub enum RewardConfig {
-    /// Eq. 13 with the miniature's shape-and-colour detector.
-    MiniatureComposition {},
-    /// Eq. 12 over the pictures of a prompt.
-    Parity { classifier: ClassifierConfig },
-    /// Colourfulness and contrast, the miniature's stand-in for human preference.
-    Colorfulness {},
-    /// The control: N(0, 1), whatever the picture.
-    Random {},
-}
-
-/// Attribute classifiers for `parity`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ClassifierConfig {
-    MiniatureSkinTone,
 }
 
 impl Config {

@@ -1,8 +1,8 @@
 //! The batch arithmetic of a config, checked in one place.
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 
-use super::{Config, PretrainMode, RewardConfig, TaskConfig};
+use super::{ClassifierConfig, Config, PairData, PretrainMode, RewardConfig, TaskConfig};
 
 /// Sizes that follow from a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +59,10 @@ impl Config {
         ensure!(p.batch_per_lane > 0, "pretrain.batch_per_lane must be at least 1");
         ensure!((0.0..=1.0).contains(&p.caption_dropout), "pretrain.caption_dropout must be in 0..=1");
         ensure!(p.weight >= 0.0, "pretrain.weight must not be negative");
+        if let PairData::Webdataset(w) = &p.data {
+            ensure!((1..=256).contains(&w.threads), "pretrain.data.threads = {} must be in 1..=256", w.threads);
+            ensure!(w.prefetch <= 1024, "pretrain.data.prefetch = {} must be at most 1024", w.prefetch);
+        }
         ensure!((0.0..1.0).contains(&self.ema.decay), "ema.decay must be in 0..1");
 
         ensure!(!self.tasks.is_empty(), "there is no [[task]]");
@@ -113,7 +117,8 @@ impl Config {
             "task.{name}.evaluation_samples = {} must be a multiple of evaluation_images_per_prompt = {per_prompt}",
             task.evaluation_samples
         );
-        if let RewardConfig::Parity { .. } = task.reward {
+        validate_reward(&task.reward, true).with_context(|| format!("task.{name}.reward"))?;
+        if judges_groups(&task.reward) {
             ensure!(
                 task.images_per_prompt > 1 && per_prompt > 1,
                 "task.{name}.images_per_prompt = {}: parity judges the pictures of a prompt together, it needs several",
@@ -122,6 +127,45 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn judges_groups(reward: &RewardConfig) -> bool {
+    match reward {
+        RewardConfig::Parity { .. } => true,
+        RewardConfig::Sum { parts, .. } => parts.iter().any(|part| judges_groups(&part.reward)),
+        _ => false,
+    }
+}
+
+/// Checks what can be known of a reward without building it; `outermost`: it is no part of a sum.
+pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
+    match reward {
+        RewardConfig::Sum { parts, .. } => {
+            ensure!(outermost, "a sum cannot be a part of a sum");
+            ensure!(!parts.is_empty(), "parts must name rewards");
+            for part in parts {
+                ensure!(part.weight.is_finite(), "parts: weight = {} must be finite", part.weight);
+                validate_reward(&part.reward, false)?;
+            }
+        }
+        RewardConfig::Command(c) => {
+            ensure!(!c.command.is_empty(), "command must name a program");
+            let day = 0.001..=86_400.0;
+            ensure!(day.contains(&c.timeout_seconds), "timeout_seconds must be in 0.001..=86400");
+            ensure!(day.contains(&c.start_timeout_seconds), "start_timeout_seconds must be in 0.001..=86400");
+        }
+        RewardConfig::Parity { classifier: ClassifierConfig::SkinTone(s) } => {
+            ensure!((20..=4096).contains(&s.min_face_pixels), "classifier.min_face_pixels must be in 20..=4096");
+            ensure!(s.face_score > 0.0 && s.face_score.is_finite(), "classifier.face_score must be positive");
+            let [a, b, c] = s.cuts;
+            ensure!(-180.0 <= a && a < b && b < c && c <= 180.0, "classifier.cuts must be degrees that ascend");
+        }
+        RewardConfig::Parity { classifier: ClassifierConfig::Torchscript { classes, .. } } => {
+            ensure!(classes.len() >= 2, "classifier.classes must name two or more");
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -133,6 +177,39 @@ mod tests {
         let config = parse(EMBEDDED_JOINT, "joint", &[]).unwrap();
         let derived = config.validate().unwrap();
         assert_eq!(derived.optimizer_steps_per_iteration, 3 * config.update.timesteps + config.pretrain.steps);
+    }
+
+    #[test]
+    fn impossible_sources_and_rewards_are_refused() {
+        let shards = "pretrain.data={ source = 'webdataset', folder = 'x', score_column = '', score_min = 0.0, \
+                      drop_words = '', threads = 0, prefetch = 1 }";
+        let tone = "task.parity.reward={ name = 'parity', classifier = { name = 'skin_tone', face_model = 'x', \
+                    min_face_pixels = 40, face_score = 2.0, cuts = [10.0, 10.0, 41.0] } }";
+        let part = "{ weight = 1.0, reward = { name = 'parity', classifier = { name = 'miniature_skin_tone' } } }";
+        let sum =
+            |parts: &str| format!("task.preference.reward={{ name = 'sum', normalise = true, parts = [{parts}] }}");
+        let program = |timeout: &str| {
+            format!(
+                "task.preference.reward={{ name = 'command', command = ['x'], timeout_seconds = {timeout}, \
+                 start_timeout_seconds = 1.0, restarts = 0 }}"
+            )
+        };
+        let inner = "{ weight = 1.0, reward = { name = 'sum', normalise = false, parts = [] } }";
+        for (set, wanted) in [
+            (shards.to_string(), "pretrain.data.threads = 0"),
+            (tone.to_string(), "classifier.cuts"),
+            (sum(""), "parts must name rewards"),
+            (sum(inner), "a sum cannot be a part of a sum"),
+            (sum(&part.replace("1.0", "nan")), "weight = NaN must be finite"),
+            (sum(part), "parity judges the pictures of a prompt together"),
+            (program("0.0"), "timeout_seconds must be in"),
+            (program("nan"), "timeout_seconds must be in"),
+        ] {
+            let config =
+                parse(EMBEDDED_JOINT, "joint", std::slice::from_ref(&set)).unwrap_or_else(|e| panic!("{set}: {e:#}"));
+            let e = format!("{:#}", config.validate().unwrap_err());
+            assert!(e.contains(wanted), "{set}: {e}");
+        }
     }
 
     #[test]

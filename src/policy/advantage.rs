@@ -50,6 +50,13 @@ impl Advantages {
     pub fn usable_count(&self) -> usize {
         self.values.len() - self.bad_count
     }
+
+    /// The same advantages with mean and deviation of `rewards`: what the log shows where something else, a sum of
+    /// normalised parts, was normalised.
+    pub fn described_by(self, rewards: &[f32]) -> Self {
+        let moments = Moments::of(rewards.iter().copied().filter(|reward| reward.is_finite()));
+        Advantages { mean: moments.mean, std: moments.variance.sqrt(), ..self }
+    }
 }
 
 /// Mean and population variance.
@@ -83,6 +90,22 @@ impl Moments {
 pub fn normalise(rewards: &[f32], settings: &AdvantageSettings) -> Result<Advantages> {
     let batch = usable_moments(rewards, settings)?;
     Ok(assemble(rewards, settings, batch, |_| batch))
+}
+
+/// Σ w_i Â_i over the parts (weight, rewards of the whole batch) of a sum, with Â_i of Eq. 10 without clipping; not finite
+/// where a part's reward is not.
+///
+/// # Errors
+/// As [`normalise`], for any part; parts of different lengths.
+pub fn weighted_sum(parts: &[(f64, Vec<f32>)], settings: &AdvantageSettings) -> Result<Vec<f32>> {
+    let settings = AdvantageSettings { clip: f64::INFINITY, ..settings.clone() };
+    let mut sum = vec![0f64; parts.first().map_or(0, |(_, rewards)| rewards.len())];
+    for (weight, rewards) in parts {
+        ensure!(rewards.len() == sum.len(), "parts of {} and {} rewards", sum.len(), rewards.len());
+        let advantages = normalise(rewards, &settings)?.values;
+        sum.iter_mut().zip(advantages).for_each(|(sum, advantage)| *sum += weight * f64::from(advantage));
+    }
+    Ok(sum.into_iter().map(|value| value as f32).collect())
 }
 
 /// Moments of the finite rewards, if they are enough.
@@ -264,5 +287,27 @@ mod tests {
         let before = statistics.clone();
         assert!(statistics.normalise(&["a", "b"], &[f32::NAN; 2], &generous, &per_prompt).is_err());
         assert_eq!(statistics, before);
+    }
+
+    /// By hand: parts (1, 2, 3) and (10, 10, 40) have Â = (−1.2247, 0, 1.2247) and (−0.7071, −0.7071, 1.4142).
+    #[test]
+    fn parts_of_a_sum_are_normalised_each_by_itself() {
+        let settings = AdvantageSettings { epsilon: 0.0, max_bad_fraction: 0.5, ..AdvantageSettings::default() };
+        let parts =
+            |scale: f32| vec![(2.0, vec![1.0, 2.0, 3.0]), (-1.0, [10.0, 10.0, 40.0].map(|r| r * scale).to_vec())];
+        let (a, b) = (1.5f64.sqrt(), 0.5f64.sqrt());
+        let expected = [-2.0 * a + b, b, 2.0 * a - 2.0 * b];
+        for scale in [1.0, 1e6] {
+            let sum = weighted_sum(&parts(scale), &settings).unwrap();
+            // Â and the sum are rounded to f32, 1e-7 of about 2 each
+            let close = sum.iter().zip(expected).all(|(&s, e)| (f64::from(s) - e).abs() < 1e-6);
+            assert!(close, "{sum:?} instead of {expected:?}");
+        }
+        let bad = vec![(1.0, vec![1.0, f32::NAN, 3.0]), (1.0, vec![1.0, 2.0, 3.0])];
+        let sum = weighted_sum(&bad, &settings).unwrap();
+        assert!(sum[0].is_finite() && sum[1].is_nan() && sum[2].is_finite());
+        assert!(weighted_sum(&[(1.0, vec![1.0]), (1.0, vec![1.0, 2.0])], &settings).is_err());
+        let described = normalise(&sum, &settings).unwrap().described_by(&[1.0, f32::NAN, 5.0]);
+        assert_eq!((described.mean, described.std), (3.0, 2.0));
     }
 }

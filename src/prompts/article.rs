@@ -7,10 +7,65 @@ const SPOKEN_VOWEL: [&str; 5] = ["hour", "heir", "honest", "suv", "x-ray"];
 /// Prefixes of [`SPOKEN_CONSONANT`] that mislead ("an uninvited guest").
 const STILL_VOWEL: [&str; 2] = ["unin", "unim"];
 
-/// `name` with "a" or "an" before it, by how it is spoken. Plural and mass names get an article too ("a jeans"):
-/// the paper's templates know no others.
+/// Plural and mass names among the paper's objects: no article stands before them ("scissors near a book").
+const WITHOUT: [&str; 48] = [
+    "asparagus",
+    "baozi",
+    "bar soap",
+    "beer",
+    "binoculars",
+    "boots",
+    "bread",
+    "broccoli",
+    "candy",
+    "cheese",
+    "chips",
+    "chopsticks",
+    "coffee",
+    "corn",
+    "dates",
+    "dice",
+    "earrings",
+    "french fries",
+    "garlic",
+    "glasses",
+    "goggles",
+    "green beans",
+    "green vegetables",
+    "headphones",
+    "high heels",
+    "jeans",
+    "juice",
+    "lavender",
+    "lettuce",
+    "liquid soap",
+    "luggage",
+    "meat balls",
+    "nuts",
+    "okra",
+    "pasta",
+    "popcorn",
+    "rice",
+    "sandals",
+    "scissors",
+    "shellfish",
+    "slippers",
+    "sneakers",
+    "stairs",
+    "sunglasses",
+    "sushi",
+    "swimwear",
+    "toothpaste",
+    "trousers",
+];
+
+/// `name` with "a" or "an" before it, by how it is spoken, or alone where it is a plural or mass name (of the paper's
+/// objects, listed here). The paper shows its templates with singular names only.
 pub fn with_article(name: &str) -> String {
     let lower = name.to_lowercase();
+    if WITHOUT.binary_search(&lower.as_str()).is_ok() {
+        return name.to_owned();
+    }
     let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| lower.starts_with(prefix));
     let vowel = starts(&SPOKEN_VOWEL)
         || (lower.starts_with(['a', 'e', 'i', 'o', 'u']) && (!starts(&SPOKEN_CONSONANT) || starts(&STILL_VOWEL)));
@@ -42,5 +97,16 @@ mod tests {
             let (_, name) = phrase.split_once(' ').unwrap();
             assert_eq!(with_article(name), phrase);
         }
+    }
+
+    #[test]
+    fn plural_and_mass_names_stand_alone() {
+        assert!(super::WITHOUT.is_sorted(), "the list is searched by halves");
+        let objects = crate::prompts::paper::objects();
+        for name in super::WITHOUT {
+            assert!(objects.iter().any(|o| o == name), "{name} is none of the paper's objects");
+            assert_eq!(with_article(name), name);
+        }
+        assert_eq!(with_article("boot"), "a boot");
     }
 }

@@ -8,9 +8,11 @@ use super::{Prompt, PromptSource, Split};
 /// The paper's relations.
 pub const RELATIONS: [&str; 5] = ["and", "next to", "near", "on side of", "beside"];
 
-/// "a {first} {relation} a {second}" with the right articles.
+/// "a {first} {relation} a {second}" with the right articles. Of a name with alternatives ("rifle, gun", a detector's
+/// label) the text takes the first.
 pub fn text(first: &str, relation: &str, second: &str) -> String {
-    format!("{} {relation} {}", with_article(first), with_article(second))
+    let phrase = |name: &str| with_article(name.split(',').next().unwrap_or(name).trim());
+    format!("{} {relation} {}", phrase(first), phrase(second))
 }
 
 /// Ordered pairs of different objects times relations. The training part pairs trained objects only; the held-out
@@ -127,6 +129,7 @@ mod tests {
     #[test]
     fn articles_and_bad_lists() {
         assert_eq!(text("apple", "on side of", "umbrella"), "an apple on side of an umbrella");
+        assert_eq!(text("rifle, gun", "near", "jeans"), "a rifle near jeans");
         let list = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
         assert!(Compositions::new(list(&["ball"]), list(&[])).is_err());
         assert!(Compositions::new(list(&["ball", "ball"]), list(&[])).is_err());

@@ -7,9 +7,14 @@ use serde::{Deserialize, Serialize};
 
 pub mod article;
 pub mod compositions;
+pub mod listed;
 pub mod occupations;
+pub mod paper;
+pub mod parquet;
 pub mod places;
 pub mod registry;
+pub mod table;
+pub mod text;
 
 /// A context c with what a reward may need to know about it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

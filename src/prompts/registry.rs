@@ -2,15 +2,28 @@
 
 use anyhow::Result;
 
-use super::{Prompt, PromptSource, Split};
+use super::{
+    paper, parquet,
+    table::{self, Format},
+    text, Prompt, PromptSource, Split,
+};
 use crate::{
     config::PromptConfig,
     miniature,
     random::{Coordinates, Purpose},
 };
 
+/// Every rank reads its prompts itself.
 pub fn build(config: &PromptConfig) -> Result<Box<dyn PromptSource>> {
     Ok(match config {
+        PromptConfig::Compositions { held_out, split_seed } => {
+            Box::new(paper::compositions_of(*held_out, *split_seed)?)
+        }
+        PromptConfig::Occupations { held_out, split_seed } => Box::new(paper::portraits_of(*held_out, *split_seed)?),
+        PromptConfig::Text(settings) => Box::new(text::load(settings)?),
+        PromptConfig::Tsv(settings) => Box::new(table::load(settings, Format::Tsv)?),
+        PromptConfig::Csv(settings) => Box::new(table::load(settings, Format::Csv)?),
+        PromptConfig::Parquet(settings) => Box::new(parquet::load(settings)?),
         PromptConfig::MiniatureCompositions {} => Box::new(miniature::prompts::compositions()),
         PromptConfig::MiniatureOccupations {} => Box::new(miniature::prompts::occupations()),
         PromptConfig::MiniaturePlaces {} => Box::new(miniature::prompts::in_places()),

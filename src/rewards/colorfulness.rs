@@ -44,6 +44,7 @@ impl Reward for Colorfulness {
                 ("colorfulness".to_owned(), Vec::try_from(&m3)?),
                 ("contrast".to_owned(), Vec::try_from(&contrast)?),
             ],
+            ..Scores::default()
         })
     }
 }

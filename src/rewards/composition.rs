@@ -60,6 +60,7 @@ impl<D: Detector> Reward for Composition<D> {
                 ("all_present".to_owned(), weakest.iter().map(|&w| f32::from(u8::from(w >= PRESENT))).collect()),
                 ("weakest".to_owned(), weakest),
             ],
+            ..Scores::default()
         })
     }
 }

@@ -1,18 +1,23 @@
 //! Rewards r(x_0, c): one reward per file.
 
 use anyhow::{ensure, Result};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::prompts::Prompt;
 
 pub mod colorfulness;
+pub mod command;
 pub mod composition;
 pub mod ita;
+pub mod jpeg;
 pub mod miniature_detector;
 pub mod miniature_skin_tone;
 pub mod parity;
 pub mod random;
 pub mod registry;
+pub mod skin_tone;
+pub mod sum;
+pub mod torchscript;
 
 /// What a reward says of one batch.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -22,6 +27,27 @@ pub struct Scores {
     pub rewards: Vec<f32>,
     /// Named values to log, one per image or one per group each (for example `miss_rate`); averaged over the batch.
     pub diagnostics: Vec<(String, Vec<f32>)>,
+    /// The parts of a sum that are to be normalised before they are added; none for every other reward.
+    pub parts: Vec<Part>,
+}
+
+/// A part of a weighted sum of rewards.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    pub weight: f64,
+    /// One per image.
+    pub rewards: Vec<f32>,
+}
+
+/// Appends the next pictures' parts, which are as many every time.
+pub fn append_parts(all: &mut Vec<Part>, next: Vec<Part>) {
+    if all.is_empty() {
+        *all = next;
+        return;
+    }
+    for (part, more) in all.iter_mut().zip(next) {
+        part.rewards.extend(more.rewards);
+    }
 }
 
 /// r(x_0, c) of the paper: scores decoded pictures against their prompts.
@@ -32,9 +58,36 @@ pub trait Reward {
     fn group(&self) -> usize {
         1
     }
+    /// From now on a reward that judges groups judges this many pictures together; others ignore it.
+    fn set_group(&mut self, _pictures: usize) {}
     /// Scores `images`, f32 [n, 3, H, W] with values in [0, 1], where image i was made for `prompts[i]`; n is a
     /// multiple of [`Reward::group`] and the pictures of a group are consecutive.
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores>;
+    /// As [`Reward::score`], for rewards that want to know the pictures by name; `ids` are the same whatever the number
+    /// of ranks.
+    fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], _ids: &[String]) -> Result<Scores> {
+        self.score(images, prompts)
+    }
+}
+
+/// Pictures as bytes.
+struct RgbBytes {
+    width: usize,
+    height: usize,
+    /// 3 · width · height bytes each, row by row; `None` for a picture with a value that is not finite.
+    rgb: Vec<Option<Vec<u8>>>,
+}
+
+/// `images`, f32 [n, 3, H, W] in [0, 1], rounded to bytes.
+fn rgb_bytes(images: &Tensor) -> Result<RgbBytes> {
+    let images = images.to_device(Device::Cpu);
+    let size = images.size();
+    let finite: Vec<bool> = Vec::try_from(images.isfinite().flatten(1, -1).all_dim(1, false))?;
+    let bytes = (images.nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0) * 255.0).round().to_kind(Kind::Uint8);
+    let bytes: Vec<u8> = Vec::try_from(bytes.permute([0, 2, 3, 1]).contiguous().view([-1]))?;
+    let (height, width) = (size[2] as usize, size[3] as usize);
+    let pictures = bytes.chunks((3 * height * width).max(1)).zip(finite);
+    Ok(RgbBytes { width, height, rgb: pictures.map(|(rgb, finite)| finite.then(|| rgb.to_vec())).collect() })
 }
 
 /// Errors unless `images` is [n, 3, H, W] with one prompt per picture; gives n.

@@ -50,6 +50,10 @@ impl<C: Classifier> Reward for Parity<C> {
         self.group
     }
 
+    fn set_group(&mut self, pictures: usize) {
+        self.group = pictures;
+    }
+
     /// Diagnostics, one value per group: `miss_rate` and `share_<class>` (shares of the whole group; together with
     /// the miss rate they sum to 1). Errors: pictures that do not fill whole groups, or a group of mixed prompts.
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
@@ -79,7 +83,7 @@ impl<C: Classifier> Reward for Parity<C> {
         }
         let mut diagnostics = vec![("miss_rate".to_owned(), miss_rate)];
         diagnostics.extend(classes.into_iter().map(|class| format!("share_{class}")).zip(shares));
-        Ok(Scores { rewards, diagnostics })
+        Ok(Scores { rewards, diagnostics, ..Scores::default() })
     }
 }
 

@@ -44,7 +44,7 @@ impl Reward for RandomReward {
                 number[0]
             })
             .collect();
-        Ok(Scores { rewards, diagnostics: Vec::new() })
+        Ok(Scores { rewards, ..Scores::default() })
     }
 }
 

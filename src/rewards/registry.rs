@@ -1,23 +1,63 @@
 //! From a config's `reward` to a reward.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{
-    colorfulness::Colorfulness, composition::Composition, miniature_detector::MiniatureDetector,
-    miniature_skin_tone::MiniatureSkinTone, parity::Parity, random::RandomReward, Reward,
+    colorfulness::Colorfulness,
+    command::CommandReward,
+    composition::Composition,
+    jpeg::JpegSize,
+    miniature_detector::MiniatureDetector,
+    miniature_skin_tone::MiniatureSkinTone,
+    parity::Parity,
+    random::RandomReward,
+    skin_tone::SkinTone,
+    sum::Sum,
+    torchscript::{TorchScriptClassifier, TorchScriptReward},
+    Reward,
 };
-use crate::config::{ClassifierConfig, RewardConfig, TaskConfig};
+use crate::config::{ClassifierConfig, RewardConfig};
 
-/// The reward of `task`, number `index` of the config; one that judges groups gets groups of `group` pictures.
-pub fn build(task: &TaskConfig, seed: u64, index: u8, group: usize) -> Result<Box<dyn Reward>> {
-    Ok(match &task.reward {
-        RewardConfig::MiniatureComposition {} => Box::new(Composition::new(&task.name, MiniatureDetector::default())),
+/// What a reward may depend on besides its settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The task's name.
+    pub task: &'a str,
+    /// Its number in the config.
+    pub index: u8,
+    pub seed: u64,
+    /// Pictures of a group, for rewards that judge groups.
+    pub group: usize,
+}
+
+/// # Errors
+/// Files that cannot be used, programs that do not start.
+pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
+    let Place { task, group, .. } = place;
+    Ok(match reward {
+        RewardConfig::MiniatureComposition {} => Box::new(Composition::new(task, MiniatureDetector::default())),
         RewardConfig::Parity { classifier } => match classifier {
-            ClassifierConfig::MiniatureSkinTone => {
-                Box::new(Parity::new(&task.name, MiniatureSkinTone::default(), group)?)
+            ClassifierConfig::MiniatureSkinTone {} => Box::new(Parity::new(task, MiniatureSkinTone::default(), group)?),
+            ClassifierConfig::SkinTone(settings) => Box::new(Parity::new(task, SkinTone::load(settings)?, group)?),
+            ClassifierConfig::Torchscript { path, classes } => {
+                Box::new(Parity::new(task, TorchScriptClassifier::load(path, classes)?, group)?)
             }
         },
         RewardConfig::Colorfulness {} => Box::new(Colorfulness),
-        RewardConfig::Random {} => Box::new(RandomReward::new(seed, index)),
+        RewardConfig::JpegCompressibility {} => Box::new(JpegSize::compressibility()),
+        RewardConfig::JpegIncompressibility {} => Box::new(JpegSize::incompressibility()),
+        RewardConfig::Torchscript { path } => Box::new(TorchScriptReward::load(path)?),
+        RewardConfig::Command(settings) => Box::new(CommandReward::start(settings)?),
+        RewardConfig::Sum { normalise, parts } => {
+            let mut built = Vec::new();
+            for (i, part) in parts.iter().enumerate() {
+                let name = part.reward.name()?;
+                let reward = build(&part.reward, place).with_context(|| format!("part {i} ({name})"))?;
+                // the number tells two parts of the same kind apart
+                built.push((part.weight, format!("{i}_{name}"), reward));
+            }
+            Box::new(Sum::new(built, *normalise))
+        }
+        RewardConfig::Random {} => Box::new(RandomReward::new(place.seed, place.index)),
     })
 }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use crate::{
     cli::bench::median,
@@ -69,14 +70,14 @@ pub fn measure(config: &Config, plan: Plan, comm: &dyn Communicator) -> Result<M
     let ranks = comm.size();
     let weak_config = with_lanes(config, ranks * plan.lanes_per_rank)?;
     let timed = Timed::new(comm);
-    let mut trainer = Trainer::new(&weak_config, &timed, load_for_training(&weak_config, comm)?)?;
+    let mut trainer = Trainer::new(&weak_config, &timed, load_for_training(&weak_config, comm, Device::Cpu)?)?;
     let start_up_seconds = gather(comm, since_process_start()?)?;
     let weak = iterations(&weak_config, &mut trainer, &timed, plan)?;
     let gradient_bytes = 4 * trainer.learner.params.len();
     drop(trainer);
     let strong = match config.run.lanes % ranks {
         0 => {
-            let mut trainer = Trainer::new(config, &timed, load_for_training(config, comm)?)?;
+            let mut trainer = Trainer::new(config, &timed, load_for_training(config, comm, Device::Cpu)?)?;
             Some(iterations(config, &mut trainer, &timed, plan)?)
         }
         _ => None,

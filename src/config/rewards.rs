@@ -1,0 +1,88 @@
+//! What a task's pictures are judged by. Paths are relative to the folder that rldiff is started in.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// Rewards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+pub enum RewardConfig {
+    /// Eq. 13 with the miniature's shape-and-colour detector.
+    MiniatureComposition {},
+    /// Eq. 12 over the pictures of a prompt.
+    Parity { classifier: ClassifierConfig },
+    /// Colourfulness and contrast, the miniature's stand-in for human preference.
+    Colorfulness {},
+    /// Minus the size of the picture as a JPEG file, kB.
+    JpegCompressibility {},
+    /// The size of the picture as a JPEG file, kB.
+    JpegIncompressibility {},
+    /// A TorchScript file: f32 `[B, 3, H, W]` in [0, 1] in, `[B]` or `[B, 1]` out.
+    Torchscript { path: String },
+    /// A program that is sent pictures and prompts.
+    Command(CommandReward),
+    /// A weighted sum.
+    Sum {
+        /// Each part is normalised over the task's batch before it is weighted and added.
+        normalise: bool,
+        parts: Vec<RewardPart>,
+    },
+    /// The control: N(0, 1), whatever the picture.
+    Random {},
+}
+
+impl RewardConfig {
+    /// The reward's name in configs.
+    pub fn name(&self) -> Result<String> {
+        let value = serde_json::to_value(self)?;
+        Ok(value["name"].as_str().context("a reward without a name")?.to_owned())
+    }
+}
+
+/// A part of a weighted sum.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewardPart {
+    pub weight: f64,
+    pub reward: RewardConfig,
+}
+
+/// A program as a reward; its protocol is in [`crate::rewards::command`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandReward {
+    /// Program and arguments; no shell.
+    pub command: Vec<String>,
+    /// How long a batch may take.
+    pub timeout_seconds: f64,
+    /// How long the program may take to get ready.
+    pub start_timeout_seconds: f64,
+    /// How often, in a run, a rank's process is started again after a failure.
+    pub restarts: usize,
+}
+
+/// Attribute classifiers for `parity`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ClassifierConfig {
+    /// For the miniature's portraits.
+    MiniatureSkinTone {},
+    /// For photographs: the skin colour of the largest face.
+    SkinTone(SkinToneSettings),
+    /// A TorchScript file: pictures in, logits `[B, classes]` out.
+    Torchscript { path: String, classes: Vec<String> },
+}
+
+/// Face detection and buckets of [`crate::rewards::skin_tone`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SkinToneSettings {
+    /// SeetaFace's `seeta_fd_frontal_v1.0.bin`.
+    pub face_model: String,
+    /// Smaller faces are not looked for; at least 20.
+    pub min_face_pixels: u32,
+    /// Detections below this score do not count (2.0 is usual; more is stricter).
+    pub face_score: f64,
+    /// Angles in degrees between dark, brown, intermediate and light, ascending.
+    pub cuts: [f64; 3],
+}

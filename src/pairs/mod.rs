@@ -1,0 +1,142 @@
+//! (Picture, caption) pairs for L_pre, and the loss of one lane on them.
+
+mod loader;
+mod shards;
+
+use std::{cell::RefCell, ops::Range};
+
+use anyhow::{Context, Result};
+use tch::{Kind, Tensor};
+
+use self::{
+    loader::{Loader, Place},
+    shards::Shards,
+};
+use crate::{
+    comm::{all_made, Communicator},
+    config::{Config, PairData, PretrainMode},
+    diffusion::schedule::Schedule,
+    miniature,
+    models::pipeline::Pipeline,
+    policy::pretraining::{self, Corruption},
+    random::{Coordinates, Purpose},
+};
+
+/// Pictures of the miniature's pretraining that are drawn from.
+const MINIATURE_PAIRS: u64 = 24_000;
+
+/// Which pair a sample gets is a function of (seed, iteration, step, global sample) alone, so every number of ranks and
+/// every resumed run sees the same pairs.
+pub struct PairSource {
+    data: Data,
+    batch_per_lane: usize,
+    caption_dropout: f64,
+    seed: u64,
+}
+
+enum Data {
+    /// The run has no L_pre.
+    None,
+    Miniature,
+    Webdataset(RefCell<Loader>),
+}
+
+impl PairSource {
+    /// A collective call: the ranks share the indexing of shards. `lanes` are this rank's; pictures are made as large as
+    /// `pipeline` draws them.
+    ///
+    /// # Errors
+    /// Shards that cannot be used, on all ranks.
+    pub fn new(config: &Config, comm: &dyn Communicator, pipeline: &Pipeline, lanes: Range<usize>) -> Result<Self> {
+        let pretrain = &config.pretrain;
+        let data = match &pretrain.data {
+            _ if pretrain.mode == PretrainMode::Off => Data::None,
+            PairData::Miniature {} => Data::Miniature,
+            PairData::Webdataset(settings) => {
+                let shards = Shards::open(settings, comm).context("pretrain.data")?;
+                let [_, height, width] = pipeline.latent_shape();
+                let factor = pipeline.vae.config.downscale();
+                let size = [(height * factor) as u32, (width * factor) as u32];
+                let order = loader::Order { slots: slots(config), lanes, batch: pretrain.batch_per_lane };
+                let at = Coordinates::new(config.run.seed, Purpose::PretrainPair);
+                let loader = Loader::new(shards, settings, size, pretrain.caption_dropout, at, order);
+                let loader = all_made(comm, loader).context("pretrain.data")?;
+                Data::Webdataset(RefCell::new(loader))
+            }
+        };
+        Ok(PairSource {
+            data,
+            batch_per_lane: pretrain.batch_per_lane,
+            caption_dropout: pretrain.caption_dropout,
+            seed: config.run.seed,
+        })
+    }
+
+    /// Pictures f32 `[n, 3, H, W]` in \[−1, 1\] and captions (some of them empty) of the lane's samples.
+    fn pairs(&self, place: Place) -> Result<(Tensor, Vec<String>)> {
+        match &self.data {
+            Data::None => anyhow::bail!("pretrain.mode is \"off\": there are no pairs"),
+            Data::Miniature => Ok(self.miniature(place)),
+            Data::Webdataset(loader) => {
+                let batch = loader.borrow_mut().take(place)?;
+                let [height, width] = batch.size.map(i64::from);
+                let bytes = Tensor::from_slice(&batch.pixels).view([-1, height, width, 3]);
+                Ok((bytes.permute([0, 3, 1, 2]).to_kind(Kind::Float).contiguous() / 127.5 - 1.0, batch.captions))
+            }
+        }
+    }
+
+    fn miniature(&self, place: Place) -> (Tensor, Vec<String>) {
+        let world = miniature::pretrain::PretrainSettings::default().seed;
+        let (mut indices, mut captions) = (Vec::new(), Vec::new());
+        for at in place.samples(Coordinates::new(self.seed, Purpose::PretrainPair), self.batch_per_lane) {
+            let mut stream = at.stream();
+            let index = stream.below(MINIATURE_PAIRS);
+            let dropped = stream.uniform() < self.caption_dropout;
+            indices.push(index);
+            captions.push(if dropped { String::new() } else { miniature::scene::draw(world, index).caption });
+        }
+        (miniature::pretrain::pictures(world, &indices), captions)
+    }
+
+    /// L_pre of `lane`'s pairs, mean over its samples. `slot` tells the steps of an iteration apart.
+    pub fn loss(
+        &self,
+        pipeline: &Pipeline,
+        schedule: &Schedule,
+        iteration: u64,
+        slot: u16,
+        lane: usize,
+    ) -> Result<Tensor> {
+        let (pictures, captions) = self.pairs(Place { iteration: iteration as u32, slot, lane })?;
+        let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures.to_device(pipeline.device)));
+        let text = pipeline.embed(&captions)?;
+        let at = Corruption::draw(
+            self.seed,
+            iteration as u32,
+            slot,
+            (lane * self.batch_per_lane) as u32,
+            self.batch_per_lane,
+            &z_0.size()[1..],
+            schedule.alpha_bar().len(),
+        );
+        Ok(pretraining::loss(&pipeline.unet, schedule, &z_0, &text, &at))
+    }
+}
+
+/// The slot of pass `pass` over task number `task` where L_pre is part of every policy gradient.
+pub fn combined_slot(config: &Config, task: usize, pass: usize) -> u16 {
+    (task * config.update.timesteps + pass) as u16
+}
+
+/// The slots of an iteration, in the order in which they are used.
+fn slots(config: &Config) -> Vec<u16> {
+    match config.pretrain.mode {
+        PretrainMode::Off => Vec::new(),
+        PretrainMode::Separate => (0..config.pretrain.steps as u16).collect(),
+        PretrainMode::Combined => config
+            .trained_tasks()
+            .flat_map(|(task, _)| (0..config.update.timesteps).map(move |pass| combined_slot(config, task, pass)))
+            .collect(),
+    }
+}

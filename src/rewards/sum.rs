@@ -1,0 +1,95 @@
+//! A weighted sum of rewards on the same pictures.
+//!
+//! Plain: r = Σ w_i r_i. Normalised: every part first becomes an advantage by itself, over the task's whole batch of the
+//! iteration (Eq. 10), and Σ w_i Â_i is what is normalised and trained on; so no part drowns the others by its scale.
+//! The normalisation needs all ranks and is the trainer's ([`crate::policy::advantage::weighted_sum`]); logs and
+//! evaluations show the plain sum and the parts.
+
+use anyhow::Result;
+use tch::Tensor;
+
+use super::{Part, Reward, Scores};
+use crate::prompts::Prompt;
+
+/// See the module.
+pub struct Sum {
+    parts: Vec<(f64, String, Box<dyn Reward>)>,
+    normalise: bool,
+}
+
+impl Sum {
+    /// `parts` are weight, name in the logs, and reward.
+    pub fn new(parts: Vec<(f64, String, Box<dyn Reward>)>, normalise: bool) -> Self {
+        Sum { parts, normalise }
+    }
+}
+
+impl Reward for Sum {
+    fn name(&self) -> &str {
+        "sum"
+    }
+
+    fn group(&self) -> usize {
+        self.parts.iter().map(|(_, _, reward)| reward.group()).max().unwrap_or(1)
+    }
+
+    fn set_group(&mut self, pictures: usize) {
+        self.parts.iter_mut().for_each(|(_, _, reward)| reward.set_group(pictures));
+    }
+
+    fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
+        let ids: Vec<String> = (0..prompts.len()).map(|i| i.to_string()).collect();
+        self.score_with_ids(images, prompts, &ids)
+    }
+
+    /// Diagnostics: `part_<name>`, the part's rewards, and the part's own as `<name>_<diagnostic>`.
+    fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Scores> {
+        let mut sum = vec![0f64; prompts.len()];
+        let mut scores = Scores::default();
+        for (weight, name, reward) in &mut self.parts {
+            let part = reward.score_with_ids(images, prompts, ids)?;
+            sum.iter_mut().zip(&part.rewards).for_each(|(sum, &r)| *sum += *weight * f64::from(r));
+            let own = part.diagnostics.into_iter().map(|(diagnostic, values)| (format!("{name}_{diagnostic}"), values));
+            scores.diagnostics.push((format!("part_{name}"), part.rewards.clone()));
+            scores.diagnostics.extend(own);
+            if self.normalise {
+                scores.parts.push(Part { weight: *weight, rewards: part.rewards });
+            }
+        }
+        scores.rewards = sum.into_iter().map(|r| r as f32).collect();
+        Ok(scores)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::rewards::{colorfulness::Colorfulness, jpeg::JpegSize};
+
+    #[test]
+    fn parts_are_weighted_and_shown() {
+        let images = Tensor::rand([3, 3, 8, 8], (Kind::Float, Device::Cpu));
+        let prompts = vec![Prompt::default(); 3];
+        let color = Colorfulness.score(&images, &prompts).unwrap().rewards;
+        let size = JpegSize::compressibility().score(&images, &prompts).unwrap().rewards;
+        let parts = || -> Vec<(f64, String, Box<dyn Reward>)> {
+            vec![
+                (2.0, "color".into(), Box::new(Colorfulness)),
+                (-0.5, "size".into(), Box::new(JpegSize::compressibility())),
+            ]
+        };
+        let plain = Sum::new(parts(), false).score(&images, &prompts).unwrap();
+        for i in 0..3 {
+            let expected = 2.0 * f64::from(color[i]) - 0.5 * f64::from(size[i]);
+            assert_eq!(plain.rewards[i], expected as f32);
+        }
+        assert!(plain.parts.is_empty());
+        let names: Vec<&str> = plain.diagnostics.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["part_color", "color_colorfulness", "color_contrast", "part_size"]);
+        let normalised = Sum::new(parts(), true).score(&images, &prompts).unwrap();
+        assert_eq!(normalised.rewards, plain.rewards);
+        assert_eq!(normalised.parts[1], Part { weight: -0.5, rewards: size });
+    }
+}

@@ -1,0 +1,240 @@
+//! A user's own prompts, pairs and rewards in whole runs: a reward written in Python, shards of pairs, sums of rewards,
+//! `rldiff score`.
+
+mod common;
+
+use std::{
+    fs,
+    io::Cursor,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use common::{empty_folder, one_at_a_time, rldiff, run_within, set, Finished, SMALL};
+use image::{ImageFormat, Rgb, RgbImage};
+use rldiff::telemetry::{read_metrics, RunFiles};
+
+const LIMIT: Duration = Duration::from_secs(240);
+
+fn run(ranks: usize, folder: &Path, args: &[&str]) -> Finished {
+    let _alone = one_at_a_time();
+    let mut command = rldiff(ranks, folder);
+    command.args(args);
+    run_within(command, LIMIT)
+}
+
+fn train(ranks: usize, folder: &Path, out: &str, settings: &[&str]) -> Finished {
+    let settings: Vec<&str> = SMALL.iter().copied().chain(settings.iter().copied()).collect();
+    run(ranks, folder, &[&["--out", out][..], &set(&settings)].concat())
+}
+
+/// All values of the last iteration that are no times.
+fn last_metrics(out: &Path) -> Vec<(String, f64)> {
+    let all = read_metrics(&RunFiles::new(out).metrics()).unwrap();
+    let measured = |name: &str| name.starts_with("seconds/") || ["samples_per_second", "tflops"].contains(&name);
+    let kept = all.last().unwrap().iter().filter(|(name, _)| !measured(name));
+    kept.map(|(name, value)| (name.to_string(), value)).collect()
+}
+
+fn python_reward(restarts: usize) -> String {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/command_reward.py");
+    format!(
+        "{{ name = \"command\", command = [\"python3\", {:?}], timeout_seconds = 30.0, start_timeout_seconds = 30.0, \
+         restarts = {restarts} }}",
+        example.display().to_string()
+    )
+}
+
+fn has_python() -> bool {
+    let found = Command::new("python3").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("SKIPPED: there is no python3");
+    }
+    found
+}
+
+/// The example as a reward of a training run: the same bits at one and two ranks.
+#[test]
+fn a_reward_in_python_trains() {
+    if !has_python() {
+        return;
+    }
+    let folder = empty_folder("python-reward");
+    let reward = format!("task.preference.reward={}", python_reward(0));
+    train(1, &folder, "one", &[&reward]).expect_success("1 rank");
+    train(2, &folder, "two", &[&reward]).expect_success("2 ranks");
+    let one = last_metrics(&folder.join("one"));
+    let mean = one.iter().find(|(name, _)| name.contains("preference") && name.contains("reward_mean"));
+    let mean = mean.unwrap_or_else(|| panic!("{one:?}")).1;
+    assert!(mean > 0.05 && mean < 0.95, "brightness {mean}");
+    assert_eq!(one, last_metrics(&folder.join("two")));
+}
+
+/// Four pictures of known brightness, one of another size.
+fn pictures(folder: &Path) -> PathBuf {
+    let images = folder.join("images");
+    fs::create_dir_all(&images).unwrap();
+    for (name, size, value) in [("a.png", 20, 0), ("b.png", 20, 51), ("c.webp", 30, 102), ("d.png", 20, 255)] {
+        RgbImage::from_pixel(size, size, Rgb([value; 3])).save(images.join(name)).unwrap();
+    }
+    fs::write(folder.join("prompts"), "one\ntwo\nthree\nfour\n").unwrap();
+    images
+}
+
+#[test]
+fn score_judges_files_at_every_number_of_ranks() {
+    if !has_python() {
+        return;
+    }
+    let folder = empty_folder("score");
+    pictures(&folder);
+    for ranks in [1, 2] {
+        let args = ["score", "--reward", &python_reward(0), "--batch", "2", "--json", "out.json", "images", "prompts"];
+        let done = run(ranks, &folder, &args).expect_success("score");
+        assert_eq!(done.stdout.lines().count(), 5, "{}", done.stdout);
+        let found: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("out.json")).unwrap()).unwrap();
+        let rewards: Vec<f64> = (0..4).map(|i| found["images"][i]["reward"].as_f64().unwrap()).collect();
+        for (reward, expected) in rewards.iter().zip([0.0, 0.2, 0.4, 1.0]) {
+            // f32 on its way back
+            assert!((reward - expected).abs() < 1e-6, "{rewards:?}");
+        }
+        assert_eq!(found["images"][2]["prompt"], "three");
+        assert!((found["mean"].as_f64().unwrap() - 0.4).abs() < 1e-6);
+    }
+    for name in ["jpeg_compressibility", "jpeg_incompressibility", "colorfulness"] {
+        run(1, &folder, &["score", "--reward", name, "images", "prompts"]).expect_success(name);
+    }
+}
+
+#[test]
+fn mistakes_are_one_line_and_exit_code_2() {
+    let folder = empty_folder("data-mistakes");
+    pictures(&folder);
+    fs::write(folder.join("empty"), "").unwrap();
+    fs::write(folder.join("bad.csv"), "id,text\n1,x\n").unwrap();
+    let csv =
+        r#"{ source = "csv", path = "bad.csv", column = "prompt", held_out = 0, split_seed = 1, drop_words = "" }"#;
+    let text = r#"{ source = "text", path = "empty", key = "", held_out = 0, split_seed = 1, drop_words = "" }"#;
+    let shards = "{ source = \"webdataset\", folder = \"images\", score_column = \"\", score_min = 0.0, \
+                  drop_words = \"\", threads = 1, prefetch = 1 }";
+    let command = "{ name = \"command\", command = [\"false\"], timeout_seconds = 1.0, start_timeout_seconds = 5.0, \
+                   restarts = 3 }";
+    let train_with = |setting: &str| ["--set".to_string(), setting.to_string()].to_vec();
+    let score = |reward: &str| ["score", "--reward", reward, "images", "prompts"].map(String::from).to_vec();
+    for (args, wanted) in [
+        (train_with(&format!("task.preference.prompts={csv}")), "columns are id, text"),
+        (train_with(&format!("task.preference.prompts={text}")), "empty: there are no prompts"),
+        (train_with(&format!("pretrain.data={shards}")), "there is no .tar file in images"),
+        (
+            train_with(&format!("task.preference.reward={command}")),
+            "reward command \"false\": it has ended: exit code 1",
+        ),
+        (train_with("task.preference.reward={ name = \"torchscript\", path = \"prompts\" }"), "no TorchScript module"),
+        (train_with("task.preference.reward={ name = \"sum\", normalise = true, parts = [] }"), "parts must name"),
+        (score("beauty"), "unknown variant `beauty`"),
+        (score("{ name = \"torchscript\", path = \"none.pt\" }"), "cannot read none.pt"),
+        (["score", "--reward", "colorfulness", "images", "none"].map(String::from).to_vec(), "cannot read none"),
+        (
+            ["score", "--reward", "colorfulness", "images/a.png", "prompts"].map(String::from).to_vec(),
+            "4 prompts for 1",
+        ),
+    ] {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let done = run(1, &folder, &args);
+        assert_eq!(done.status.code(), Some(2), "{args:?}\n{}\n{}", done.stdout, done.stderr);
+        assert_eq!(done.stderr.lines().count(), 1, "{args:?}\n{}", done.stderr);
+        assert!(done.stderr.contains(wanted), "{args:?}: no {wanted:?} in {}", done.stderr);
+    }
+    let mixed = run(1, &folder, &["score", "--reward", "colorfulness", "--group", "2", "images", "prompts"]);
+    assert!(!mixed.status.success() && mixed.stderr.contains("d.png: another size"), "{}", mixed.stderr);
+}
+
+/// Ten pairs in two shards, one of them broken.
+fn shards(folder: &Path) {
+    for shard in 0..2 {
+        let mut builder = tar::Builder::new(fs::File::create(folder.join(format!("{shard:05}.tar"))).unwrap());
+        for i in shard * 5..shard * 5 + 5 {
+            let mut image = Cursor::new(Vec::new());
+            let picture = RgbImage::from_fn(48, 40, |x, y| Rgb([(x * 5) as u8, (y * 6) as u8, (i * 25) as u8]));
+            picture.write_to(&mut image, ImageFormat::Jpeg).unwrap();
+            let mut image = image.into_inner();
+            if i == 4 {
+                image.truncate(60);
+            }
+            for (ending, content) in [("jpg", image), ("txt", format!("an apple number {i}").into_bytes())] {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(content.len() as u64);
+                header.set_mode(0o644);
+                builder.append_data(&mut header, format!("{i:09}.{ending}"), content.as_slice()).unwrap();
+            }
+        }
+        builder.finish().unwrap();
+    }
+}
+
+/// Pairs from shards: the same bits at one and two ranks and after a resume; the broken picture is named and passed over.
+#[test]
+fn pairs_from_shards_train() {
+    let folder = empty_folder("shards");
+    shards(&folder);
+    let data = "pretrain.data={ source = \"webdataset\", folder = \".\", score_column = \"\", score_min = 0.0, \
+                drop_words = \"\", threads = 2, prefetch = 3 }";
+    let settings = [data, "pretrain.steps=3", "trajectories.every=0"];
+    let one = train(1, &folder, "one", &settings).expect_success("1 rank");
+    assert!(one.stderr.contains("10 pairs in 2 shards"), "{}", one.stderr);
+    assert!(one.stderr.contains("00000.tar: 000000004.jpg: broken image: "), "{}", one.stderr);
+    train(2, &folder, "two", &settings).expect_success("2 ranks");
+    train(1, &folder, "part", &[&settings[..], &["run.iterations=1"]].concat()).expect_success("half");
+    let more: Vec<&str> = SMALL.iter().copied().chain(settings).collect();
+    run(1, &folder, &[&["--out", "part", "--resume", "auto"][..], &set(&more)].concat()).expect_success("resumed");
+    let whole = last_metrics(&folder.join("one"));
+    assert!(whole.iter().any(|(name, _)| name.contains("pretrain")), "{whole:?}");
+    assert_eq!(whole, last_metrics(&folder.join("two")));
+    assert_eq!(whole, last_metrics(&folder.join("part")));
+}
+
+/// A sum of rewards of very different scales, plain and normalised: kilobytes drown colour in the plain one only.
+#[test]
+fn sums_of_rewards_train() {
+    let folder = empty_folder("sums");
+    let reward = |normalise: bool| {
+        format!(
+            "task.preference.reward={{ name = \"sum\", normalise = {normalise}, parts = [ \
+             {{ weight = 1.0, reward = {{ name = \"colorfulness\" }} }}, \
+             {{ weight = 1.0, reward = {{ name = \"jpeg_compressibility\" }} }} ] }}"
+        )
+    };
+    for (name, ranks, normalise) in [("plain", 1, false), ("one", 1, true), ("two", 2, true)] {
+        train(ranks, &folder, name, &[&reward(normalise), "task.preference.samples=8"]).expect_success(name);
+    }
+    let [plain, one, two] = ["plain", "one", "two"].map(|name| last_metrics(&folder.join(name)));
+    assert_eq!(one, two, "1 and 2 ranks");
+    assert_ne!(plain, one, "normalising the parts changes the run");
+    let value = |metrics: &[(String, f64)], part: &str| {
+        let found = metrics.iter().find(|(name, _)| name.contains("preference") && name.ends_with(part));
+        found.unwrap_or_else(|| panic!("no {part} in {metrics:?}")).1
+    };
+    for metrics in [&plain, &one] {
+        let parts = value(metrics, "part_0_colorfulness") + value(metrics, "part_1_jpeg_compressibility");
+        // both are means over 8 pictures, of f32 and of f64
+        assert!((parts - value(metrics, "reward_mean")).abs() < 1e-5);
+    }
+}
+
+/// The paper's own prompts in a config.
+#[test]
+fn the_papers_prompts_are_a_source() {
+    let folder = empty_folder("paper-prompts");
+    let args = [
+        &["check"][..],
+        &set(&[
+            "task.preference.prompts={ source = \"compositions\", held_out = 82, split_seed = 1 }",
+            "task.parity.prompts={ source = \"occupations\", held_out = 10, split_seed = 1 }",
+        ]),
+    ]
+    .concat();
+    let done = run(1, &folder, &args).expect_success("check");
+    assert!(done.stdout.contains("1010250 prompts to train on"), "{}", done.stdout);
+    assert!(done.stdout.contains("90 prompts to train on, 10 held out"), "{}", done.stdout);
+}
