@@ -33,6 +33,7 @@ struct Hook {
 pub struct GradientHooks {
     leaves: Vec<Tensor>,
     /// What libtorch has pointers to: boxed, so that it stays where it is.
+    #[allow(clippy::vec_box)]
     _hooks: Vec<Box<Hook>>,
 }
 

@@ -14,9 +14,11 @@ use torch_sys::C_tensor;
 
 use super::flops;
 
+type Function = dyn Fn(&[Tensor]) -> Tensor;
+
 /// f, called once more for the backward pass, on the thread that runs that pass.
 struct Piece {
-    f: Box<dyn Fn(&[Tensor]) -> Tensor>,
+    f: Box<Function>,
     /// It has run once.
     ran: AtomicBool,
 }

@@ -40,7 +40,10 @@ struct Checkpointed {
 impl Checkpointed {
     fn new(b: &Builder, make: impl FnOnce() -> Result<Unit>) -> Result<Self> {
         let (unit, parameters) = b.with_parameters(make)?;
-        Ok(Checkpointed { unit: Arc::new(unit), parameters })
+        // counted atomically because the graph may let go of it on a thread of libtorch's
+        #[allow(clippy::arc_with_non_send_sync)]
+        let unit = Arc::new(unit);
+        Ok(Checkpointed { unit, parameters })
     }
 
     /// The unit's output for `x`, with the skip connection's channels appended to it on the way up.

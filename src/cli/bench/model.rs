@@ -153,7 +153,11 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
     let noise = |purpose| random::normal_rows(Coordinates::new(SEED, purpose), 0, args.samples, &shape);
 
     let mut text = None;
-    timed("text", &mut || Ok(text = Some(pipeline.embed(&["a portrait of a nurse", ""])?)), 1.0)?;
+    let mut embed = || {
+        text = Some(pipeline.embed(&["a portrait of a nurse", ""])?);
+        Ok(())
+    };
+    timed("text", &mut embed, 1.0)?;
     let text = text.context("the texts were embedded")?;
     let cond = text.narrow(0, 0, 1).expand([args.samples as i64, -1, -1], false);
     let conditioning = Conditioning::new(&cond, &text.narrow(0, 1, 1), GUIDANCE_SCALE);
@@ -163,7 +167,8 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
         &mut || {
             let x_t = noise(Purpose::InitialLatent);
             let z = |_| noise(Purpose::TransitionNoise);
-            Ok(trajectory = Some(sampler::roll_out(&pipeline.unet, None, &[step], x_t, &conditioning, z)?))
+            trajectory = Some(sampler::roll_out(&pipeline.unet, None, &[step], x_t, &conditioning, z)?);
+            Ok(())
         },
         1.0,
     )?;
@@ -171,7 +176,11 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
     let kinds = [trajectory.x_0().kind(), trajectory.log_probs[0].as_ref().context("a step with noise")?.kind()];
     ensure!(kinds == [Kind::Float; 2], "latents and log-probabilities are {kinds:?}, not f32");
     let one = trajectory.x_0().narrow(0, 0, 1);
-    timed("decode_one", &mut || Ok(drop(tch::no_grad(|| pipeline.vae.decode_scaled(&one)))), 1.0)?;
+    let mut decode = || {
+        drop(tch::no_grad(|| pipeline.vae.decode_scaled(&one)));
+        Ok(())
+    };
+    timed("decode_one", &mut decode, 1.0)?;
 
     let mut params = FlatParameters::new(&[pipeline.trainable()])?;
     let mut optimizer = Optimizer::new(params.buffer(), AdamW::default(), None, 0);
