@@ -43,7 +43,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     let derived = config.validate()?;
     let mut report = Report::default();
     report.line("config", format!("{} is sound", config.run.name));
-    let (pipeline, model) = model(config, args.architecture)?;
+    let Sizes { pipeline, model, planning } = sizes(config, args.architecture)?;
     report.line("model", model);
     let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
     let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
@@ -60,25 +60,28 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     );
 
     for (index, task) in config.tasks.iter().enumerate() {
-        let source = Task::new(task, index, config.run.seed)?.prompts;
-        let use_ = if task.train {
-            format!(
+        let use_ = match task.train {
+            true => format!(
                 "{} samples per iteration, {} per lane, {} prompts",
                 task.samples,
                 task.samples / config.run.lanes,
                 task.samples / task.images_per_prompt
-            )
-        } else {
-            "evaluated only".to_string()
+            ),
+            false => "evaluated only".to_string(),
+        };
+        let what = match Task::new(task, index, config.run.seed) {
+            Ok(task) => format!(
+                "{} prompts to train on, {} held out",
+                task.prompts.len(Split::Train),
+                task.prompts.len(Split::HeldOut)
+            ),
+            // a plan for another machine, which has what is not here
+            Err(e) if planning => format!("not on this machine: {e:#}"),
+            Err(e) => return Err(e),
         };
         report.line(
             &format!("task {}", task.name),
-            format!(
-                "{use_}; {} prompts to train on, {} held out; {} evaluation samples",
-                source.len(Split::Train),
-                source.len(Split::HeldOut),
-                task.evaluation_samples
-            ),
+            format!("{use_}; {} evaluation samples; {what}", task.evaluation_samples),
         );
     }
     report.line("samples per iteration", derived.samples_per_iteration.to_string());
@@ -103,18 +106,28 @@ impl Report {
     }
 }
 
-/// The config's model, or an architecture without weights; and what to say of it.
-fn model(config: &Config, architecture: Option<Architecture>) -> Result<(Pipeline, String)> {
+/// What the figures are of.
+struct Sizes {
+    pipeline: Pipeline,
+    model: String,
+    /// The model is not on this machine, so other files and programs of the run may be missing too.
+    planning: bool,
+}
+
+/// The config's model, or an architecture without weights.
+fn sizes(config: &Config, architecture: Option<Architecture>) -> Result<Sizes> {
     let path = &config.model.path;
     let missing = path != "embedded" && !Path::new(path).exists();
     let Some(architecture) = architecture.or(missing.then_some(Architecture::Sd2Base)) else {
-        let what = model_location(path).origin()?;
-        return Ok((load_for_training(config, &Local, Device::Cpu)?, what));
+        let model = model_location(path).origin()?;
+        let pipeline = load_for_training(config, &Local, Device::Cpu)?;
+        return Ok(Sizes { pipeline, model, planning: false });
     };
     let pipeline = Pipeline::shapes_only(architecture.files(), Device::Cpu, build_for(config))
         .with_context(|| format!("--architecture {architecture}"))?;
     let why = if missing { format!("{path} is not on this machine; ") } else { String::new() };
-    Ok((pipeline, format!("{why}sizes are those of {architecture}, without weights")))
+    let model = format!("{why}sizes are those of {architecture}, without weights");
+    Ok(Sizes { pipeline, model, planning: missing })
 }
 
 /// Numbers of ranks that share the lanes evenly, those that give the bits of one rank first.
