@@ -118,7 +118,7 @@ impl Metrics {
 }
 
 /// Appends to `metrics.jsonl`. Each line reaches the operating system before [`JsonlWriter::append`] returns, so it
-/// outlives the process; [`JsonlWriter::sync`] makes it outlive the machine.
+/// outlives the process; a sync of [`JsonlWriter::file`] makes it outlive the machine.
 #[derive(Debug)]
 pub struct JsonlWriter {
     file: File,
