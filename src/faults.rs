@@ -123,6 +123,11 @@ impl Fault {
     }
 }
 
+/// Whether this rank is to suffer at all.
+pub fn present() -> bool {
+    FAULT.get().is_some()
+}
+
 /// The loop's iteration, counted from 0.
 pub fn iteration(iteration: u64) {
     ITERATION.store(iteration, Ordering::Relaxed);
