@@ -91,6 +91,8 @@ fn mistakes_in_files_are_one_line_that_names_the_file() {
     mistake(&folder, &["--set", "model.path=nowhere"], &["nowhere"]);
     mistake(&folder, &["check", "--set", "model.path=model"], &["model", "scheduler_config.json"]);
     mistake(&folder, &["eval", "--model", "nowhere"], &["nowhere"]);
+    // also before the first model is scored
+    mistake(&folder, &["eval", "--model", "embedded", "--model", "nowhere"], &["nowhere"]);
 }
 
 #[test]
@@ -180,12 +182,37 @@ fn check_prints_the_batch_arithmetic_and_writes_nothing() {
         // 3 tasks, 2 timesteps each, and one step of the pretraining loss
         "7 per iteration, 14 in all",
         "numbers of ranks           1, 2, 4",
-        "GFLOP per sample",
-        "GB per rank",
+        "U-Net forward 51.99 MFLOP",
+        // 4 bytes for each parameter of the three networks; AdamW's moments of the trained ones
+        "weights                    6.466 MB",
+        "optimizer                  8.621 MB",
+        "fits in 80.00 GB",
     ] {
         assert!(done.stdout.contains(wanted), "no {wanted:?} in\n{}", done.stdout);
     }
     assert!(files_below(&folder).is_empty());
+}
+
+/// Also those of the paper's size, on a machine that has neither their model nor their data.
+#[test]
+fn every_experiment_is_sound() {
+    let folder = empty_folder("check-all");
+    let experiments = std::fs::read_dir("slurm").unwrap().map(|entry| entry.unwrap().path());
+    let tomls: Vec<_> = experiments.filter(|path| path.extension().is_some_and(|e| e == "toml")).collect();
+    assert!(tomls.len() >= 8, "{tomls:?}");
+    for toml in tomls {
+        let path = std::path::absolute(&toml).unwrap();
+        let done = run(1, &folder, &["check", path.to_str().unwrap()]);
+        let done = done.expect_success(&toml.display().to_string());
+        assert!(done.stdout.contains(" is sound"), "{}: {}", toml.display(), done.stdout);
+        if !toml.display().to_string().contains("miniature") {
+            let wanted =
+                ["numbers of ranks           1, 2, 4, 8, 16, 32, 64, 128", "U-Net forward 804.3 GFLOP", "865910724"];
+            wanted
+                .iter()
+                .for_each(|w| assert!(done.stdout.contains(w), "{}: no {w:?} in {}", toml.display(), done.stdout));
+        }
+    }
 }
 
 #[test]

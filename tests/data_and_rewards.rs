@@ -32,7 +32,8 @@ fn train(ranks: usize, folder: &Path, out: &str, settings: &[&str]) -> Finished 
 /// All values of the last iteration that are no times.
 fn last_metrics(out: &Path) -> Vec<(String, f64)> {
     let all = read_metrics(&RunFiles::new(out).metrics()).unwrap();
-    let measured = |name: &str| name.starts_with("seconds/") || ["samples_per_second", "tflops"].contains(&name);
+    let timed = |name: &str| name.starts_with("seconds/") || name.starts_with("background/");
+    let measured = |name: &str| timed(name) || ["samples_per_second", "tflops"].contains(&name);
     let kept = all.last().unwrap().iter().filter(|(name, _)| !measured(name));
     kept.map(|(name, value)| (name.to_string(), value)).collect()
 }

@@ -43,7 +43,7 @@ def trajectories(a, b, iteration, task):
 
 def checkpoint(run, iteration):
     folder = pathlib.Path(run, "checkpoints", f"iteration-{iteration:06d}")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
     files = [h5py.File(folder / shard["file"], "r") for shard in manifest["shards"]]
     vectors = {name: joined(files, name) for name in ("weights", "exp_avg", "exp_avg_sq")}
     assert all(v.shape == (manifest["elements"],) and np.isfinite(v).all() for v in vectors.values())

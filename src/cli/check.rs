@@ -142,7 +142,7 @@ fn ranks(lanes: usize) -> String {
 }
 
 fn footprint_lines(config: &Config, pipeline: &Pipeline, gpu_memory: f64, report: &mut Report) -> Result<()> {
-    let cost = footprint::measure(pipeline)?;
+    let cost = footprint::measure(pipeline.architecture(), config)?;
     let flop = |value: f64| si(value, "FLOP");
     report.line(
         "networks",

@@ -2,15 +2,19 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use serde_json::json;
+use tch::Device;
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, all_made, Communicator},
+    diffusion::schedule::{Schedule, SchedulerConfig},
     evaluate::evaluate,
-    run::load_model,
+    models::{folder::ModelFiles, pipeline::Pipeline},
+    run::{load_model, model_location},
+    task::Task,
     telemetry::{write_atomic, Estimate},
-    train::Trainer,
 };
 
 #[derive(clap::Args)]
@@ -33,12 +37,21 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let models = if args.models.is_empty() { vec![config.model.path.clone()] } else { args.models };
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
-    let mut trainer = Trainer::new(&config, comm, load_model(&models[0], comm, device).or_mistake()?).or_mistake()?;
+    // every model is tried before the first one is scored
+    for name in models.iter().skip(1) {
+        let tried =
+            || ModelFiles::read(&model_location(name)).and_then(|files| Pipeline::from_files(files, Device::Cpu));
+        agree(comm, if comm.rank() == 0 { tried().map(drop) } else { Ok(()) }).or_mistake()?;
+    }
+    let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed));
+    let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>()).or_mistake()?;
 
     let mut results = Vec::new();
     for name in &models {
         let model = load_model(name, comm, device).or_mistake()?;
-        let tasks = evaluate(&config, &model, &trainer.steps, &mut trainer.tasks, comm, &|| Ok(false))?;
+        let schedule = SchedulerConfig::from_json(&model.scheduler.to_string()).and_then(|c| Schedule::new(&c));
+        let steps = schedule.and_then(|s| s.steps(config.rollout.steps, config.rollout.eta)).or_mistake()?;
+        let tasks = evaluate(&config, &model, &steps, &mut tasks, comm, &|| Ok(false))?;
         let tasks = tasks.expect("nothing stops it");
         if comm.rank() == 0 {
             println!("{name}");

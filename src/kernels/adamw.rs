@@ -201,7 +201,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// [`reference`] on all pieces, the same bits.
+    /// [`reference()`] on all pieces, the same bits.
     ///
     /// # Errors
     /// `step` = 0; a launch that fails.

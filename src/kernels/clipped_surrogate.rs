@@ -170,7 +170,7 @@ pub struct DeviceGradients<'a> {
     pub grad_cond: Slice<'a>,
 }
 
-/// [`reference`] on the device, in one launch. The log-probability is summed in f32, in the order in which
+/// [`reference()`] on the device, in one launch. The log-probability is summed in f32, in the order in which
 /// [`ddim_step::launch_draw`](super::ddim_step::launch_draw) summed it.
 ///
 /// # Errors

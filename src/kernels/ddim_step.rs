@@ -202,7 +202,7 @@ impl DeviceInputs<'_> {
 }
 
 /// On the device: draws x_prev (f32, B·D) with the noise of `rows`, the numbers of
-/// [`random::normal_rows`](crate::random::normal_rows), and writes its log_prob (f32, B); σ = 0 as in [`reference`].
+/// [`random::normal_rows`](crate::random::normal_rows), and writes its log_prob (f32, B); σ = 0 as in [`reference()`].
 ///
 /// The noise can differ from the host's in the last bits, since logarithm and sine do. The log-probability is summed in
 /// f32.

@@ -221,6 +221,11 @@ impl Pipeline {
         [c.in_channels, c.sample_size, c.sample_size]
     }
 
+    /// The model's files without its weights.
+    pub fn architecture(&self) -> ModelFiles {
+        ModelFiles { texts: self.texts.clone(), origin: "the model's architecture".into(), ..Default::default() }
+    }
+
     /// A config or tokenizer file as it was read.
     pub fn text_file(&self, path: &str) -> Result<&[u8]> {
         self.texts.get(path).map(Vec::as_slice).with_context(|| format!("the model has no file {path}"))

@@ -4,9 +4,15 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::build_for;
 use crate::{
     config::{Compute, Config, PretrainMode},
-    models::{allocations::Allocations, flops, pipeline::Pipeline},
+    models::{
+        allocations::Allocations,
+        flops,
+        folder::ModelFiles,
+        pipeline::{Build, Pipeline},
+    },
 };
 
 /// Side of the latents at which the VAE's decoder is measured, and at half of it: its convolutions cost as much as the
@@ -52,8 +58,11 @@ impl Memory {
     }
 }
 
-/// Measures the networks. Frees and freezes the trained parameters; nothing may train meanwhile.
-pub fn measure(pipeline: &Pipeline) -> Result<Cost> {
+/// Measures the networks of `architecture`, without weights and in f32 (a CPU may take minutes for a pass in bf16),
+/// built as `config` says.
+pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
+    let how = Build { unet_kind: Kind::Float, ..build_for(config) };
+    let pipeline = &Pipeline::shapes_only(architecture, Device::Cpu, how)?;
     let counted = |work: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
         let before = flops::counted();
         work()?;
@@ -77,9 +86,7 @@ pub fn measure(pipeline: &Pipeline) -> Result<Cost> {
         (kept, peak) = (count.alive(), count.peak());
         drop(eps);
         Ok(())
-    });
-    pipeline.trainable().freeze();
-
+    })?;
     let side = h.min(w).min(DECODED_SIDE);
     let decode = |side: i64| -> Result<(f64, u64)> {
         let _no_grad = tch::no_grad_guard();
@@ -98,12 +105,17 @@ pub fn measure(pipeline: &Pipeline) -> Result<Cost> {
     let b = (large / area - small / quarter) / (area - quarter);
     let a = large / area - b * area;
     let whole = (h * w) as f64;
+    // activations of the U-Net are as wide as its numbers
+    let width = match config.model.compute {
+        Compute::F32 => 1,
+        Compute::Bf16 => 2,
+    };
     Ok(Cost {
-        unet_flops: unet_flops?,
+        unet_flops,
         text_flops,
         decode_flops: a * whole + b * whole * whole,
-        kept_per_row: kept,
-        working_per_row: peak - kept,
+        kept_per_row: kept / width,
+        working_per_row: (peak - kept) / width,
         decode_per_picture: (decoded as f64 * whole / area) as u64,
     })
 }

@@ -29,7 +29,7 @@ use crate::{
         lora::{self, LoraSettings},
         parameters::Source,
         pipeline::{Build, Pipeline},
-        weights::read_safetensors,
+        weight_files::read_tensors,
     },
     policy::lanes::Lanes,
     replicas, signals,
@@ -59,7 +59,8 @@ pub fn load_model(name: &str, comm: &dyn Communicator, device: Device) -> Result
     Pipeline::from_files(files, device)
 }
 
-/// As [`load_model`], with the adapters of a LoRA file added; every rank reads that small file.
+/// As [`load_model`], with the adapters of a LoRA file (safetensors or PyTorch's own) added; every rank reads that small
+/// file.
 pub fn load_with_adapters(
     name: &str,
     lora: Option<&Path>,
@@ -70,7 +71,7 @@ pub fn load_with_adapters(
     let Some(path) = lora else { return Pipeline::from_files(files, device) };
     let read = || {
         let bytes = std::fs::read(path)?;
-        lora::from_file(read_safetensors(&bytes, &path.display().to_string())?)
+        lora::from_file(read_tensors(&bytes, &path.display().to_string())?)
     };
     let (settings, adapters) = read().with_context(|| path.display().to_string())?;
     Pipeline::with(files, device, Build { lora: Some((settings, Source::Tensors(adapters))), ..Build::default() })

@@ -54,6 +54,7 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.evaluation = stored.evaluation.clone();
     for (task, before) in wanted.tasks.iter_mut().zip(&stored.tasks) {
         task.evaluation_samples = before.evaluation_samples;
+        task.evaluation_images_per_prompt = before.evaluation_images_per_prompt;
     }
     if wanted == stored {
         return Ok(());

@@ -162,7 +162,8 @@ mod tests {
         }
         assert!(record().state(0).doing.starts_with("evaluation of iteration 5"));
         drop(outer);
-        let (before, waited_before) = (record().entered, waited());
+        let before = record().entered;
+        let waited_before = waited();
         {
             let _in = collective("all-reduce");
             std::thread::sleep(Duration::from_millis(20));
