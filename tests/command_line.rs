@@ -216,6 +216,26 @@ fn every_experiment_is_sound() {
 }
 
 #[test]
+fn every_pass_is_measured() {
+    let folder = empty_folder("bench-passes");
+    for ranks in [1, 2] {
+        for what in ["unet", "rollout", "update"] {
+            let args = ["bench", what, "--samples", "2", "--steps", "3", "--repeats", "2", "--threads", "1", "--json"];
+            let done = run(ranks, &folder, &args).expect_success(what);
+            let report: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+            assert_eq!((report["what"].as_str(), report["ranks"].as_u64()), (Some(what), Some(ranks as u64)));
+            assert_eq!(report["seconds"].as_array().unwrap().len(), 2);
+            // 52 MFLOP a row, two rows a sample; three steps of a roll-out; a backward pass costs two forward passes
+            let passes = if what == "unet" { 1.0 } else { 3.0 };
+            let expected = 2.0 * 2.0 * passes * 51.99e-6;
+            let tflop = report["tflop"].as_f64().unwrap();
+            assert!((tflop / expected - 1.0).abs() < 1e-2, "{what}: {tflop} {expected}");
+        }
+    }
+    assert!(files_below(&folder).is_empty());
+}
+
+#[test]
 fn doctor_tries_every_library() {
     let folder = empty_folder("doctor");
     for ranks in [1, 2] {

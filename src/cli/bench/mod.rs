@@ -2,6 +2,7 @@
 
 mod iteration;
 mod model;
+mod passes;
 mod scaling;
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
@@ -17,6 +18,12 @@ pub struct Args {
 enum What {
     /// Whole iterations of a config, stage by stage: median over the measured iterations.
     Iteration(iteration::Args),
+    /// The U-Net's forward pass, both halves of a guided prediction in one call.
+    Unet(passes::Args),
+    /// Whole roll-outs with their log-probabilities.
+    Rollout(passes::Args),
+    /// Policy updates: gradient, sum over ranks, optimizer step.
+    Update(passes::Args),
     /// A full-size model of random weights: build, save, load, one guided step, one training step.
     Model(model::Args),
     /// Weak and strong scaling over ranks: measured on the ranks there are, predicted for more.
@@ -26,6 +33,9 @@ enum What {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     match args.what {
         What::Iteration(args) => iteration::run(args, comm),
+        What::Unet(args) => passes::run(passes::Pass::Unet, args, comm),
+        What::Rollout(args) => passes::run(passes::Pass::Rollout, args, comm),
+        What::Update(args) => passes::run(passes::Pass::Update, args, comm),
         What::Model(args) => model::run(args, comm),
         What::Scaling(args) => scaling::run(args, comm),
     }

@@ -1,0 +1,231 @@
+//! `rldiff bench unet`, `rollout` and `update`: the three kinds of passes that training is made of, each repeated on
+//! rotating inputs. Seconds, operations per second (model operations: what gradient checkpointing computes again does not
+//! count), samples per second. `bench/compare.sh` sets the last two beside PyTorch with diffusers.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{ensure, Context, Result};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use super::median;
+use crate::{
+    cli::{device_args::DeviceArgs, Failure, OrMistake},
+    comm::{nccl, Communicator},
+    device,
+    diffusion::{
+        sampler::{self, Conditioning, Trajectory},
+        schedule::{Schedule, SchedulerConfig, Step},
+    },
+    kernels::adamw::AdamW,
+    models::{
+        architectures::Architecture,
+        flops,
+        folder::ModelFiles,
+        parameters::FlatParameters,
+        pipeline::{Build, Pipeline},
+    },
+    policy::{
+        gradient_sum::{GradientSum, Transport},
+        lanes::Lanes,
+        optimizer::Optimizer,
+        surrogate::Objective,
+        update::{lane_objective, LaneBatch},
+    },
+    random::{self, Coordinates, Purpose},
+    run::model_location,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// `embedded`, or a diffusers folder.
+    #[arg(long, default_value = "embedded", value_name = "DIR", conflicts_with = "architecture")]
+    model: PathBuf,
+    /// Random weights of a published architecture instead.
+    #[arg(long, value_enum)]
+    architecture: Option<Architecture>,
+    /// Samples of a pass, each a guided pair.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    samples: usize,
+    /// DDIM steps of a roll-out.
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    steps: usize,
+    /// The U-Net in bf16.
+    #[arg(long)]
+    bf16: bool,
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    warm_up: usize,
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    repeats: usize,
+    /// libtorch's threads.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    threads: i32,
+    /// Print one JSON object with every measured value.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Pass {
+    /// The U-Net's forward pass, without gradients.
+    Unet,
+    /// A whole roll-out with its log-probabilities.
+    Rollout,
+    /// The objective's gradient, summed over ranks, and the optimizer step.
+    Update,
+}
+
+const GUIDANCE_SCALE: f64 = 7.0;
+
+pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let sound = || -> Result<()> {
+        ensure!(args.samples > 0 && args.repeats > 0, "--samples and --repeats must be at least 1");
+        Ok(())
+    };
+    sound().or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
+    tch::set_num_threads(args.threads);
+    let bench = Bench::new(&args, comm, device).or_mistake()?;
+    let (seconds, flop) = match pass {
+        Pass::Unet => bench.measure(1.0, |i| {
+            drop(tch::no_grad(|| bench.predict(i)));
+            Ok(())
+        })?,
+        Pass::Rollout => bench.measure(1.0, |i| bench.roll_out(&bench.steps, i).map(drop))?,
+        Pass::Update => bench.updates()?,
+    };
+    if comm.rank() == 0 {
+        bench.report(pass, comm.size(), seconds, flop)?;
+    }
+    drop(bench);
+    if let Some(nccl) = nccl {
+        nccl.close();
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    args: &'a Args,
+    comm: &'a dyn Communicator,
+    device: Device,
+    pipeline: Pipeline,
+    steps: Vec<Step>,
+    cond: Tensor,
+    uncond: Tensor,
+}
+
+impl<'a> Bench<'a> {
+    fn new(args: &'a Args, comm: &'a dyn Communicator, device: Device) -> Result<Self> {
+        let how = Build {
+            unet_kind: if args.bf16 { Kind::BFloat16 } else { Kind::Float },
+            gradient_checkpointing: args.gradient_checkpointing,
+            ..Build::default()
+        };
+        let pipeline = match args.architecture {
+            Some(architecture) => Pipeline::seeded_with(architecture.files(), 1, device, how)?,
+            None => {
+                let name = args.model.to_str().context("--model is no UTF-8")?;
+                Pipeline::with(ModelFiles::read_and_broadcast(&model_location(name), comm)?, device, how)?
+            }
+        };
+        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+        let text = pipeline.embed(&["a portrait of a nurse", ""])?;
+        let cond = text.narrow(0, 0, 1).expand([args.samples as i64, -1, -1], false);
+        let uncond = text.narrow(0, 1, 1);
+        Ok(Bench { args, comm, device, steps: schedule.steps(args.steps, 1.0)?, cond, uncond, pipeline })
+    }
+
+    fn conditioning(&self) -> Conditioning {
+        Conditioning::new(&self.cond, &self.uncond, GUIDANCE_SCALE)
+    }
+
+    fn noise(&self, purpose: Purpose, repeat: usize, step: usize) -> Tensor {
+        let at = Coordinates { iteration: repeat as u32, step: step as u16, ..Coordinates::new(1, purpose) };
+        let rows = random::normal_rows(at, 0, self.args.samples, &self.pipeline.latent_shape());
+        rows.to_device(self.device)
+    }
+
+    fn predict(&self, repeat: usize) -> Tensor {
+        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
+        self.conditioning().predict(&self.pipeline.unet, &x_t, self.steps[self.steps.len() / 2].t).eps_cond
+    }
+
+    fn roll_out(&self, steps: &[Step], repeat: usize) -> Result<Trajectory> {
+        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
+        let z = |step| self.noise(Purpose::TransitionNoise, repeat, step);
+        sampler::roll_out(&self.pipeline.unet, None, steps, x_t, &self.conditioning(), z)
+    }
+
+    fn updates(&self) -> Result<(Vec<f64>, f64)> {
+        let mut step = self.steps[self.steps.len() / 2];
+        step.index = 0;
+        let advantage: Vec<f32> = (0..self.args.samples).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+        let advantage = Tensor::from_slice(&advantage).to_device(self.device);
+        let inputs = (0..2)
+            .map(|repeat| {
+                let (conditioning, trajectory) = (self.conditioning(), self.roll_out(&[step], repeat)?);
+                Ok(LaneBatch { conditioning, trajectory, advantage: advantage.shallow_clone() })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut params = FlatParameters::new(&[self.pipeline.trainable()])?;
+        let mut optimizer = Optimizer::new(params.buffer(), AdamW::default(), None, 0);
+        let lanes = Lanes::new(self.comm.size(), self.comm)?;
+        let mut sum = GradientSum::new(&params, Transport::default())?;
+        let objective = Objective { clip_range: 1e-4, weight: 1.0, samples: self.args.samples * self.comm.size() };
+        self.measure(3.0, |repeat| {
+            let batch = &inputs[repeat % inputs.len()];
+            let gradient = lanes.sum_gradients(&mut sum, self.comm, |_| {
+                Ok(lane_objective(&self.pipeline.unet, &step, batch, &objective)?.0)
+            })?;
+            optimizer.step(&mut params, &gradient)?;
+            sum.recycle(gradient);
+            Ok(())
+        })
+    }
+
+    /// Seconds of every measured repeat, and operations of one: `factor` times those of its forward passes.
+    fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<(Vec<f64>, f64)> {
+        let (mut seconds, mut flop) = (Vec::new(), 0.0);
+        for repeat in 0..self.args.warm_up + self.args.repeats {
+            let (started, before) = (self.now()?, flops::counted());
+            work(repeat)?;
+            let elapsed = self.now()? - started;
+            flop = factor * (flops::counted() - before) as f64;
+            if repeat >= self.args.warm_up {
+                seconds.push(elapsed.as_secs_f64());
+            }
+        }
+        Ok((seconds, flop))
+    }
+
+    /// After all work that a GPU has been given.
+    fn now(&self) -> Result<Instant> {
+        if let Device::Cuda(index) = self.device {
+            device::synchronize(index)?;
+        }
+        Ok(Instant::now())
+    }
+
+    fn report(&self, pass: Pass, ranks: usize, seconds: Vec<f64>, flop: f64) -> Result<()> {
+        let m = median(seconds.clone());
+        let (samples, what) = (self.args.samples, format!("{pass:?}").to_lowercase());
+        let (tflops, rate) = (flop / m / 1e12, samples as f64 / m);
+        if self.args.json {
+            let all = json!({
+                "what": what, "device": format!("{:?}", self.device), "ranks": ranks, "samples": samples,
+                "steps": self.args.steps, "bf16": self.args.bf16, "threads": self.args.threads, "seconds": seconds,
+                "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate,
+            });
+            println!("{all}");
+            return Ok(());
+        }
+        println!("{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per rank");
+        Ok(())
+    }
+}
