@@ -11,7 +11,7 @@ use crate::{
     diffusion::{
         recorded::RecordedUNet,
         sampler::Trajectory,
-        schedule::{Schedule, SchedulerConfig, Step},
+        schedule::{Schedule, Step},
     },
     faults,
     iteration_log::IterationLog,
@@ -73,7 +73,7 @@ pub type Observe<'o> = dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Resul
 impl<'a> Trainer<'a> {
     pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
-        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+        let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
         let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed));
         // files and programs that only some ranks lack must end all of them

@@ -12,7 +12,7 @@ use rldiff::{
     diffusion::{
         recorded::RecordedUNet,
         sampler::Trajectory,
-        schedule::{Schedule, SchedulerConfig, Step},
+        schedule::{Schedule, Step},
     },
     models::{parameters::FlatParameters, pipeline::Pipeline},
     policy::{
@@ -61,7 +61,7 @@ impl Setting {
     fn new(device: Device, settings: &[&str]) -> Self {
         let config = config(settings);
         let pipeline = load_for_training(&config, &Local, device).unwrap();
-        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string()).unwrap()).unwrap();
+        let schedule = Schedule::of_model(&pipeline.scheduler).unwrap();
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta).unwrap();
         Setting { config, pipeline, steps }
     }

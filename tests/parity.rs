@@ -17,7 +17,7 @@ use rldiff::{
     comm::Local,
     diffusion::{
         sampler::{roll_out, Conditioning},
-        schedule::{Schedule, SchedulerConfig, Step},
+        schedule::{Schedule, Step},
         transition::{self, Given, Prediction},
     },
     kernels::{adamw::AdamW, clipped_surrogate, FlatBuffer},
@@ -141,7 +141,7 @@ impl Goldens {
     fn pipeline(&self, variant: &str) -> (Pipeline, Schedule) {
         let location = ModelLocation::Disk(self.dir.join(format!("{variant}-tiny")));
         let pipeline = Pipeline::from_files(ModelFiles::read(&location).unwrap(), Device::Cpu).unwrap();
-        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string()).unwrap()).unwrap();
+        let schedule = Schedule::of_model(&pipeline.scheduler).unwrap();
         (pipeline, schedule)
     }
 

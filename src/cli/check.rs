@@ -9,7 +9,7 @@ use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
     config::Config,
-    diffusion::schedule::{Schedule, SchedulerConfig},
+    diffusion::schedule::Schedule,
     models::{architectures::Architecture, pipeline::Pipeline},
     policy::lanes::divisors,
     prompts::Split,
@@ -45,7 +45,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     report.line("config", format!("{} is sound", config.run.name));
     let Sizes { pipeline, model, planning } = sizes(config, args.architecture)?;
     report.line("model", model);
-    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let schedule = Schedule::of_model(&pipeline.scheduler)?;
     let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
     trainable_steps(&steps, config)?;
     report.line(

@@ -9,7 +9,7 @@ use tch::Device;
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
-    diffusion::schedule::{Schedule, SchedulerConfig},
+    diffusion::schedule::Schedule,
     evaluate::evaluate,
     models::{folder::ModelFiles, pipeline::Pipeline},
     run::{load_model, model_location},
@@ -49,7 +49,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let mut results = Vec::new();
     for name in &models {
         let model = load_model(name, comm, device).or_mistake()?;
-        let schedule = SchedulerConfig::from_json(&model.scheduler.to_string()).and_then(|c| Schedule::new(&c));
+        let schedule = Schedule::of_model(&model.scheduler);
         let steps = schedule.and_then(|s| s.steps(config.rollout.steps, config.rollout.eta)).or_mistake()?;
         let tasks = evaluate(&config, &model, &steps, &mut tasks, comm, &|| Ok(false))?;
         let tasks = tasks.expect("nothing stops it");

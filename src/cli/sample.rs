@@ -9,7 +9,7 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     config::RolloutConfig,
-    diffusion::schedule::{Schedule, SchedulerConfig},
+    diffusion::schedule::Schedule,
     evaluate::to_picture,
     memory,
     models::pipeline::Pipeline,
@@ -84,7 +84,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     tch::set_num_threads(1);
     let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm, device).or_mistake()?;
     let latent_shape = latent_shape(&pipeline, &args).or_mistake()?;
-    let schedule = SchedulerConfig::from_json(&pipeline.scheduler.to_string()).and_then(|c| Schedule::new(&c));
+    let schedule = Schedule::of_model(&pipeline.scheduler);
     let schedule = schedule.with_context(|| format!("{}: scheduler/scheduler_config.json", args.model)).or_mistake()?;
     if comm.rank() == 0 {
         warn_of_cut_prompts(&pipeline, prompts.iter().map(|p| p.text.as_str()).chain([args.negative.as_str()]))?;

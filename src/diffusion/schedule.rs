@@ -80,6 +80,11 @@ impl Schedule {
         Ok(Schedule { config: config.clone(), alpha_bar, alpha_bar_final })
     }
 
+    /// As [`Schedule::new`], from a model's `scheduler_config.json`.
+    pub fn of_model(scheduler: &serde_json::Value) -> Result<Self> {
+        Schedule::new(&SchedulerConfig::from_json(&scheduler.to_string())?)
+    }
+
     /// The config this schedule was made from.
     pub fn config(&self) -> &SchedulerConfig {
         &self.config

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     comm::Communicator,
-    diffusion::schedule::{Schedule, SchedulerConfig},
+    diffusion::schedule::Schedule,
     kernels::adamw::AdamW,
     models::{parameters::FlatParameters, pipeline::Pipeline},
     policy::{
@@ -177,7 +177,7 @@ fn train_denoiser(
 ) -> Result<()> {
     let pool = Pool::encode(pipeline, settings.seed)?;
     let empty = pipeline.tokenizer.encode_batch(&[""])?;
-    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let schedule = Schedule::of_model(&pipeline.scheduler)?;
     let mut params = FlatParameters::new(&[&pipeline.unet_parameters, &pipeline.text_parameters])?;
     let adamw = AdamW { weight_decay: 1e-3, ..AdamW::default() };
     let mut optimizer = Optimizer::new(params.buffer(), adamw, Some(1.0), 0);

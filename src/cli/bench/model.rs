@@ -14,7 +14,7 @@ use crate::{
     comm::{Communicator, Local},
     diffusion::{
         sampler::{self, Conditioning},
-        schedule::{Schedule, SchedulerConfig},
+        schedule::Schedule,
     },
     kernels::adamw::AdamW,
     models::{
@@ -145,7 +145,7 @@ fn steps(pipeline: &Pipeline, args: &Args, note: &mut dyn FnMut(&str, Value)) ->
         note(name, json!({"seconds": seconds, "tflop": tflop, "tflops": tflop / seconds}));
         Ok(())
     };
-    let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+    let schedule = Schedule::of_model(&pipeline.scheduler)?;
     let mut step = schedule.steps(STEPS, 1.0)?[STEPS / 2];
     // the only step of this trajectory
     step.index = 0;

@@ -15,7 +15,7 @@ use crate::{
     device,
     diffusion::{
         sampler::{self, Conditioning, Trajectory},
-        schedule::{Schedule, SchedulerConfig, Step},
+        schedule::{Schedule, Step},
     },
     kernels::adamw::AdamW,
     models::{
@@ -134,7 +134,7 @@ impl<'a> Bench<'a> {
                 Pipeline::with(ModelFiles::read_and_broadcast(&model_location(name), comm)?, device, how)?
             }
         };
-        let schedule = Schedule::new(&SchedulerConfig::from_json(&pipeline.scheduler.to_string())?)?;
+        let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let text = pipeline.embed(&["a portrait of a nurse", ""])?;
         let cond = text.narrow(0, 0, 1).expand([args.samples as i64, -1, -1], false);
         let uncond = text.narrow(0, 1, 1);
