@@ -64,9 +64,10 @@ pub fn evaluate(
     let empty_prompt = pipeline.embed(&[""])?;
     let roller = Roller {
         pipeline,
+        unet: &pipeline.unet,
         steps,
         empty_prompt: &empty_prompt,
-        rollout: &config.rollout,
+        guidance_scale: config.rollout.guidance_scale,
         latent_shape: pipeline.latent_shape(),
         recorded: None,
     };

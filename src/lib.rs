@@ -64,6 +64,7 @@ pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
 pub mod memory;
+pub mod methods;
 pub mod miniature;
 pub mod models;
 #[cfg(test)]

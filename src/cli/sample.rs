@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
-    config::RolloutConfig,
     diffusion::schedule::Schedule,
     evaluate::to_picture,
     memory,
@@ -90,10 +89,16 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         warn_of_cut_prompts(&pipeline, prompts.iter().map(|p| p.text.as_str()).chain([args.negative.as_str()]))?;
     }
     let steps = schedule.steps(args.steps, args.eta).or_mistake()?;
-    let rollout = RolloutConfig { steps: args.steps, eta: args.eta, guidance_scale: args.guidance, cuda_graph: false };
     let negative = pipeline.embed(&[args.negative.as_str()])?;
-    let (empty_prompt, recorded) = (&negative, None);
-    let roller = Roller { pipeline: &pipeline, steps: &steps, empty_prompt, rollout: &rollout, latent_shape, recorded };
+    let roller = Roller {
+        pipeline: &pipeline,
+        unet: &pipeline.unet,
+        steps: &steps,
+        empty_prompt: &negative,
+        guidance_scale: args.guidance,
+        latent_shape,
+        recorded: None,
+    };
     let noise = NoiseOf { seed: args.seed, iteration: u32::MAX, task: u8::MAX };
 
     let _stage = memory::stage("drawing of a picture", 1, "make it smaller (--height, --width)");

@@ -218,7 +218,7 @@ impl<'a> Run<'a> {
                 saved = saver.advance(comm).context(CannotWrite)?.or(saved.take());
                 stalled += started.elapsed();
                 let every = config.trajectories.every;
-                if every > 0 && (iteration + 1) % every == 0 {
+                if let Some(batch) = batch.filter(|_| every > 0 && (iteration + 1) % every == 0) {
                     trajectories::write(trainer, &self.files, task, iteration, batch, chosen).context(CannotWrite)?;
                 }
                 Ok(())

@@ -40,6 +40,11 @@ pub mod names {
     /// L_pre, mean over the pretraining steps of the iteration.
     pub const PRETRAINING_LOSS: &str = "pretraining_loss";
 
+    /// RAFT: mean reward of the samples that a task keeps.
+    pub const KEPT_REWARD_MEAN: &str = "kept_reward_mean";
+    /// RAFT: the lowest of what they are compared by.
+    pub const LEAST_KEPT_REWARD: &str = "least_kept_reward";
+
     /// Mean reward of `task` over its global batch.
     pub fn reward_mean(task: &str) -> String {
         of_task(task, "reward_mean")
