@@ -69,7 +69,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
             ),
             false => "evaluated only".to_string(),
         };
-        let what = match Task::new(task, index, config.run.seed) {
+        let what = match Task::new(task, index, config.run.seed, Device::Cpu) {
             Ok(task) => format!(
                 "{} prompts to train on, {} held out",
                 task.prompts.len(Split::Train),

@@ -18,7 +18,9 @@ use crate::{
 };
 
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
-pub use rewards::{ClassifierConfig, CommandReward, RewardConfig, RewardPart, SkinToneSettings};
+pub use rewards::{
+    AestheticSettings, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart, SkinToneSettings,
+};
 pub use validate::Derived;
 
 /// Everything a run is made of.
