@@ -12,7 +12,7 @@
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-use super::{check_batch, Reward, Scores};
+use super::{check_batch, sqrt_with_finite_gradient as sqrt, DifferentiableReward, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// Weight of σ and μ in M3.
@@ -34,10 +34,7 @@ impl Reward for Colorfulness {
     /// Diagnostics per picture: `colorfulness` (M3, scale 0..255) and `contrast` (RMS, scale 0..1).
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
         check_batch(images, prompts)?;
-        let images = images.clamp(0.0, 1.0);
-        let m3 = hasler_susstrunk_m3(&images);
-        let contrast = rms_contrast(&images);
-        let rewards = &m3 / M3_SCALE + &contrast * CONTRAST_WEIGHT;
+        let (rewards, m3, contrast) = judge(images);
         Ok(Scores {
             rewards: Vec::try_from(&rewards)?,
             diagnostics: vec![
@@ -47,6 +44,25 @@ impl Reward for Colorfulness {
             ..Scores::default()
         })
     }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        Some(self)
+    }
+}
+
+impl DifferentiableReward for Colorfulness {
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        Ok(judge(images).0)
+    }
+}
+
+/// Reward, M3 and contrast, f32 `[n]` each.
+fn judge(images: &Tensor) -> (Tensor, Tensor, Tensor) {
+    let images = images.clamp(0.0, 1.0);
+    let m3 = hasler_susstrunk_m3(&images);
+    let contrast = rms_contrast(&images);
+    (&m3 / M3_SCALE + &contrast * CONTRAST_WEIGHT, m3, contrast)
 }
 
 /// M3 of every picture on the scale 0..255, f32 `[n]`; `images` is f32 [n, 3, H, W] in [0, 1].
@@ -56,13 +72,13 @@ pub fn hasler_susstrunk_m3(images: &Tensor) -> Tensor {
     let yb = ((&red + &green) * 0.5 - &blue) * 255.0;
     let (rg_mean, rg_variance) = moments(&rg);
     let (yb_mean, yb_variance) = moments(&yb);
-    (rg_variance + yb_variance).sqrt() + (rg_mean.square() + yb_mean.square()).sqrt() * MEAN_WEIGHT
+    sqrt(&(rg_variance + yb_variance)) + sqrt(&(rg_mean.square() + yb_mean.square())) * MEAN_WEIGHT
 }
 
 /// Standard deviation of the luma of every picture, f32 `[n]`; `images` is f32 [n, 3, H, W] in [0, 1].
 pub fn rms_contrast(images: &Tensor) -> Tensor {
     let weights = Tensor::from_slice(&[0.299f32, 0.587, 0.114]).view([1, 3, 1, 1]).to_device(images.device());
-    moments(&(images * weights).sum_dim_intlist(1, false, Kind::Float)).1.sqrt()
+    sqrt(&moments(&(images * weights).sum_dim_intlist(1, false, Kind::Float)).1)
 }
 
 /// Mean and population variance over the pixels of [n, H, W], each `[n]`; two passes, so the variance is never negative.
@@ -77,6 +93,7 @@ mod tests {
     use super::*;
     use crate::miniature::scene::{draw_only, Content};
     use crate::miniature::{objects, places};
+    use crate::rewards::testing;
 
     /// A picture of vertical stripes in the given colours, all of the same width.
     fn stripes(colors: &[[f32; 3]]) -> Tensor {
@@ -115,6 +132,16 @@ mod tests {
         let m3 = 1.3 * (127.5f64.powi(2) + 63.75f64.powi(2)).sqrt();
         assert!((f64::from(scores.rewards[0]) - (m3 / 127.5 + 2.0 * 0.299 / 2.0)).abs() < 1e-5);
         assert!(Colorfulness.score(&images, &[]).is_err());
+    }
+
+    #[test]
+    fn its_gradient_is_that_of_finite_differences_and_zero_for_a_plain_picture() {
+        let image = (Tensor::arange(3 * 6 * 5, (Kind::Float, tch::Device::Cpu)) * 1.7).sin() * 0.4 + 0.5;
+        testing::against_finite_differences(&mut Colorfulness, &image.view([1, 3, 6, 5]), &Prompt::default());
+        let grey = Tensor::full([1, 3, 6, 5], 0.25, (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
+        let reward = Colorfulness.differentiable().unwrap().rewards(&grey, &[Prompt::default()]).unwrap();
+        reward.sum(Kind::Float).backward();
+        assert_eq!((reward, grey.grad()), (Tensor::from_slice(&[0f32]), grey.zeros_like()));
     }
 
     /// The same scene, washed out and not: measured 0.20 to 0.48 (mean 0.35) against 0.58 to 1.39 (mean 1.00).

@@ -4,9 +4,9 @@
 //! class o anywhere in the picture, 0 if nowhere.
 
 use anyhow::{ensure, Context, Result};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::{check_batch, Reward, Scores};
+use super::{check_batch, DifferentiableReward, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// d of Eq. 13.
@@ -14,6 +14,16 @@ pub trait Detector {
     /// For picture i the highest confidence, in [0, 1], of each name in `wanted[i]`; `images` is f32 [n, 3, H, W]
     /// in [0, 1] and `wanted` has n entries. Errors: a name the detector does not know.
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>>;
+    /// The detector as a differentiable computation, where it is one.
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableDetector> {
+        None
+    }
+}
+
+/// A detector whose confidences are a differentiable computation on tensors.
+pub trait DifferentiableDetector {
+    /// The confidences of [`Detector::detect`], those of picture 0 first, as one f32 tensor on the device of `images`.
+    fn confidences(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Tensor>;
 }
 
 /// The reward of Eq. 13 with any detector.
@@ -41,15 +51,7 @@ impl<D: Detector> Reward for Composition<D> {
     /// and `weakest` (the lowest confidence). Errors: a prompt that names no object.
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
         check_batch(images, prompts)?;
-        for prompt in prompts {
-            ensure!(
-                !prompt.objects.is_empty(),
-                "reward '{}': the prompt '{}' names no objects",
-                self.name,
-                prompt.text
-            );
-        }
-        let wanted: Vec<&[String]> = prompts.iter().map(|prompt| prompt.objects.as_slice()).collect();
+        let wanted = objects_of(&self.name, prompts)?;
         let found = self.detector.detect(images, &wanted).with_context(|| format!("reward '{}'", self.name))?;
         let mean = |values: &Vec<f32>| values.iter().sum::<f32>() / values.len() as f32;
         let weakest: Vec<f32> =
@@ -63,6 +65,38 @@ impl<D: Detector> Reward for Composition<D> {
             ..Scores::default()
         })
     }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        self.detector.differentiable().is_some().then_some(self as &mut dyn DifferentiableReward)
+    }
+}
+
+impl<D: Detector> DifferentiableReward for Composition<D> {
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        let wanted = objects_of(&self.name, prompts)?;
+        let detector = self.detector.differentiable().context("the detector is not differentiable")?;
+        let found = detector.confidences(images, &wanted).with_context(|| format!("reward '{}'", self.name))?;
+        // each confidence adds its share to its picture's mean
+        let (mut pictures, mut shares) = (Vec::new(), Vec::new());
+        for (picture, names) in wanted.iter().enumerate() {
+            pictures.extend(vec![picture as i64; names.len()]);
+            shares.extend(vec![1.0 / names.len() as f32; names.len()]);
+        }
+        let device = found.device();
+        let shares = found * Tensor::from_slice(&shares).to_device(device);
+        let zeros = Tensor::zeros([wanted.len() as i64], (Kind::Float, device));
+        Ok(zeros.index_add(0, &Tensor::from_slice(&pictures).to_device(device), &shares))
+    }
+}
+
+/// The objects of every prompt. Errors: a prompt that names none.
+fn objects_of<'a>(reward: &str, prompts: &'a [Prompt]) -> Result<Vec<&'a [String]>> {
+    let objects = prompts.iter().map(|prompt| {
+        ensure!(!prompt.objects.is_empty(), "reward '{reward}': the prompt '{}' names no objects", prompt.text);
+        Ok(prompt.objects.as_slice())
+    });
+    objects.collect()
 }
 
 #[cfg(test)]

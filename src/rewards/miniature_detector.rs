@@ -13,9 +13,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::{anyhow, ensure, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::composition::Detector;
+use super::composition::{Detector, DifferentiableDetector};
 use crate::miniature::objects;
 use crate::miniature::raster::{coverage, Frame, Rgb, SIZE};
 
@@ -65,6 +65,20 @@ impl MiniatureDetector {
 
 impl Detector for MiniatureDetector {
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {
+        let flat: Vec<f32> = Vec::try_from(&tch::no_grad(|| self.confidences(images, wanted))?)?;
+        let mut rest = flat.into_iter();
+        Ok(wanted.iter().map(|names| rest.by_ref().take(names.len()).collect()).collect())
+    }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableDetector> {
+        Some(self)
+    }
+}
+
+/// Similarity, convolution and logistic function are smooth; the maximum over positions and radii hands its gradient to
+/// the place where the object was found.
+impl DifferentiableDetector for MiniatureDetector {
+    fn confidences(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Tensor> {
         let size = images.size();
         let side = SIZE as i64;
         ensure!(
@@ -72,25 +86,30 @@ impl Detector for MiniatureDetector {
             "pictures must be [n, 3, {SIZE}, {SIZE}], not {size:?}"
         );
 
-        // one pass per object over the pictures that ask for it
-        let mut asked: BTreeMap<usize, Vec<(usize, usize)>> = BTreeMap::new();
-        for (picture, names) in wanted.iter().enumerate() {
-            for (slot, name) in names.iter().enumerate() {
-                let object = objects::index(name).ok_or_else(|| {
-                    anyhow!("the miniature world has no object '{name}'; it has {}", objects::NAMES.join(", "))
-                })?;
-                asked.entry(object).or_default().push((picture, slot));
-            }
+        // one pass per object over the pictures that ask for it: (picture, place in the result)
+        let mut asked: BTreeMap<usize, Vec<(i64, i64)>> = BTreeMap::new();
+        let names =
+            wanted.iter().enumerate().flat_map(|(picture, names)| names.iter().map(move |name| (picture, name)));
+        for (place, (picture, name)) in names.enumerate() {
+            let object = objects::index(name).ok_or_else(|| {
+                anyhow!("the miniature world has no object '{name}'; it has {}", objects::NAMES.join(", "))
+            })?;
+            asked.entry(object).or_default().push((picture as i64, place as i64));
         }
-        let mut found: Vec<Vec<f32>> = wanted.iter().map(|names| vec![0.0; names.len()]).collect();
-        for (object, places) in asked {
-            let rows: Vec<i64> = places.iter().map(|&(picture, _)| picture as i64).collect();
-            let confidence = self.confidence(&images.index_select(0, &Tensor::from_slice(&rows)), object);
-            for (&(picture, slot), value) in places.iter().zip(Vec::<f32>::try_from(&confidence)?) {
-                found[picture][slot] = value;
-            }
+        if asked.is_empty() {
+            return Ok(Tensor::zeros([0], (Kind::Float, images.device())));
         }
-        Ok(found)
+        // the templates are on the host
+        let on_host = images.to_device(Device::Cpu);
+        let (mut found, mut places) = (Vec::new(), Vec::new());
+        for (object, asked) in asked {
+            let pictures: Vec<i64> = asked.iter().map(|&(picture, _)| picture).collect();
+            found.push(self.confidence(&on_host.index_select(0, &Tensor::from_slice(&pictures)), object));
+            places.extend(asked.into_iter().map(|(_, place)| place));
+        }
+        // back in the order of the pictures
+        let order = Tensor::from_slice(&places).argsort(0, false);
+        Ok(Tensor::cat(&found, 0).index_select(0, &order).to_device(images.device()))
     }
 }
 
@@ -202,7 +221,9 @@ mod tests {
     use super::*;
     use crate::miniature::raster::VALUES;
     use crate::miniature::scene::{draw_only, Content};
+    use crate::prompts::Prompt;
     use crate::random::{Coordinates, Purpose};
+    use crate::rewards::{composition::Composition, testing};
 
     const OBJECTS: usize = objects::NAMES.len();
 
@@ -300,6 +321,16 @@ mod tests {
         }
     }
 
+    /// At a soft picture, where no confidence is saturated.
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let [apple, tire] = ["apple", "tire"].map(|name| objects::index(name).unwrap());
+        let image = blur(&batch(&[pair(apple, tire, true, 1)])) * 0.8 + 0.1;
+        let prompt = Prompt { text: "two".into(), objects: vec!["tire".into(), "apple".into()] };
+        let mut reward = Composition::new("composition", MiniatureDetector::default());
+        testing::against_finite_differences(&mut reward, &image, &prompt);
+    }
+
     /// Half an object is worth something: as an object fades in, the confidence rises steadily and not in one jump.
     #[test]
     fn confidence_rises_as_an_object_fades_in() {
@@ -327,7 +358,7 @@ mod tests {
         let sofa: [String; 1] = ["sofa".into()];
         let error = MiniatureDetector::default().detect(&images, &[&asked[0], &sofa]).unwrap_err();
         assert!(error.to_string().contains("sofa"), "{error}");
-        let small = Tensor::zeros([1, 3, 16, 16], (Kind::Float, tch::Device::Cpu));
+        let small = Tensor::zeros([1, 3, 16, 16], (Kind::Float, Device::Cpu));
         assert!(MiniatureDetector::default().detect(&small, &[&asked[0]]).is_err());
     }
 }

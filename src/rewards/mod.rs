@@ -75,6 +75,24 @@ pub trait Reward {
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], _ids: &[String]) -> Result<Scores> {
         self.score(images, prompts)
     }
+    /// The reward as a differentiable computation, where it is one. ReFL and DRaFT need it.
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        None
+    }
+}
+
+/// A reward that is a differentiable computation on tensors.
+pub trait DifferentiableReward {
+    /// The rewards of [`Reward::score`], up to rounding, as f32 `[n]` on the device of `images`, which may be any. Gradients
+    /// flow into `images`, f32 [n, 3, H, W] in [0, 1], and nowhere else; where a picture lies on a kink they are finite.
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor>;
+}
+
+/// √v of values that are not negative, with gradient 0 where v = 0 (it is infinite there, and times 0 it would be NaN).
+fn sqrt_with_finite_gradient(values: &Tensor) -> Tensor {
+    // true for NaN, which stays NaN
+    let not_zero = values.ne(0.0);
+    values.where_scalarother(&not_zero, 1.0).sqrt() * not_zero
 }
 
 /// Pictures as bytes.
@@ -103,4 +121,39 @@ fn check_batch(images: &Tensor, prompts: &[Prompt]) -> Result<usize> {
     ensure!(size.len() == 4 && size[1] == 3, "a reward needs pictures [n, 3, H, W], not {size:?}");
     ensure!(size[0] as usize == prompts.len(), "{} pictures and {} prompts", size[0], prompts.len());
     Ok(prompts.len())
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use crate::random::{normal_rows, Coordinates, Purpose};
+
+    /// The gradient of a differentiable reward in a picture [1, 3, H, W] against central differences along eight random
+    /// directions, and its values against those of [`Reward::score`].
+    pub fn against_finite_differences(reward: &mut dyn Reward, image: &Tensor, prompt: &Prompt) {
+        const STEP: f64 = 1e-3;
+        let prompts = std::slice::from_ref(prompt);
+        let leaf = image.detach().copy().set_requires_grad(true);
+        let value = reward.differentiable().expect("differentiable").rewards(&leaf, prompts).unwrap();
+        let scored = reward.score(image, prompts).unwrap().rewards[0];
+        assert!((value.double_value(&[0]) - f64::from(scored)).abs() < 1e-6 * f64::from(scored).abs().max(1.0));
+        value.sum(Kind::Float).backward();
+        let gradient = leaf.grad();
+        assert!(gradient.abs().max().double_value(&[]) > 0.0, "the gradient is zero");
+        let shape = &image.size()[1..];
+        for row in 0..8 {
+            let direction = normal_rows(Coordinates::new(9, Purpose::Sample), row, 1, shape);
+            let direction = &direction / direction.norm();
+            let at = |step: f64| {
+                let moved = image + &direction * step;
+                reward.differentiable().unwrap().rewards(&moved, prompts).unwrap().double_value(&[0])
+            };
+            let mut at = at;
+            let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+            let found = (&gradient * &direction).sum(Kind::Double).double_value(&[]);
+            let scale = gradient.norm().double_value(&[]);
+            // rewards of order 1 in f32 leave 1e-7/2e-3 = 6e-5 in a difference, the third derivative less
+            assert!((found - expected).abs() < 5e-4 * (1.0 + scale), "direction {row}: {found} instead of {expected}");
+        }
+    }
 }

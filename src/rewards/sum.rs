@@ -5,10 +5,10 @@
 //! The normalisation needs all ranks and is the trainer's ([`crate::policy::advantage::weighted_sum`]); logs and
 //! evaluations show the plain sum and the parts.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tch::Tensor;
 
-use super::{Part, Reward, Scores};
+use super::{DifferentiableReward, Part, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// See the module.
@@ -59,6 +59,23 @@ impl Reward for Sum {
         scores.rewards = sum.into_iter().map(|r| r as f32).collect();
         Ok(scores)
     }
+
+    /// A plain sum whose parts are all differentiable. What a normalised one is trained on depends on the whole batch.
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        let parts = self.parts.iter_mut().all(|(_, _, reward)| reward.differentiable().is_some());
+        (parts && !self.normalise).then_some(self as &mut dyn DifferentiableReward)
+    }
+}
+
+impl DifferentiableReward for Sum {
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        let mut sum = Tensor::zeros([prompts.len() as i64], (tch::Kind::Float, images.device()));
+        for (weight, name, reward) in &mut self.parts {
+            let part = reward.differentiable().with_context(|| format!("part {name} is not differentiable"))?;
+            sum = sum + part.rewards(images, prompts)? * *weight;
+        }
+        Ok(sum)
+    }
 }
 
 #[cfg(test)]
@@ -66,7 +83,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::rewards::{colorfulness::Colorfulness, jpeg::JpegSize};
+    use crate::rewards::{colorfulness::Colorfulness, jpeg::JpegSize, testing};
 
     #[test]
     fn parts_are_weighted_and_shown() {
@@ -91,5 +108,18 @@ mod tests {
         let normalised = Sum::new(parts(), true).score(&images, &prompts).unwrap();
         assert_eq!(normalised.rewards, plain.rewards);
         assert_eq!(normalised.parts[1], Part { weight: -0.5, rewards: size });
+    }
+
+    #[test]
+    fn it_is_differentiable_where_its_parts_are() {
+        let sum = |other: Box<dyn Reward>, normalise| {
+            let color: Box<dyn Reward> = Box::new(Colorfulness);
+            Sum::new(vec![(2.0, "color".into(), color), (-0.5, "other".into(), other)], normalise)
+        };
+        let image = (Tensor::arange(3 * 8 * 8, (Kind::Float, Device::Cpu)) * 1.7).sin().view([1, 3, 8, 8]) * 0.4 + 0.5;
+        let mut smooth = sum(Box::new(Colorfulness), false);
+        testing::against_finite_differences(&mut smooth, &image, &Prompt::default());
+        assert!(sum(Box::new(Colorfulness), true).differentiable().is_none());
+        assert!(sum(Box::new(JpegSize::compressibility()), false).differentiable().is_none());
     }
 }

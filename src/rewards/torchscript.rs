@@ -3,7 +3,7 @@
 use anyhow::{ensure, Context, Result};
 use tch::{CModule, Device, Kind, Tensor};
 
-use super::{check_batch, parity::Classifier, Reward, Scores};
+use super::{check_batch, parity::Classifier, DifferentiableReward, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// A loaded module; `forward` takes f32 `[B, 3, H, W]` in [0, 1].
@@ -23,12 +23,20 @@ impl Module {
             let text = e.to_string();
             anyhow::anyhow!("{path} is no TorchScript module: {}", text.lines().next().unwrap_or_default())
         })?;
+        for (_, parameter) in module.named_parameters().with_context(|| format!("parameters of {path}"))? {
+            let _ = parameter.set_requires_grad(false);
+        }
         Ok(Module { path: path.to_owned(), module, device: Device::Cpu })
     }
 
     /// The output as f32 `[n, columns]` on the CPU.
     fn forward(&mut self, images: &Tensor, columns: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
+        Ok(self.differentiable_forward(images, columns)?.to_device(Device::Cpu))
+    }
+
+    /// The output as f32 `[n, columns]` where the pictures are.
+    fn differentiable_forward(&mut self, images: &Tensor, columns: usize) -> Result<Tensor> {
         if self.device != images.device() {
             self.device = images.device();
             self.module.to(self.device, Kind::Float, false);
@@ -45,7 +53,7 @@ impl Module {
             "{} gave {size:?} for {n} pictures, [{n}, {columns}] is wanted",
             self.path
         );
-        Ok(output.to_kind(Kind::Float).to_device(Device::Cpu).view([n, columns]))
+        Ok(output.to_kind(Kind::Float).to_device(images.device()).view([n, columns]))
     }
 }
 
@@ -67,6 +75,25 @@ impl Reward for TorchScriptReward {
         check_batch(images, prompts)?;
         let rewards = Vec::try_from(&self.0.forward(images, 1)?.view([-1]))?;
         Ok(Scores { rewards, ..Scores::default() })
+    }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        Some(self)
+    }
+}
+
+impl DifferentiableReward for TorchScriptReward {
+    /// # Errors
+    /// Also a module whose output does not depend differentiably on the pictures (it rounds or detaches them).
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        let rewards = self.0.differentiable_forward(images, 1)?.view([-1]);
+        ensure!(
+            rewards.requires_grad() || !images.requires_grad(),
+            "{} is not differentiable: its output has no gradient in the pictures",
+            self.0.path
+        );
+        Ok(rewards)
     }
 }
 
@@ -105,6 +132,7 @@ fn largest(logits: &[f32]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rewards::testing;
 
     /// A module file made by tracing `f` on two pictures.
     fn module_file(folder: &std::path::Path, f: fn(&Tensor) -> Tensor) -> String {
@@ -132,6 +160,19 @@ mod tests {
         let log = module_file(folder.path(), |x| (x.select(1, 0).select(1, 0).select(1, 0) - 60.0 / 180.0).log());
         let scores = TorchScriptReward::load(&log).unwrap().score(&images(), &vec![Prompt::default(); 3]).unwrap();
         assert!(scores.rewards[0].is_nan() && scores.rewards[2].is_finite(), "{scores:?}");
+    }
+
+    #[test]
+    fn gradients_flow_through_a_module_into_the_pictures() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = module_file(folder.path(), |x| x.square().mean_dim([1, 2, 3].as_slice(), false, Kind::Float));
+        let mut reward = TorchScriptReward::load(&path).unwrap();
+        testing::against_finite_differences(&mut reward, &images().narrow(0, 1, 1), &Prompt::default());
+        let path = module_file(folder.path(), |x| x.round().detach().select(1, 0).select(1, 0).select(1, 0));
+        let mut flat = TorchScriptReward::load(&path).unwrap();
+        let pictures = images().set_requires_grad(true);
+        let e = flat.differentiable().unwrap().rewards(&pictures, &vec![Prompt::default(); 3]).unwrap_err();
+        assert!(e.to_string().contains("is not differentiable"), "{e}");
     }
 
     #[test]
