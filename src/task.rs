@@ -28,9 +28,10 @@ pub struct Task {
 }
 
 impl Task {
-    pub fn new(config: &TaskConfig, index: usize, seed: u64) -> Result<Self> {
+    /// Prompts and reward of a task; networks of the reward go to `device`.
+    pub fn new(config: &TaskConfig, index: usize, seed: u64, device: Device) -> Result<Self> {
         let index = u8::try_from(index).context("at most 255 tasks")?;
-        let place = Place { task: &config.name, index, seed, group: config.images_per_prompt };
+        let place = Place { task: &config.name, index, seed, device, group: config.images_per_prompt };
         Ok(Task {
             config: config.clone(),
             index,

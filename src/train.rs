@@ -124,7 +124,8 @@ impl<'a> Trainer<'a> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-        let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed));
+        let tasks =
+            config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, pipeline.device));
         // files and programs that only some ranks lack must end all of them
         let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>())?;
         // before training can change a weight: a method may keep the model as it is now

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs, into a venv of its own, the Python packages that tests compare with: diffusers, transformers, h5py,
-# tensorboard. They use the libtorch wheel of tools/setup.sh; prints the path of the Python to use. And NVRTC with CUDA's
+# Installs, into a venv of its own, the Python packages that tests compare with: diffusers, transformers, torchvision,
+# h5py, tensorboard. They use the libtorch wheel of tools/setup.sh; prints the path of the Python to use. And NVRTC with CUDA's
 # headers (230 MB), which compiles the kernels for a test; that needs no GPU.
 # Needs RLDIFF_VENV (the project's venv, already set up).
 set -euo pipefail
@@ -20,12 +20,12 @@ if [ ! -d "$torch_packages/torch" ]; then
     echo "set-up of tests: LIBTORCH is set, so there is no Python torch here; tests that compare with it are skipped" >&2
     exit 0
 fi
-echo "set-up of tests: installing diffusers, transformers, peft, h5py, tensorboard, NVRTC" >&2
+echo "set-up of tests: installing diffusers, transformers, torchvision, peft, h5py, tensorboard, NVRTC" >&2
 python3 -m venv "$venv"
 install=("$venv/bin/pip" install --quiet --disable-pip-version-check)
 "${install[@]}" numpy h5py pillow safetensors psutil filelock typing-extensions sympy networkx jinja2 fsspec \
     tensorboard transformers==4.57.6 diffusers==0.39.0
-"${install[@]}" --no-deps peft==0.18.0 accelerate==1.12.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96
+"${install[@]}" --no-deps torchvision==0.26.0 peft==0.18.0 accelerate==1.12.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96
 
 # torch from the project's venv, last on the path
 test_packages=$(echo "$venv"/lib/python3*/site-packages)
@@ -36,7 +36,7 @@ echo "$torch_packages" > "$test_packages/rldiff-torch.pth"
 empty=$venv/empty-libraries
 mkdir -p "$empty"
 find_missing() {
-    LD_LIBRARY_PATH=$empty ldd "$torch_packages"/torch/lib/libtorch_{python,cuda,cuda_linalg,nvshmem}.so 2>/dev/null |
+    LD_LIBRARY_PATH=$empty ldd "$torch_packages"/torch/lib/libtorch_{python,cuda,cuda_linalg,nvshmem}.so "$test_packages"/torchvision/*.so 2>/dev/null |
         awk '/not found/ {print $1}' | sort -u
 }
 find_missing | while read -r name; do

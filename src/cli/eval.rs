@@ -43,7 +43,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
             || ModelFiles::read(&model_location(name)).and_then(|files| Pipeline::from_files(files, Device::Cpu));
         agree(comm, if comm.rank() == 0 { tried().map(drop) } else { Ok(()) }).or_mistake()?;
     }
-    let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed));
+    let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, device));
     let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>()).or_mistake()?;
 
     let mut results = Vec::new();

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{Failure, OrMistake};
+use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{validate::validate_reward, RewardConfig},
@@ -23,6 +23,8 @@ use crate::{
 
 #[derive(clap::Args)]
 pub struct Args {
+    #[command(flatten)]
+    device: DeviceArgs,
     /// A reward as in a config: its name, or a table such as '{ name = "torchscript", path = "reward.pt" }'.
     #[arg(long, value_name = "REWARD")]
     reward: String,
@@ -55,7 +57,8 @@ struct Judged {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let (files, prompts, mut reward) = all_made(comm, prepare(&args)).or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    let (files, prompts, mut reward) = all_made(comm, prepare(&args, device)).or_mistake()?;
 
     let per_batch = args.batch.next_multiple_of(args.group);
     let mut mine = Vec::new();
@@ -72,7 +75,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 
 type Prepared = (Vec<PathBuf>, Vec<Prompt>, Box<dyn Reward>);
 
-fn prepare(args: &Args) -> Result<Prepared> {
+fn prepare(args: &Args, device: Device) -> Result<Prepared> {
     ensure!(args.group > 0 && args.batch > 0, "--group and --batch must be at least 1");
     let config = parse_reward(&args.reward).with_context(|| format!("--reward {}", args.reward))?;
     let files = list(&args.images)?;
@@ -87,7 +90,7 @@ fn prepare(args: &Args) -> Result<Prepared> {
         prompts = vec![prompts[0].clone(); files.len()];
     }
     ensure!(prompts.len() == files.len(), "{} prompts for {} images", prompts.len(), files.len());
-    let place = Place { task: "score", index: 0, seed: 0, group: args.group };
+    let place = Place { task: "score", index: 0, seed: 0, device, group: args.group };
     let reward = build(&config, place).with_context(|| format!("--reward {}", args.reward))?;
     Ok((files, prompts, reward))
 }

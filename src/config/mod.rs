@@ -20,7 +20,9 @@ use crate::{
 
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
-pub use rewards::{ClassifierConfig, CommandReward, RewardConfig, RewardPart, SkinToneSettings};
+pub use rewards::{
+    AestheticSettings, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart, SkinToneSettings,
+};
 pub use validate::Derived;
 
 /// Everything a run is made of.

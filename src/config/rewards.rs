@@ -11,6 +11,10 @@ pub enum RewardConfig {
     MiniatureComposition {},
     /// Eq. 12 over the pictures of a prompt.
     Parity { classifier: ClassifierConfig },
+    /// Eq. 11: ImageReward.
+    ImageReward(ImageRewardSettings),
+    /// The aesthetic predictor on CLIP's picture embedding.
+    Aesthetic(AestheticSettings),
     /// Colourfulness and contrast, the miniature's stand-in for human preference.
     Colorfulness {},
     /// Minus the size of the picture as a JPEG file, kB.
@@ -45,6 +49,26 @@ impl RewardConfig {
 pub struct RewardPart {
     pub weight: f64,
     pub reward: RewardConfig,
+}
+
+/// Files of [`crate::rewards::image_reward`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRewardSettings {
+    /// `ImageReward.pt`, or its tensors as safetensors.
+    pub weights: String,
+    /// `vocab.txt` of bert-base-uncased.
+    pub vocabulary: String,
+}
+
+/// Files of [`crate::rewards::aesthetic`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AestheticSettings {
+    /// CLIP ViT-L/14: OpenAI's `ViT-L-14.pt`, or the weights of Hugging Face's `clip-vit-large-patch14`.
+    pub clip: String,
+    /// The predictor's head, `sac+logos+ava1-l14-linearMSE.pth`; "" where it is in the same file as CLIP.
+    pub head: String,
 }
 
 /// A program as a reward; its protocol is in [`crate::rewards::command`].

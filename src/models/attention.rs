@@ -11,22 +11,23 @@ use super::{
 
 /// softmax(q·kᵀ/√d)·v over `heads` heads; q, k, v of shape [B, tokens, heads·d]. Result [B, tokens of q, heads·d].
 pub fn multi_head(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, causal: bool) -> Tensor {
+    attend(q, k, v, heads, None, causal)
+}
+
+/// As [`multi_head`] with `mask` added to q·kᵀ/√d; it has a shape that expands to [B, heads, tokens of q, tokens of k].
+pub fn multi_head_masked(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, mask: &Tensor) -> Tensor {
+    attend(q, k, v, heads, Some(mask), false)
+}
+
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, mask: Option<&Tensor>, causal: bool) -> Tensor {
     // q·kᵀ and the weighted sum of v
     flops::add(2 * q.numel() as i64 * k.size()[1]);
     let split = |x: &Tensor| {
         let s = x.size();
         x.view([s[0], s[1], heads, s[2] / heads]).transpose(1, 2)
     };
-    let out = Tensor::scaled_dot_product_attention(
-        &split(q),
-        &split(k),
-        &split(v),
-        None::<&Tensor>,
-        0.0,
-        causal,
-        None::<f64>,
-        false,
-    );
+    let out =
+        Tensor::scaled_dot_product_attention(&split(q), &split(k), &split(v), mask, 0.0, causal, None::<f64>, false);
     let s = q.size();
     out.transpose(1, 2).reshape([s[0], s[1], s[2]])
 }

@@ -183,7 +183,7 @@ impl ModelLocation {
 }
 
 /// A file's contents without a copy.
-pub(super) enum Bytes {
+pub(crate) enum Bytes {
     Embedded(&'static [u8]),
     Mapped(memmap2::Mmap),
     Empty,
@@ -200,7 +200,7 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-fn map_file(path: &Path) -> Result<Option<Bytes>> {
+pub(crate) fn map_file(path: &Path) -> Result<Option<Bytes>> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),

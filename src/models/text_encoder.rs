@@ -19,6 +19,15 @@ pub enum Activation {
     QuickGelu,
 }
 
+impl Activation {
+    pub fn apply(self, x: &Tensor) -> Tensor {
+        match self {
+            Activation::Gelu => x.gelu("none"),
+            Activation::QuickGelu => x * (x * 1.702).sigmoid(),
+        }
+    }
+}
+
 /// `text_encoder/config.json`; absent keys take transformers' defaults.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
@@ -144,11 +153,7 @@ impl TextEncoder {
             let n = layer.layer_norm1.forward(&x);
             let (q, k, v) = (layer.q_proj.forward(&n), layer.k_proj.forward(&n), layer.v_proj.forward(&n));
             x = layer.out_proj.forward(&multi_head(&q, &k, &v, self.config.num_attention_heads, true)) + x;
-            let hidden = layer.fc1.forward(&layer.layer_norm2.forward(&x));
-            let hidden = match self.config.hidden_act {
-                Activation::Gelu => hidden.gelu("none"),
-                Activation::QuickGelu => &hidden * (&hidden * 1.702).sigmoid(),
-            };
+            let hidden = self.config.hidden_act.apply(&layer.fc1.forward(&layer.layer_norm2.forward(&x)));
             x = layer.fc2.forward(&hidden) + x;
         }
         self.final_layer_norm.forward(&x).to_kind(Kind::Float)

@@ -5,19 +5,26 @@ use tch::{Device, Kind, Tensor};
 
 use crate::prompts::Prompt;
 
+pub mod aesthetic;
+mod clip_input;
 pub mod colorfulness;
 pub mod command;
 pub mod composition;
+pub mod image_reward;
 pub mod ita;
 pub mod jpeg;
 pub mod miniature_detector;
 pub mod miniature_skin_tone;
 pub mod parity;
+pub mod pil;
 pub mod random;
 pub mod registry;
+mod score_head;
 pub mod skin_tone;
 pub mod sum;
 pub mod torchscript;
+mod vision_transformer;
+mod weights;
 
 /// What a reward says of one batch.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,11 +1,14 @@
 //! From a config's `reward` to a reward.
 
 use anyhow::{Context, Result};
+use tch::Device;
 
 use super::{
+    aesthetic::Aesthetic,
     colorfulness::Colorfulness,
     command::CommandReward,
     composition::Composition,
+    image_reward::ImageReward,
     jpeg::JpegSize,
     miniature_detector::MiniatureDetector,
     miniature_skin_tone::MiniatureSkinTone,
@@ -26,6 +29,8 @@ pub struct Place<'a> {
     /// Its number in the config.
     pub index: u8,
     pub seed: u64,
+    /// Where networks of rewards compute.
+    pub device: Device,
     /// Pictures of a group, for rewards that judge groups.
     pub group: usize,
 }
@@ -33,7 +38,7 @@ pub struct Place<'a> {
 /// # Errors
 /// Files that cannot be used, programs that do not start.
 pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
-    let Place { task, group, .. } = place;
+    let Place { task, group, device, .. } = place;
     Ok(match reward {
         RewardConfig::MiniatureComposition {} => Box::new(Composition::new(task, MiniatureDetector::default())),
         RewardConfig::Parity { classifier } => match classifier {
@@ -43,6 +48,8 @@ pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
                 Box::new(Parity::new(task, TorchScriptClassifier::load(path, classes)?, group)?)
             }
         },
+        RewardConfig::ImageReward(settings) => Box::new(ImageReward::load(settings, device)?),
+        RewardConfig::Aesthetic(settings) => Box::new(Aesthetic::load(settings, device)?),
         RewardConfig::Colorfulness {} => Box::new(Colorfulness),
         RewardConfig::JpegCompressibility {} => Box::new(JpegSize::compressibility()),
         RewardConfig::JpegIncompressibility {} => Box::new(JpegSize::incompressibility()),

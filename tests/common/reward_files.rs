@@ -1,0 +1,208 @@
+//! Checkpoints of the reward networks with random weights: the tensors, names and shapes of the published files, at any
+//! size. Written from the descriptions of the files, independently of what reads them.
+
+use std::{collections::BTreeMap, path::Path};
+
+use rldiff::models::weights::save_safetensors;
+use tch::{Device, Kind, Tensor};
+
+/// Names and shapes in the order of a file.
+pub type Shapes = Vec<(String, Vec<i64>)>;
+
+/// Random tensors for `shapes`, the same for the same names whatever else there is: weights of LayerNorm and BatchNorm
+/// around 1, variances positive, others small enough that signals neither vanish nor explode.
+pub fn random(shapes: &Shapes, seed: u64) -> BTreeMap<String, Tensor> {
+    let tensor = |name: &str, shape: &[i64]| {
+        let hash =
+            name.bytes().fold(seed ^ 0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let count = shape.iter().product::<i64>() as usize;
+        let mut state = hash | 1;
+        let mut uniform = || {
+            // xorshift64*
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let values: Vec<f32> = (0..count).map(|_| uniform()).collect();
+        let inputs = shape.iter().skip(1).product::<i64>().max(1) as f64;
+        let values = Tensor::from_slice(&values).view(shape);
+        match (name.ends_with("running_var"), shape.len()) {
+            (true, _) => values * 0.3 + 1.0,
+            (false, 1) if name.ends_with("weight") && is_norm(name) => values * 0.2 + 1.0,
+            (false, 1) => values * 0.1,
+            _ => values * (2.0 / inputs).sqrt(),
+        }
+    };
+    shapes.iter().map(|(name, shape)| (name.clone(), tensor(name, shape))).collect()
+}
+
+fn is_norm(name: &str) -> bool {
+    ["norm", "LayerNorm", "layrnorm", "ln_", ".bn0.", ".bn1."].iter().any(|part| name.contains(part))
+}
+
+pub fn save(path: &Path, tensors: &BTreeMap<String, Tensor>) {
+    save_safetensors(path, tensors, Kind::Float).unwrap();
+}
+
+struct List(Shapes);
+
+impl List {
+    fn one(&mut self, name: &str, shape: &[i64]) {
+        self.0.push((name.to_string(), shape.to_vec()));
+    }
+
+    fn linear(&mut self, name: &str, outputs: i64, inputs: i64) {
+        self.one(&format!("{name}.weight"), &[outputs, inputs]);
+        self.one(&format!("{name}.bias"), &[outputs]);
+    }
+
+    fn norm(&mut self, name: &str, width: i64) {
+        self.one(&format!("{name}.weight"), &[width]);
+        self.one(&format!("{name}.bias"), &[width]);
+    }
+
+    fn head(&mut self, prefix: &str, numbers: [i64; 5], widths: [i64; 5]) {
+        let outputs = widths[1..].iter().copied().chain([1]);
+        for ((number, inputs), outputs) in numbers.iter().zip(widths).zip(outputs) {
+            self.linear(&format!("{prefix}layers.{number}"), outputs, inputs);
+        }
+    }
+}
+
+/// A transformer's sizes.
+#[derive(Clone, Copy)]
+pub struct Vit {
+    pub width: i64,
+    pub hidden: i64,
+    pub depth: i64,
+    pub patch: i64,
+    /// Side of the picture in patches.
+    pub grid: i64,
+    /// CLIP's projection.
+    pub outputs: i64,
+}
+
+pub const VIT_L_16: Vit = Vit { width: 1024, hidden: 4096, depth: 24, patch: 16, grid: 14, outputs: 256 };
+pub const VIT_L_14: Vit = Vit { width: 1024, hidden: 4096, depth: 24, patch: 14, grid: 16, outputs: 768 };
+pub const SMALL_BLIP: Vit = Vit { width: 128, hidden: 192, depth: 2, patch: 8, grid: 3, outputs: 32 };
+pub const SMALL_CLIP: Vit = Vit { width: 128, hidden: 256, depth: 3, patch: 7, grid: 4, outputs: 24 };
+
+/// BERT's sizes.
+#[derive(Clone, Copy)]
+pub struct Bert {
+    pub vocabulary: i64,
+    pub positions: i64,
+    pub width: i64,
+    pub hidden: i64,
+    pub depth: i64,
+}
+
+pub const BERT_BASE: Bert = Bert { vocabulary: 30524, positions: 512, width: 768, hidden: 3072, depth: 12 };
+
+/// `ImageReward.pt`.
+pub fn image_reward(vit: Vit, bert: Bert, head: [i64; 5]) -> Shapes {
+    let mut l = List(Vec::new());
+    let v = "blip.visual_encoder";
+    l.one(&format!("{v}.cls_token"), &[1, 1, vit.width]);
+    l.one(&format!("{v}.pos_embed"), &[1, vit.grid * vit.grid + 1, vit.width]);
+    l.one(&format!("{v}.patch_embed.proj.weight"), &[vit.width, 3, vit.patch, vit.patch]);
+    l.one(&format!("{v}.patch_embed.proj.bias"), &[vit.width]);
+    for i in 0..vit.depth {
+        let b = format!("{v}.blocks.{i}");
+        l.norm(&format!("{b}.norm1"), vit.width);
+        l.linear(&format!("{b}.attn.qkv"), 3 * vit.width, vit.width);
+        l.linear(&format!("{b}.attn.proj"), vit.width, vit.width);
+        l.norm(&format!("{b}.norm2"), vit.width);
+        l.linear(&format!("{b}.mlp.fc1"), vit.hidden, vit.width);
+        l.linear(&format!("{b}.mlp.fc2"), vit.width, vit.hidden);
+    }
+    l.norm(&format!("{v}.norm"), vit.width);
+    let t = "blip.text_encoder";
+    l.one(&format!("{t}.embeddings.word_embeddings.weight"), &[bert.vocabulary, bert.width]);
+    l.one(&format!("{t}.embeddings.position_embeddings.weight"), &[bert.positions, bert.width]);
+    l.norm(&format!("{t}.embeddings.LayerNorm"), bert.width);
+    for i in 0..bert.depth {
+        let b = format!("{t}.encoder.layer.{i}");
+        for (part, context) in [("attention", bert.width), ("crossattention", vit.width)] {
+            l.linear(&format!("{b}.{part}.self.query"), bert.width, bert.width);
+            l.linear(&format!("{b}.{part}.self.key"), bert.width, context);
+            l.linear(&format!("{b}.{part}.self.value"), bert.width, context);
+            l.linear(&format!("{b}.{part}.output.dense"), bert.width, bert.width);
+            l.norm(&format!("{b}.{part}.output.LayerNorm"), bert.width);
+        }
+        l.linear(&format!("{b}.intermediate.dense"), bert.hidden, bert.width);
+        l.linear(&format!("{b}.output.dense"), bert.width, bert.hidden);
+        l.norm(&format!("{b}.output.LayerNorm"), bert.width);
+    }
+    l.linear("blip.vision_proj", vit.outputs, vit.width);
+    l.linear("blip.text_proj", vit.outputs, bert.width);
+    l.head("mlp.", [0, 2, 4, 6, 7], head);
+    l.0
+}
+
+/// The vision half of Hugging Face's CLIP.
+pub fn clip_hugging_face(vit: Vit) -> Shapes {
+    let mut l = List(Vec::new());
+    let v = "vision_model";
+    l.one(&format!("{v}.embeddings.class_embedding"), &[vit.width]);
+    l.one(&format!("{v}.embeddings.patch_embedding.weight"), &[vit.width, 3, vit.patch, vit.patch]);
+    l.one(&format!("{v}.embeddings.position_embedding.weight"), &[vit.grid * vit.grid + 1, vit.width]);
+    l.norm(&format!("{v}.pre_layrnorm"), vit.width);
+    for i in 0..vit.depth {
+        let b = format!("{v}.encoder.layers.{i}");
+        for part in ["q", "k", "v", "out"] {
+            l.linear(&format!("{b}.self_attn.{part}_proj"), vit.width, vit.width);
+        }
+        l.norm(&format!("{b}.layer_norm1"), vit.width);
+        l.linear(&format!("{b}.mlp.fc1"), vit.hidden, vit.width);
+        l.linear(&format!("{b}.mlp.fc2"), vit.width, vit.hidden);
+        l.norm(&format!("{b}.layer_norm2"), vit.width);
+    }
+    l.norm(&format!("{v}.post_layernorm"), vit.width);
+    l.one("visual_projection.weight", &[vit.outputs, vit.width]);
+    l.0
+}
+
+/// The aesthetic predictor's head on CLIP's embedding.
+pub fn aesthetic_head(inputs: i64, relu: bool) -> Shapes {
+    let mut l = List(Vec::new());
+    let widths = if inputs == 768 { [768, 1024, 128, 64, 16] } else { [inputs, 40, 20, 10, 5] };
+    l.head("", if relu { [0, 3, 6, 9, 11] } else { [0, 2, 4, 6, 7] }, widths);
+    l.0
+}
+
+/// A small WordPiece vocabulary; BLIP adds two tokens to it.
+pub fn vocabulary() -> Vec<String> {
+    let words = "[PAD] [UNK] [CLS] [SEP] [MASK] a an the of and with next to near on side beside portrait kite book \
+                 apple nurse ocean painting cloud ##s , . ' !";
+    words.split_whitespace().map(String::from).collect()
+}
+
+/// Sizes for `vocabulary()`.
+pub fn small_bert() -> Bert {
+    Bert { vocabulary: vocabulary().len() as i64 + 2, positions: 40, width: 64, hidden: 96, depth: 2 }
+}
+
+/// A small ImageReward and its vocabulary in `folder`: `image_reward.safetensors`, `vocab.txt`.
+pub fn write_image_reward(folder: &Path, seed: u64) {
+    let shapes = image_reward(SMALL_BLIP, small_bert(), [64, 48, 24, 12, 6]);
+    save(&folder.join("image_reward.safetensors"), &random(&shapes, seed));
+    std::fs::write(folder.join("vocab.txt"), vocabulary().join("\n") + "\n").unwrap();
+}
+
+/// A small CLIP and head in `folder`: `clip.safetensors`, `head.safetensors`.
+pub fn write_aesthetic(folder: &Path, seed: u64) {
+    save(&folder.join("clip.safetensors"), &random(&clip_hugging_face(SMALL_CLIP), seed));
+    save(&folder.join("head.safetensors"), &random(&aesthetic_head(SMALL_CLIP.outputs, false), seed));
+}
+
+/// Pictures f32 `[n, 3, height, width]` with values of whole grey levels: soft blobs of colour, each another.
+pub fn pictures(n: i64, height: i64, width: i64) -> Tensor {
+    let axis = |length: i64| Tensor::arange(length, (Kind::Float, Device::Cpu)) / length as f64;
+    let (y, x) = (axis(height).view([1, 1, -1, 1]), axis(width).view([1, 1, 1, -1]));
+    let phase = Tensor::arange(3 * n, (Kind::Float, Device::Cpu)).view([n, 3, 1, 1]);
+    let wave = ((&x * 9.0 + &phase * 1.7).sin() * (&y * 7.0 - &phase * 0.6).cos()) * 0.45 + 0.5;
+    let steps = ((x * 6.0).floor() + (y * 5.0).floor() + phase).remainder(2.0) * 0.08 - 0.04;
+    ((wave + steps).clamp(0.0, 1.0) * 255.0).round() / 255.0
+}
