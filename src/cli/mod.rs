@@ -9,8 +9,10 @@ mod check;
 mod config_args;
 mod device_args;
 mod doctor;
+mod drawing_args;
 mod eval;
 mod export;
+mod human_eval;
 mod inspect;
 mod pretrain;
 mod sample;
@@ -56,6 +58,8 @@ enum Command {
     Sample(sample::Args),
     /// Score models on the held-out prompts of a config's tasks.
     Eval(eval::Args),
+    /// Build pages on which people compare models, and count their answers.
+    HumanEval(human_eval::Args),
     /// Judge image files by a reward.
     Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
@@ -168,6 +172,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
         Command::Eval(args) => eval::run(args, comm),
+        Command::HumanEval(args) => human_eval::run(args, comm),
         Command::Score(args) => score::run(args, comm),
         Command::Export(args) => export::run(args, comm),
         Command::Pretrain(args) => pretrain::run(args, comm),
