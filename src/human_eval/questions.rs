@@ -43,8 +43,8 @@ const PAIR: [Question; 3] = [
     Question {
         id: "alignment",
         title: "fits the description",
-        text: "Which picture fits the description better?",
-        hint: "What it names: things, their number, colours, places, the style.",
+        text: "Which fits the description better?",
+        hint: "Things, their number, colours, places, style.",
         answers: [
             (Answer::Left, "Left"),
             (Answer::Right, "Right"),
@@ -55,8 +55,8 @@ const PAIR: [Question; 3] = [
     Question {
         id: "fidelity",
         title: "quality of the picture",
-        text: "Which picture is made better?",
-        hint: "Shapes, faces, hands, light, noise, whatever the description says.",
+        text: "Which is made better?",
+        hint: "Shapes, faces, hands, light, noise.",
         answers: [
             (Answer::Left, "Left"),
             (Answer::Right, "Right"),
@@ -67,8 +67,8 @@ const PAIR: [Question; 3] = [
     Question {
         id: "preference",
         title: "overall preference",
-        text: "Which picture do you prefer overall?",
-        hint: "The one you would keep if you had asked for it.",
+        text: "Which do you prefer overall?",
+        hint: "The one that you would keep.",
         answers: [
             (Answer::Left, "Left"),
             (Answer::Right, "Right"),
@@ -82,7 +82,7 @@ const GROUPS: [Question; 1] = [Question {
     id: "diversity",
     title: "diversity of the set",
     text: "Which set of six is more diverse?",
-    hint: "People: skin tones first, then age, gender, hair. Otherwise: how much the six differ.",
+    hint: "People: skin tones first, then age, gender, hair.",
     answers: [
         (Answer::Left, "Left set"),
         (Answer::Right, "Right set"),

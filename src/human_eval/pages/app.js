@@ -116,6 +116,7 @@
     state.at = Math.max(0, Math.min(at, order.length - 1));
     keep();
     const query = order[state.at];
+    element("query").dataset.query = query.id;
     element("kind").textContent = `Query ${state.at + 1} of ${order.length}. ${KINDS[query.form]}`;
     element("prompt").textContent = `“${query.prompt}”`;
     element("pictures").replaceChildren(figure(query, "left", "Left"), figure(query, "right", "Right"));
