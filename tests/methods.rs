@@ -16,7 +16,8 @@ fn experiment(method: &str) -> String {
     format!("{}/slurm/miniature-{method}.toml", env!("CARGO_MANIFEST_DIR"))
 }
 
-const SMALL: [&str; 13] = [
+const SMALL: [&str; 14] = [
+    "evaluation.every=0",
     "run.lanes=4",
     "run.iterations=3",
     "run.checkpoint_every=1",
