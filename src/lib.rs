@@ -59,6 +59,7 @@ pub mod device;
 pub mod diffusion;
 pub mod draw;
 pub mod evaluate;
+pub mod evaluation;
 pub mod faults;
 pub mod human_eval;
 pub mod image_file;

@@ -5,10 +5,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::Device;
 
-use super::{config_args::ConfigArgs, Failure, OrMistake};
+use super::{config_args::ConfigArgs, eval, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::Config,
+    config::{eval::is_evaluation, Config},
     diffusion::schedule::Schedule,
     methods,
     models::{architectures::Architecture, pipeline::Pipeline},
@@ -32,6 +32,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    // evaluations and studies are another kind of config
+    let text = args.config.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+    if let Some(path) = args.config.config.as_ref().filter(|_| is_evaluation(&text)) {
+        let described = if comm.rank() == 0 { eval::check(path).map(|text| println!("{text}")) } else { Ok(()) };
+        return described.or_mistake();
+    }
     let config = args.config.load(comm).or_mistake()?;
     if comm.rank() == 0 {
         println!("{}", describe(&config, &args).or_mistake()?);

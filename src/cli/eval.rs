@@ -1,83 +1,94 @@
-//! `rldiff eval`: rewards of models on held-out prompts, with the same noise for all of them.
+//! `rldiff eval`: models × prompt sets × metrics, with the same noise for all models.
 
 use std::path::PathBuf;
 
-use anyhow::Result;
-use serde_json::json;
-use tch::Device;
+use anyhow::{anyhow, ensure, Result};
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, all_made, Communicator},
-    diffusion::schedule::Schedule,
-    evaluate::evaluate,
-    models::{folder::ModelFiles, pipeline::Pipeline},
-    run::{load_model, model_location},
-    task::Task,
-    telemetry::{write_atomic, Estimate},
+    comm::{agree, Communicator},
+    config::{eval::is_evaluation, EvalConfig, EvalModel},
+    evaluation::{to_json, to_markdown, Evaluation},
+    telemetry::write_atomic,
 };
 
+/// CONFIG is an evaluation ([eval], [[model]], [[set]]), or a training experiment, whose tasks are then the sets.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
     #[command(flatten)]
     device: DeviceArgs,
-    /// A model to score: `embedded`, a diffusers folder, or a run's folder. May be given several times; the first is
-    /// what the others are compared with [default: the config's model].
+    /// A model to score: `embedded`, a diffusers folder, a run's folder or a checkpoint. May be given several times, and
+    /// takes the place of the config's models; the first is what the others are compared with.
     #[arg(long = "model", value_name = "DIR")]
     models: Vec<String>,
+    /// Folder for the results; an evaluation that was cut off goes on there [default: runs/NAME].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// Also write the figures to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let config = args.config.load(comm).or_mistake()?;
-    let models = if args.models.is_empty() { vec![config.model.path.clone()] } else { args.models };
-    let device = args.device.choose(comm).or_mistake()?;
-    tch::set_num_threads(config.run.threads as i32);
-    // every model is tried before the first one is scored
-    for name in models.iter().skip(1) {
-        let tried =
-            || ModelFiles::read(&model_location(name)).and_then(|files| Pipeline::from_files(files, Device::Cpu));
-        agree(comm, if comm.rank() == 0 { tried().map(drop) } else { Ok(()) }).or_mistake()?;
+    let mut config = load(&args.config, comm).or_mistake()?;
+    if !args.models.is_empty() {
+        config.models = args.models.iter().map(|path| EvalModel::at(path)).collect();
     }
-    let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, device));
-    let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>()).or_mistake()?;
-
-    let mut results = Vec::new();
-    for name in &models {
-        let model = load_model(name, comm, device).or_mistake()?;
-        let schedule = Schedule::of_model(&model.scheduler);
-        let steps = schedule.and_then(|s| s.steps(config.rollout.steps, config.rollout.eta)).or_mistake()?;
-        let tasks = evaluate(&config, &model, &steps, &mut tasks, comm, &|| Ok(false))?;
-        let tasks = tasks.expect("nothing stops it");
-        if comm.rank() == 0 {
-            println!("{name}");
-            for (i, task) in tasks.iter().enumerate() {
-                let e = Estimate::of(&task.units);
-                let against = results.first().map(|first: &Vec<Vec<f64>>| {
-                    let differences: Vec<f64> = task.units.iter().zip(&first[i]).map(|(a, b)| a - b).collect();
-                    let d = Estimate::of(&differences);
-                    format!("  difference to the first {:+.4} ± {:.4}", d.mean, d.stderr)
-                });
-                println!("  {:<16} {:.4} ± {:.4}{}", task.task, e.mean, e.stderr, against.unwrap_or_default());
-            }
-        }
-        results.push(tasks.into_iter().map(|t| t.units).collect());
+    let device = args.device.choose(comm).or_mistake()?;
+    tch::set_num_threads(config.eval.threads as i32);
+    let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.eval.name));
+    let evaluation = Evaluation::prepare(&config, comm, device, &out).or_mistake()?;
+    let results = evaluation.go(comm, device, &out)?;
+    if comm.rank() == 0 {
+        println!("{}results in {}", to_markdown(&results), out.display());
     }
     if let Some(path) = args.json {
-        let entry = |(name, units): (&String, &Vec<Vec<f64>>)| {
-            let tasks = config.tasks.iter().zip(units).map(|(task, units)| {
-                let e = Estimate::of(units);
-                json!({"name": task.name, "mean": e.mean, "stderr": e.stderr, "values": units})
-            });
-            json!({"model": name, "tasks": tasks.collect::<Vec<_>>()})
-        };
-        let all: Vec<_> = models.iter().zip(&results).map(entry).collect();
-        let written = || write_atomic(&path, &serde_json::to_vec_pretty(&all)?);
+        let written = || write_atomic(&path, &serde_json::to_vec_pretty(&to_json(&results))?);
         agree(comm, if comm.rank() == 0 { written() } else { Ok(()) })?;
     }
     Ok(())
+}
+
+/// Rank 0 reads; all ranks get the same config or the same error.
+fn load(args: &ConfigArgs, comm: &dyn Communicator) -> Result<EvalConfig> {
+    let mut message = Vec::new();
+    if comm.rank() == 0 {
+        let text = args.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+        let loaded = match (is_evaluation(&text), &args.config) {
+            (true, Some(path)) => EvalConfig::load(path).and_then(|config| {
+                ensure!(
+                    args.set.is_empty(),
+                    "--set changes a training experiment, {} is an evaluation",
+                    path.display()
+                );
+                Ok(Some(config))
+            }),
+            _ => Ok(None),
+        };
+        message = serde_json::to_vec(&loaded.map_err(|e| format!("{e:#}")))?;
+    }
+    comm.broadcast_bytes(&mut message, 0)?;
+    let loaded: Result<Option<EvalConfig>, String> = serde_json::from_slice(&message)?;
+    match loaded.map_err(|e| anyhow!(e))? {
+        Some(config) => Ok(config),
+        None => EvalConfig::of_run(&args.load(comm)?),
+    }
+}
+
+/// What `check` says of an evaluation.
+pub fn check(path: &std::path::Path) -> Result<String> {
+    let config = EvalConfig::load(path)?;
+    let mut lines = vec![format!("config                     {} is sound", config.eval.name)];
+    for model in &config.models {
+        lines.push(format!("model {:<20} {}", model.name, model.path));
+    }
+    for set in &config.sets {
+        let metrics: Vec<&str> = set.metrics.iter().map(|metric| metric.name.as_str()).collect();
+        let count = if set.count == 0 { "all".to_string() } else { set.count.to_string() };
+        let images = set.images_per_prompt;
+        lines.push(format!("set {:<22} {count} prompts, {images} pictures each: {}", set.name, metrics.join(", ")));
+    }
+    Ok(lines.join("\n"))
 }

@@ -57,7 +57,7 @@ enum Command {
     Inspect(inspect::Args),
     /// Make pictures from prompts.
     Sample(sample::Args),
-    /// Score models on the held-out prompts of a config's tasks.
+    /// Score models on prompt sets, with the same noise for all of them.
     Eval(eval::Args),
     /// Build pages on which people compare models, and count their answers.
     HumanEval(human_eval::Args),

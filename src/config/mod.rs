@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod eval;
 pub mod load;
 pub mod method;
 pub mod prompts;
@@ -18,6 +19,7 @@ use crate::{
     },
 };
 
+pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric};
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{

@@ -41,6 +41,11 @@ pub fn draw(source: &dyn PromptSource, seed: u64, iteration: u32, task: u8, grou
 /// from the start where they are too few.
 pub fn evaluation_prompts(source: &dyn PromptSource, seed: u64, task: u8, count: usize) -> Vec<Prompt> {
     let split = if source.len(Split::HeldOut) > 0 { Split::HeldOut } else { Split::Train };
+    some_prompts(source, split, seed, task, count)
+}
+
+/// `count` prompts of a split that has some: all of them in a seeded order, again from the start where they are too few.
+pub fn some_prompts(source: &dyn PromptSource, split: Split, seed: u64, task: u8, count: usize) -> Vec<Prompt> {
     let total = source.len(split);
     let mut stream = Coordinates { task, ..Coordinates::new(seed, Purpose::Evaluation) }.stream();
     if total as usize <= 100_000 {

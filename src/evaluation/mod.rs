@@ -1,0 +1,91 @@
+//! `rldiff eval`: models × prompt sets × metrics, the same prompts and noise for all models.
+//!
+//! ```text
+//! OUT/<model>/<set>/part-<first sample>.json   what a rank has judged, as soon as it has
+//! OUT/<model>/<set>/<prompt>-<image>.png       the pictures of the sheet, or all of them
+//! OUT/<model>/<set>.json                       a model's values on a set, whole
+//! OUT/results.json, results.md, <set>.png      figures of all models, tables, sheets: a column for each model
+//! ```
+//!
+//! Samples go to the ranks round robin, in pieces of [`CHUNK`]; what is judged does not depend on the number of ranks. An
+//! evaluation that was cut off goes on with the pieces that are missing, on any number of ranks. What is found is only
+//! taken where it was made by the same weights (SHA-256), prompts, metrics, noise and steps.
+
+mod model;
+mod results;
+mod set;
+
+pub use results::{figure, to_json, to_markdown, Figure, ModelResult, SetResult, Values};
+pub use set::picture_file;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::Device;
+
+use crate::{
+    comm::{agree, all_made, Communicator},
+    config::EvalConfig,
+    diffusion::schedule::Schedule,
+    run::CannotWrite,
+    task::Roller,
+    telemetry::can_be_folder,
+};
+use set::{evaluate_set, Set};
+
+/// Samples per U-Net call where a prompt has fewer pictures; part of what the bits of a result depend on.
+pub const CHUNK: usize = 16;
+
+/// An evaluation that is ready to start.
+pub struct Evaluation<'a> {
+    config: &'a EvalConfig,
+    sets: Vec<Set>,
+}
+
+impl<'a> Evaluation<'a> {
+    /// Everything that can go wrong by a user's mistake: prompts, metrics, models. Nothing is written. A collective call.
+    pub fn prepare(config: &'a EvalConfig, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Self> {
+        config.validate()?;
+        agree(comm, if comm.rank() == 0 { can_be_folder(out) } else { Ok(()) })?;
+        let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device));
+        let sets = all_made(comm, sets.collect::<Result<Vec<_>>>())?;
+        for model in &config.models {
+            let tried = if comm.rank() == 0 { model::try_out(model) } else { Ok(()) };
+            agree(comm, tried).with_context(|| format!("model {}", model.name))?;
+        }
+        Ok(Evaluation { config, sets })
+    }
+
+    /// Evaluates what is missing, and gives all results, the same on every rank. A collective call.
+    pub fn go(mut self, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Vec<ModelResult>> {
+        let config = self.config;
+        let mut results = Vec::new();
+        for settings in &config.models {
+            let loaded = model::load(settings, config.eval.compute, comm, device)
+                .with_context(|| format!("model {}", settings.name))?;
+            let pipeline = &loaded.pipeline;
+            let schedule = Schedule::of_model(&pipeline.scheduler)?;
+            let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
+            let empty_prompt = pipeline.embed(&[""])?;
+            let roller = Roller {
+                pipeline,
+                unet: &pipeline.unet,
+                steps: &steps,
+                empty_prompt: &empty_prompt,
+                guidance_scale: config.rollout.guidance_scale,
+                latent_shape: pipeline.latent_shape(),
+                recorded: None,
+            };
+            let folder = out.join(settings.folder());
+            let mut of_model =
+                ModelResult { model: settings.name.clone(), path: settings.path.clone(), sets: Vec::new() };
+            for set in &mut self.sets {
+                of_model.sets.push(evaluate_set(config, &roller, &loaded.digest, set, &folder, comm)?);
+            }
+            results.push(of_model);
+        }
+        let written = if comm.rank() == 0 { results::write(config, out, &results) } else { Ok(()) };
+        agree(comm, written).context(CannotWrite)?;
+        Ok(results)
+    }
+}

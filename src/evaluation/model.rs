@@ -1,0 +1,98 @@
+//! The models of an evaluation: diffusers folders, runs, checkpoints, with or without adapters.
+
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind};
+
+use crate::{
+    comm::{Communicator, Local},
+    config::{load, Compute, EvalModel},
+    learner::Learner,
+    models::{
+        folder::ModelFiles,
+        lora,
+        parameters::{Parameters, Source},
+        pipeline::{Build, Pipeline},
+        weight_files::read_tensors,
+    },
+    run::{load_for_training, model_location},
+    store,
+};
+
+pub struct LoadedModel {
+    pub pipeline: Pipeline,
+    /// SHA-256 of all its weights.
+    pub digest: String,
+}
+
+fn is_checkpoint(path: &str) -> bool {
+    Path::new(path).join("manifest.json").is_file()
+}
+
+/// Loads a model on every rank; rank 0 reads. A collective call.
+pub fn load(model: &EvalModel, compute: Compute, comm: &dyn Communicator, device: Device) -> Result<LoadedModel> {
+    let pipeline = match is_checkpoint(&model.path) {
+        true => of_checkpoint(model, comm, device)?,
+        false => {
+            let files = ModelFiles::read_and_broadcast(&model_location(&model.path), comm)?;
+            let how = Build { unet_kind: compute.kind(), lora: adapters(model)?, ..Build::default() };
+            Pipeline::with(files, device, how)?
+        }
+    };
+    let digest = digest(&pipeline)?;
+    Ok(LoadedModel { pipeline, digest })
+}
+
+/// Whether the model can be built; on one rank.
+pub fn try_out(model: &EvalModel) -> Result<()> {
+    if is_checkpoint(&model.path) {
+        return of_checkpoint(model, &Local, Device::Cpu).map(drop);
+    }
+    let files = ModelFiles::read(&model_location(&model.path))?;
+    Pipeline::with(files, Device::Cpu, Build { lora: adapters(model)?, ..Build::default() }).map(drop)
+}
+
+fn of_checkpoint(model: &EvalModel, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
+    ensure!(model.lora.is_empty(), "{} is a checkpoint: it has its own adapters, lora must be \"\"", model.path);
+    let loaded = store::load(Path::new(&model.path), comm)?;
+    let config = load::parse(&loaded.checkpoint.config_toml, &format!("{}: its config", model.path), &[])?;
+    let pipeline = load_for_training(&config, comm, device)?;
+    let mut learner = Learner::new(&pipeline, &config)?;
+    learner.restore(&loaded.checkpoint).with_context(|| model.path.clone())?;
+    if let Some(average) = learner.average.take() {
+        learner.params.buffer_mut().copy_from(&average);
+        learner.params.publish();
+    }
+    Ok(pipeline)
+}
+
+fn adapters(model: &EvalModel) -> Result<Option<(lora::LoraSettings, Source)>> {
+    if model.lora.is_empty() {
+        return Ok(None);
+    }
+    let read = || -> Result<_> {
+        let bytes = std::fs::read(&model.lora)?;
+        let (settings, tensors) = lora::from_file(read_tensors(&bytes, &model.lora)?)?;
+        Ok(Some((settings, Source::Tensors(tensors))))
+    };
+    read().with_context(|| model.lora.clone())
+}
+
+/// Over names and f32 values of the weights of all networks, adapters included.
+fn digest(pipeline: &Pipeline) -> Result<String> {
+    let mut hash = Sha256::new();
+    let adapters = pipeline.lora.as_ref().map(|(_, parameters)| parameters);
+    let networks = [&pipeline.text_parameters, &pipeline.unet_parameters, &pipeline.vae_parameters];
+    let mut add = |parameters: &Parameters| -> Result<()> {
+        for parameter in &parameters.entries {
+            hash.update(parameter.name.as_bytes());
+            let values = parameter.tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
+            hash.update(bytemuck::cast_slice::<f32, u8>(&Vec::<f32>::try_from(&values)?));
+        }
+        Ok(())
+    };
+    networks.into_iter().chain(adapters).try_for_each(&mut add)?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}

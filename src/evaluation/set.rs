@@ -1,0 +1,293 @@
+//! One model on one set: pieces that are drawn, judged, written, and put together.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
+use tch::Device;
+
+use super::{
+    results::{SetResult, Values},
+    CHUNK,
+};
+use crate::{
+    comm::{agree, Communicator},
+    config::{EvalConfig, EvalSet, EvalSplit},
+    evaluate::to_picture,
+    image_statistics::{diversity, high_frequency_share},
+    memory,
+    prompts::{registry as prompts, Prompt, Split},
+    rewards::{
+        registry::{build, Place},
+        Reward,
+    },
+    run::CannotWrite,
+    store,
+    task::{NoiseOf, Roller},
+    telemetry::{save_png, write_atomic},
+    watch,
+};
+
+/// A prompt set with its metrics, ready for any model.
+pub struct Set {
+    pub config: EvalSet,
+    index: u8,
+    pub prompts: Vec<Prompt>,
+    metrics: Vec<(String, Box<dyn Reward>)>,
+}
+
+impl Set {
+    /// # Errors
+    /// Prompts or metrics that cannot be had; no prompts.
+    pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device) -> Result<Self> {
+        let (name, index) = (&config.name, index as u8);
+        let source = prompts::build(&config.prompts).with_context(|| format!("set {name}: prompts"))?;
+        let split = match config.split {
+            EvalSplit::HeldOut => Split::HeldOut,
+            EvalSplit::Train => Split::Train,
+            EvalSplit::Evaluation if source.len(Split::HeldOut) > 0 => Split::HeldOut,
+            EvalSplit::Evaluation => Split::Train,
+        };
+        let there = source.len(split);
+        ensure!(there > 0, "set {name}: it has no prompts in the split {:?}", config.split);
+        let count = if config.count == 0 { usize::try_from(there)? } else { config.count };
+        ensure!(
+            count as u64 <= there || config.split == EvalSplit::Evaluation,
+            "set {name}: count = {count}, there are {there} prompts"
+        );
+        let place = Place { task: name, index, seed, device, group: config.images_per_prompt };
+        let metrics = config.metrics.iter().map(|metric| {
+            let mut reward =
+                build(&metric.reward, place).with_context(|| format!("set {name}: metric {}", metric.name))?;
+            reward.set_group(config.images_per_prompt);
+            ensure!(
+                config.images_per_prompt % reward.group() == 0,
+                "set {name}: metric {} judges {} pictures of a prompt together, images_per_prompt = {}",
+                metric.name,
+                reward.group(),
+                config.images_per_prompt
+            );
+            Ok((metric.name.clone(), reward))
+        });
+        let metrics = metrics.collect::<Result<Vec<_>>>()?;
+        let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
+        Ok(Set { config: config.clone(), index, prompts, metrics })
+    }
+
+    fn samples(&self) -> usize {
+        self.prompts.len() * self.config.images_per_prompt
+    }
+
+    fn is_shown(&self, config: &EvalConfig, sample: usize) -> bool {
+        config.eval.keep_images || sample / self.config.images_per_prompt < config.eval.pictures
+    }
+}
+
+/// The picture file of a sample, in the folder of its set.
+pub fn picture_file(folder: &Path, sample: usize, images_per_prompt: usize) -> PathBuf {
+    folder.join(format!("{:05}-{:03}.png", sample / images_per_prompt, sample % images_per_prompt))
+}
+
+/// What a rank found of consecutive samples. Numbers are bits: JSON has no NaN, and every one is kept.
+#[derive(Serialize, Deserialize)]
+struct Part {
+    /// SHA-256 of what it depends on.
+    key: String,
+    first: usize,
+    /// By metric: one per sample.
+    rewards: BTreeMap<String, Vec<u32>>,
+    /// By metric and diagnostic: one per sample, or per group.
+    diagnostics: BTreeMap<String, Vec<u32>>,
+    high_frequency: Vec<u64>,
+    /// One per prompt; none where a prompt has one picture.
+    diversity: Vec<u64>,
+}
+
+/// All that values depend on.
+fn key(config: &EvalConfig, digest: &str, set: &Set) -> Result<Value> {
+    let texts: Vec<u8> = serde_json::to_vec(&set.prompts)?;
+    let mut rollout = serde_json::to_value(&config.rollout)?;
+    // replaying the network's calls changes no value
+    rollout.as_object_mut().map(|r| r.remove("cuda_graph"));
+    Ok(json!({
+        "weights": digest, "seed": config.eval.seed, "rollout": rollout, "compute": config.eval.compute,
+        "set": set.index, "images_per_prompt": set.config.images_per_prompt, "metrics": set.config.metrics,
+        "prompts": store::digest::of_bytes(&texts),
+    }))
+}
+
+/// The whole result, from files where it is there. A collective call; the result is the same on all ranks.
+pub fn evaluate_set(
+    config: &EvalConfig,
+    roller: &Roller,
+    digest: &str,
+    set: &mut Set,
+    of_model: &Path,
+    comm: &dyn Communicator,
+) -> Result<SetResult> {
+    let key = key(config, digest, set)?;
+    let (folder, file) = (of_model.join(&set.config.name), of_model.join(format!("{}.json", set.config.name)));
+    let key_digest = store::digest::of_bytes(&serde_json::to_vec(&key)?);
+    if let Some(found) = share(comm, (comm.rank() == 0).then(|| finished(&file, &key, config, set, &folder)))? {
+        return Ok(found);
+    }
+    let made = if comm.rank() == 0 {
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())
+    } else {
+        Ok(())
+    };
+    agree(comm, made).context(CannotWrite)?;
+
+    let chunk = CHUNK.next_multiple_of(set.config.images_per_prompt);
+    let total = set.samples();
+    let mut parts: Vec<Part> = Vec::new();
+    for first in (comm.rank() * chunk..total).step_by(comm.size() * chunk) {
+        let file = folder.join(format!("part-{first:07}.json"));
+        let count = chunk.min(total - first);
+        let part = match found(&file, &key_digest, config, set, &folder, first, count) {
+            Some(part) => part,
+            None => {
+                let part = draw_and_judge(config, roller, set, &folder, &key_digest, first, count)?;
+                write_atomic(&file, &serde_json::to_vec(&part)?).context(CannotWrite)?;
+                part
+            }
+        };
+        parts.push(part);
+    }
+    let mut all: Vec<Part> = Vec::new();
+    for bytes in comm.all_gather_bytes(&serde_json::to_vec(&parts)?)? {
+        all.extend(serde_json::from_slice::<Vec<Part>>(&bytes).context("parts of another rank")?);
+    }
+    all.sort_by_key(|part| part.first);
+    let result = put_together(set, all, key);
+    let written = || -> Result<()> {
+        write_atomic(&file, &serde_json::to_vec_pretty(&result)?)?;
+        for first in (0..total).step_by(chunk) {
+            let part = folder.join(format!("part-{first:07}.json"));
+            fs::remove_file(&part).with_context(|| part.display().to_string())?;
+        }
+        Ok(())
+    };
+    agree(comm, if comm.rank() == 0 { written() } else { Ok(()) }).context(CannotWrite)?;
+    Ok(result)
+}
+
+/// Rank 0's value on all ranks.
+fn share(comm: &dyn Communicator, mine: Option<Option<SetResult>>) -> Result<Option<SetResult>> {
+    let mut bytes = match mine {
+        Some(found) => serde_json::to_vec(&found)?,
+        None => Vec::new(),
+    };
+    comm.broadcast_bytes(&mut bytes, 0)?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// A result that was made the same way and has its pictures.
+fn finished(file: &Path, key: &Value, config: &EvalConfig, set: &Set, folder: &Path) -> Option<SetResult> {
+    let found: SetResult = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+    (found.key == *key && pictures_are_there(config, set, folder, 0, set.samples())).then_some(found)
+}
+
+fn found(
+    file: &Path,
+    key: &str,
+    config: &EvalConfig,
+    set: &Set,
+    folder: &Path,
+    first: usize,
+    count: usize,
+) -> Option<Part> {
+    let part: Part = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+    (part.key == key && part.first == first && pictures_are_there(config, set, folder, first, count)).then_some(part)
+}
+
+fn pictures_are_there(config: &EvalConfig, set: &Set, folder: &Path, first: usize, count: usize) -> bool {
+    let wanted = (first..first + count).filter(|&sample| set.is_shown(config, sample));
+    wanted.map(|sample| picture_file(folder, sample, set.config.images_per_prompt)).all(|path| path.is_file())
+}
+
+fn draw_and_judge(
+    config: &EvalConfig,
+    roller: &Roller,
+    set: &mut Set,
+    folder: &Path,
+    key: &str,
+    first: usize,
+    count: usize,
+) -> Result<Part> {
+    let (name, per_prompt) = (set.config.name.clone(), set.config.images_per_prompt);
+    let of_samples: Vec<Prompt> = (first..first + count).map(|i| set.prompts[i / per_prompt].clone()).collect();
+    let noise = NoiseOf { seed: config.eval.seed, iteration: u32::MAX, task: set.index };
+    let advice = format!("lower images_per_prompt of the set if it is above {CHUNK}");
+    let _memory = memory::stage(format!("evaluation on {name}"), count, advice);
+    let trajectory = roller.roll_out(&roller.conditioning(&of_samples)?, noise, first, count)?;
+    let _no_grad = tch::no_grad_guard();
+    // rewards judge on the host
+    let images = roller.pipeline.vae.decode_scaled(trajectory.x_0()).to_device(Device::Cpu);
+    let ids: Vec<String> = (first..first + count).map(|i| format!("{name}-evaluation-{i:06}")).collect();
+    let bits = |values: &[f32]| -> Vec<u32> { values.iter().map(|v| v.to_bits()).collect() };
+    let (mut rewards, mut diagnostics) = (BTreeMap::new(), BTreeMap::new());
+    for (metric, reward) in &mut set.metrics {
+        let _stage = watch::stage(watch::REWARD, metric);
+        let scores = reward
+            .score_with_ids(&images, &of_samples, &ids)
+            .with_context(|| format!("set {name}: metric {metric}"))?;
+        ensure!(
+            scores.rewards.len() == count,
+            "set {name}: metric {metric} gave {} values for {count} pictures",
+            scores.rewards.len()
+        );
+        for (diagnostic, values) in &scores.diagnostics {
+            diagnostics.insert(format!("{metric}/{diagnostic}"), bits(values));
+        }
+        rewards.insert(metric.clone(), bits(&scores.rewards));
+    }
+    let mut of_prompts = Vec::new();
+    for prompt in (0..count).step_by(per_prompt).filter(|_| per_prompt > 1) {
+        of_prompts.push(diversity(&images.narrow(0, prompt as i64, per_prompt as i64))?.to_bits());
+    }
+    for sample in (first..first + count).filter(|&sample| set.is_shown(config, sample)) {
+        let picture = to_picture(&images.get((sample - first) as i64))?;
+        let text = [("prompt".to_string(), of_samples[sample - first].text.clone())];
+        save_png(&picture_file(folder, sample, per_prompt), &picture, &text).context(CannotWrite)?;
+    }
+    Ok(Part {
+        key: key.to_owned(),
+        first,
+        rewards,
+        diagnostics,
+        high_frequency: high_frequency_share(&images)?.into_iter().map(f64::to_bits).collect(),
+        diversity: of_prompts,
+    })
+}
+
+fn put_together(set: &Set, parts: Vec<Part>, key: Value) -> SetResult {
+    let per_prompt = set.config.images_per_prompt;
+    let mut result = SetResult {
+        set: set.config.name.clone(),
+        key,
+        prompts: set.prompts.iter().map(|prompt| prompt.text.clone()).collect(),
+        images_per_prompt: per_prompt,
+        metrics: BTreeMap::new(),
+        diagnostics: BTreeMap::new(),
+        high_frequency: Values::default(),
+        diversity: Values::default(),
+    };
+    let values = |bits: Vec<u32>| bits.into_iter().map(|bits| f64::from(f32::from_bits(bits)));
+    for part in parts {
+        for (metric, bits) in part.rewards {
+            result.metrics.entry(metric).or_default().0.extend(values(bits));
+        }
+        for (name, bits) in part.diagnostics {
+            result.diagnostics.entry(name).or_default().0.extend(values(bits));
+        }
+        result.high_frequency.0.extend(part.high_frequency.into_iter().map(f64::from_bits));
+        result.diversity.0.extend(part.diversity.into_iter().map(f64::from_bits));
+    }
+    result
+}
