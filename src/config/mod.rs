@@ -19,7 +19,8 @@ use crate::{
 
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{
-    AestheticSettings, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart, SkinToneSettings,
+    AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
+    SkinToneSettings, UniDetSettings,
 };
 pub use validate::Derived;
 

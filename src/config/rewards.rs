@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum RewardConfig {
     /// Eq. 13 with the miniature's shape-and-colour detector.
     MiniatureComposition {},
+    /// Eq. 13 with UniDet.
+    Composition(UniDetSettings),
     /// Eq. 12 over the pictures of a prompt.
     Parity { classifier: ClassifierConfig },
     /// Eq. 11: ImageReward.
@@ -59,6 +61,34 @@ pub struct ImageRewardSettings {
     pub weights: String,
     /// `vocab.txt` of bert-base-uncased.
     pub vocabulary: String,
+}
+
+/// Files and choices of [`crate::rewards::unidet`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UniDetSettings {
+    /// `Unified_learned_OCIM_R50_6x+2x.pth` or its RS200 sister.
+    pub weights: String,
+    /// `learned_mAP+M.json` of UniDet's label spaces.
+    pub labels: String,
+    /// Confidences up to this one count as 0.
+    pub threshold: f64,
+    /// Only so many of a picture's boxes count, all classes together; 0 for all of them.
+    pub top: usize,
+    pub channel_order: ChannelOrder,
+    /// Pictures are resized so that their short side has this many pixels (800 is usual) …
+    pub short_side: usize,
+    /// … and their long side not more than this many (1333 is usual).
+    pub long_side: usize,
+}
+
+/// In which order a network sees red, green and blue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChannelOrder {
+    AsTrained,
+    Bgr,
+    Rgb,
 }
 
 /// Files of [`crate::rewards::aesthetic`].

@@ -154,6 +154,14 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
             ensure!(day.contains(&c.timeout_seconds), "timeout_seconds must be in 0.001..=86400");
             ensure!(day.contains(&c.start_timeout_seconds), "start_timeout_seconds must be in 0.001..=86400");
         }
+        RewardConfig::Composition(u) => {
+            ensure!((0.0..1.0).contains(&u.threshold), "threshold = {} must be in 0..1", u.threshold);
+            let [short, long] = [u.short_side, u.long_side];
+            ensure!(
+                (32..=long).contains(&short) && long <= 4096,
+                "short_side = {short} and long_side = {long} must ascend and be in 32..=4096"
+            );
+        }
         RewardConfig::Parity { classifier: ClassifierConfig::SkinTone(s) } => {
             ensure!((20..=4096).contains(&s.min_face_pixels), "classifier.min_face_pixels must be in 20..=4096");
             ensure!(s.face_score > 0.0 && s.face_score.is_finite(), "classifier.face_score must be positive");

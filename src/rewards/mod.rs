@@ -23,6 +23,7 @@ mod score_head;
 pub mod skin_tone;
 pub mod sum;
 pub mod torchscript;
+pub mod unidet;
 mod vision_transformer;
 mod weights;
 

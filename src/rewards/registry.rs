@@ -17,6 +17,7 @@ use super::{
     skin_tone::SkinTone,
     sum::Sum,
     torchscript::{TorchScriptClassifier, TorchScriptReward},
+    unidet::UniDet,
     Reward,
 };
 use crate::config::{ClassifierConfig, RewardConfig};
@@ -41,6 +42,7 @@ pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
     let Place { task, group, device, .. } = place;
     Ok(match reward {
         RewardConfig::MiniatureComposition {} => Box::new(Composition::new(task, MiniatureDetector::default())),
+        RewardConfig::Composition(settings) => Box::new(Composition::new(task, UniDet::load(settings, device)?)),
         RewardConfig::Parity { classifier } => match classifier {
             ClassifierConfig::MiniatureSkinTone {} => Box::new(Parity::new(task, MiniatureSkinTone::default(), group)?),
             ClassifierConfig::SkinTone(settings) => Box::new(Parity::new(task, SkinTone::load(settings)?, group)?),
