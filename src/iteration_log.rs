@@ -17,7 +17,7 @@ use crate::{
     config::Config,
     device,
     models::flops,
-    policy::{advantage::Advantages, surrogate::Diagnostics},
+    policy::{advantage::BatchMoments, surrogate::Diagnostics},
     rewards::Scores,
     stragglers::StageSeconds,
     telemetry::{names, number, Metrics},
@@ -127,11 +127,27 @@ impl IterationLog {
         }
     }
 
-    pub fn rewards(&mut self, task: &str, advantages: &Advantages, total: usize) {
-        self.common.set(names::reward_mean(task), advantages.mean);
-        self.common.set(names::reward_std(task), advantages.std);
-        self.common.set(names::of_task(task, "bad_reward_share"), advantages.bad_count as f64 / total as f64);
-        self.bad_rewards += advantages.bad_count;
+    /// A task's rewards over its global batch of `total` samples.
+    pub fn rewards(&mut self, task: &str, batch: &BatchMoments, total: usize) {
+        self.common.set(names::reward_mean(task), batch.mean);
+        self.common.set(names::reward_std(task), batch.std);
+        self.common.set(names::of_task(task, "bad_reward_share"), batch.bad_count as f64 / total as f64);
+        self.bad_rewards += batch.bad_count;
+    }
+
+    /// Any number of a task that is a mean over samples: the sum over `count` of a lane's.
+    pub fn task_mean(&mut self, task: &str, name: &str, lane: usize, sum: f64, count: usize) {
+        self.lane(lane).add(names::of_task(task, name), sum, count);
+    }
+
+    /// Any number of a task that is the same on all ranks.
+    pub fn of_task(&mut self, task: &str, name: &str, value: f64) {
+        self.common.set(names::of_task(task, name), value);
+    }
+
+    /// The norm of an optimizer step's gradient.
+    pub fn norm(&mut self, gradient_norm: f64) {
+        self.gradient_norms.push(gradient_norm);
     }
 
     /// What a lane saw in the pass over timestep `t`.
@@ -150,7 +166,7 @@ impl IterationLog {
 
     /// The optimizer step of that pass.
     pub fn step(&mut self, task: &str, t: i64, gradient_norm: f64) {
-        self.gradient_norms.push(gradient_norm);
+        self.norm(gradient_norm);
         self.common.set(format!("{task}/{}/t{t}", names::GRADIENT_NORM), gradient_norm);
     }
 

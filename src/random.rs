@@ -59,6 +59,12 @@ pub enum Purpose {
     Sample = 12,
     /// The control reward that is pure noise.
     RandomReward = 13,
+    /// Noise and timestep at which a method denoises its own samples (`step` = number of the update).
+    MethodNoise = 14,
+    /// Noise by which DRaFT-LV takes a final sample back (`step` = number of the time).
+    Renoising = 15,
+    /// Which model stands on the left in a query of a human evaluation.
+    StudySides = 20,
 }
 
 /// Coordinates of a stream; see the module's counter layout.

@@ -4,14 +4,14 @@ use anyhow::{ensure, Context, Result};
 use tch::{Device, Tensor};
 
 use crate::{
-    config::{RolloutConfig, TaskConfig},
+    config::TaskConfig,
     diffusion::{
         recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
         schedule::Step,
     },
     faults,
-    models::pipeline::Pipeline,
+    models::{pipeline::Pipeline, unet::UNet},
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
     rewards::{self, registry::Place, Reward, Scores},
@@ -106,12 +106,16 @@ pub struct Scored {
 }
 
 /// What all roll-outs of a run share.
+#[derive(Clone, Copy)]
 pub struct Roller<'a> {
     pub pipeline: &'a Pipeline,
+    /// The network that samples: the pipeline's, or another of its kind.
+    pub unet: &'a UNet,
     pub steps: &'a [Step],
     /// Embedding of the empty prompt, `[1, tokens, width]`.
     pub empty_prompt: &'a Tensor,
-    pub rollout: &'a RolloutConfig,
+    /// g.
+    pub guidance_scale: f64,
     /// C, H, W of the latents.
     pub latent_shape: [i64; 3],
     /// Where the U-Net's calls are replayed instead of made.
@@ -132,7 +136,7 @@ impl Roller<'_> {
         }
         let rows = Tensor::from_slice(&rows).to_device(self.pipeline.device);
         let cond = self.pipeline.embed(&texts)?.index_select(0, &rows);
-        Ok(Conditioning::new(&cond, self.empty_prompt, self.rollout.guidance_scale))
+        Ok(Conditioning::new(&cond, self.empty_prompt, self.guidance_scale))
     }
 
     /// Rolls out the samples `first..first + count`: noise is a function of `at` (its sample and step are filled in
@@ -149,7 +153,7 @@ impl Roller<'_> {
         let start = stream(Purpose::InitialLatent, 0);
         let x_t = random::normal_rows(start, first as u32, count, &shape).to_device(self.pipeline.device);
         let noise = |i| stream(Purpose::TransitionNoise, i);
-        sampler::roll_out(&self.pipeline.unet, self.recorded, self.steps, x_t, conditioning, noise)
+        sampler::roll_out(self.unet, self.recorded, self.steps, x_t, conditioning, noise)
     }
 }
 

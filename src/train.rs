@@ -1,33 +1,31 @@
-//! Algorithm 1: joint fine-tuning by the clipped policy gradient, task after task.
+//! The loop that all methods share: for each task what [`crate::methods`] makes of it, then L_pre.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, rc::Rc, time::Instant};
 
-use anyhow::{anyhow, ensure, Context, Error, Result};
+use anyhow::{anyhow, Context, Error, Result};
 use tch::{Device, Tensor};
 
 use crate::{
     comm::{agree, all_made, Communicator},
-    config::{Config, Normalisation, PretrainMode},
+    config::{Config, PretrainMode},
     diffusion::{
         recorded::RecordedUNet,
-        sampler::Trajectory,
+        sampler::{Conditioning, Trajectory},
         schedule::{Schedule, Step},
     },
     faults,
     iteration_log::IterationLog,
     learner::Learner,
     memory,
-    models::pipeline::Pipeline,
+    methods::{self, ours::TaskBatch, Method},
+    models::{pipeline::Pipeline, unet::UNet},
     pairs::{self, PairSource},
     policy::{
-        advantage::{self, Advantages},
+        advantage::{self, AdvantageSettings},
         gradient_sum::GradientSum,
         lanes::Lanes,
-        surrogate::Objective,
-        update::{lane_objective, LaneBatch},
     },
     prompts::Prompt,
-    random::{Coordinates, Purpose},
     rewards::{self, Part},
     stragglers::StageSeconds,
     task::{NoiseOf, Roller, Task},
@@ -47,7 +45,8 @@ pub struct Trainer<'a> {
     pub learner: Learner,
     /// Own work of all ranks in the last iteration.
     pub stage_seconds: Vec<StageSeconds>,
-    lanes: Lanes,
+    pub(crate) lanes: Lanes,
+    method: Rc<dyn Method>,
     pairs: PairSource,
     sum: GradientSum,
     empty_prompt: Tensor,
@@ -55,20 +54,70 @@ pub struct Trainer<'a> {
     recorded: Option<RecordedUNet>,
 }
 
-/// A task's samples of one iteration on this rank: one batch per lane, and what the log and the shards want of them.
-pub struct TaskBatch {
-    pub lanes: Vec<LaneBatch>,
-    pub prompts: Vec<Prompt>,
-    /// This rank's rewards.
-    pub rewards: Vec<f32>,
-    /// The global batch's advantages.
-    pub advantages: Advantages,
-    /// First sample of this rank in the global batch.
-    pub first: usize,
+/// Sees what a task has sampled, before it is trained on: (trainer, task, the scored samples where the method keeps whole
+/// trajectories, the steps about to be trained on).
+pub type Observe<'o> = dyn FnMut(&Trainer, usize, Option<&TaskBatch>, &[usize]) -> Result<()> + 'o;
+
+/// How a task's samples are made.
+pub(crate) struct RollOut<'r> {
+    /// The network that samples; None: the one in training.
+    pub unet: Option<&'r UNet>,
+    /// So many of the first steps are taken; all of them give x_0.
+    pub steps: usize,
+    pub guidance_scale: f64,
+    /// Samples at once, at most (but at least a prompt's).
+    pub at_once: usize,
 }
 
-/// Sees a task's scored samples and the steps about to be trained on: (trainer, task, batch, steps).
-pub type Observe<'o> = dyn FnMut(&Trainer, usize, &TaskBatch, &[usize]) -> Result<()> + 'o;
+/// Samples that were rolled out together: a lane of one task, or a part of it.
+pub(crate) struct Piece {
+    pub lane: usize,
+    /// First sample in the global batch.
+    pub first: usize,
+    pub prompts: Vec<Prompt>,
+    pub conditioning: Conditioning,
+    pub trajectory: Trajectory,
+}
+
+/// This rank's samples of a task in the order of their numbers, judged.
+#[derive(Default)]
+pub(crate) struct Judged {
+    pub prompts: Vec<Prompt>,
+    pub rewards: Vec<f32>,
+    pub parts: Vec<Part>,
+}
+
+/// The rewards of a task's global batch.
+pub(crate) struct GlobalRewards {
+    /// As the reward gave them.
+    pub plain: Vec<f32>,
+    /// What samples are compared by: the same, but for sums whose parts are normalised first.
+    pub compared: Vec<f32>,
+}
+
+/// One optimizer step on a task.
+pub(crate) struct Update {
+    pub task: usize,
+    pub iteration: u64,
+    /// Number of the step among those of the task and iteration.
+    pub pass: usize,
+    /// Samples of a lane.
+    pub per_lane: usize,
+    /// Which step it is, for errors: "timestep 981".
+    pub what: String,
+}
+
+/// What a lane's objective is computed with.
+pub(crate) struct LaneWork<'w> {
+    pub lane: usize,
+    pub pipeline: &'w Pipeline,
+    pub schedule: &'w Schedule,
+    pub steps: &'w [Step],
+    pub task: &'w mut Task,
+    pub log: &'w mut IterationLog,
+    /// What was not finite, for the error that follows.
+    pub broken: &'w mut Vec<String>,
+}
 
 impl<'a> Trainer<'a> {
     pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
@@ -78,9 +127,11 @@ impl<'a> Trainer<'a> {
         let tasks =
             config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, pipeline.device));
         // files and programs that only some ranks lack must end all of them
-        let tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>())?;
+        let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>())?;
+        // before training can change a weight: a method may keep the model as it is now
+        let method = all_made(comm, methods::build(config, &pipeline, &steps, &mut tasks))?;
         let learner = Learner::new(&pipeline, config)?;
-        let trainer = Trainer {
+        Ok(Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
             recorded: (config.rollout.cuda_graph && pipeline.device != Device::Cpu).then(RecordedUNet::default),
@@ -94,27 +145,18 @@ impl<'a> Trainer<'a> {
             learner,
             stage_seconds: Vec::new(),
             lanes,
-        };
-        trainable_steps(&trainer.steps, config)?;
-        Ok(trainer)
+            method,
+        })
     }
 
-    /// One iteration of Algorithm 1. `observe` sees every task's scored samples before they are used up.
+    /// One iteration. `observe` sees every task's samples before they are used up.
     pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
         watch::iteration(iteration);
         let mut log = IterationLog::new(iteration, self.pipeline.device);
+        let method = self.method.clone();
         for task in self.config.trained_tasks().map(|(index, _)| index).collect::<Vec<_>>() {
-            // 1a–c. prompts, roll-out with the current policy, rewards, advantages
-            let batch = self.sample(task, iteration, &mut log)?;
-            // 1d. the same few timesteps for all samples and ranks
-            let chosen = self.choose_steps(task, iteration)?;
-            observe(self, task, &batch, &chosen)?;
-            // 1e. one optimizer step for each
-            for (pass, &step) in chosen.iter().enumerate() {
-                self.update(task, iteration, pass, step, &batch, &mut log)?;
-            }
+            method.train_on(self, task, iteration, &mut log, observe)?;
         }
-        // 2. the pretraining loss
         if self.config.pretrain.mode == PretrainMode::Separate {
             self.pretrain(iteration, &mut log)?;
         }
@@ -124,143 +166,130 @@ impl<'a> Trainer<'a> {
         Ok(metrics)
     }
 
-    fn sample(&mut self, task: usize, iteration: u64, log: &mut IterationLog) -> Result<TaskBatch> {
+    /// Rolls out this rank's samples of a task, piece after piece in the order of their numbers.
+    pub(crate) fn roll_out(
+        &mut self,
+        task: usize,
+        iteration: u64,
+        how: &RollOut,
+        log: &mut IterationLog,
+        mut keep: impl FnMut(&mut Task, &Pipeline, &mut IterationLog, Piece) -> Result<()>,
+    ) -> Result<()> {
+        let task = &mut self.tasks[task];
         let seed = self.config.run.seed;
-        let (total, index) = (self.tasks[task].config.samples, self.tasks[task].index);
-        let per_lane = total / self.lanes.count;
-        let noise = NoiseOf { seed, iteration: iteration as u32, task: index };
+        let noise = NoiseOf { seed, iteration: iteration as u32, task: task.index };
         let roller = Roller {
             pipeline: &self.pipeline,
-            steps: &self.steps,
+            unet: how.unet.unwrap_or(&self.pipeline.unet),
+            steps: &self.steps[..how.steps],
             empty_prompt: &self.empty_prompt,
-            rollout: &self.config.rollout,
+            guidance_scale: how.guidance_scale,
             latent_shape: self.pipeline.latent_shape(),
             recorded: self.recorded.as_ref(),
         };
-        let name = self.tasks[task].config.name.clone();
-        let advice = format!("raise run.lanes, or lower task.{name}.samples");
-        let (mut rolled, mut prompts, mut rewards, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let name = task.config.name.clone();
+        let (per_lane, group) = (task.config.samples / self.lanes.count, task.config.images_per_prompt);
+        let at_once = (how.at_once / group * group).max(group);
         for lane in self.lanes.mine() {
-            let first = lane * per_lane;
-            let lane_prompts = self.tasks[task].draw_prompts(seed, iteration as u32, first, per_lane);
-            let started = Instant::now();
-            let stage =
-                (watch::stage("rollout", &name), memory::stage(format!("roll-out of task {name}"), per_lane, &advice));
-            let conditioning = roller.conditioning(&lane_prompts)?;
-            let trajectory = roller.roll_out(&conditioning, noise, first, per_lane)?;
-            spoil_log_probs(&trajectory);
-            log.spent("rollout", started);
-            drop(stage);
-            let started = Instant::now();
-            let _stage = memory::stage(format!("reward of task {name}"), per_lane, &advice);
-            let scored = self.tasks[task].score(&self.pipeline, trajectory.x_0(), &lane_prompts, iteration, first)?;
-            log.spent("reward", started);
-            log.diagnostics(&self.tasks[task].config.name, lane, &scored.scores);
-            rewards.extend(scored.scores.rewards);
-            rewards::append_parts(&mut parts, scored.scores.parts);
-            rolled.push((conditioning, trajectory));
-            prompts.extend(lane_prompts);
-        }
-        let _stage = watch::stage("advantage", &self.tasks[task].config.name);
-        let started = Instant::now();
-        let advantages = self.advantages(task, &prompts, &rewards, &parts)?;
-        log.spent("advantage", started);
-        log.rewards(&self.tasks[task].config.name, &advantages, total);
-
-        let first = self.lanes.mine().start * per_lane;
-        let lanes = rolled.into_iter().enumerate().map(|(i, (conditioning, trajectory))| {
-            let from = first + i * per_lane;
-            let advantage =
-                Tensor::from_slice(&advantages.values[from..from + per_lane]).to_device(self.pipeline.device);
-            LaneBatch { conditioning, trajectory, advantage }
-        });
-        Ok(TaskBatch { lanes: lanes.collect(), prompts, rewards, first, advantages })
-    }
-
-    /// Advantages of the global batch: rewards of all ranks, in the order of the global sample index.
-    fn advantages(&mut self, task: usize, prompts: &[Prompt], rewards: &[f32], parts: &[Part]) -> Result<Advantages> {
-        let settings = self.config.advantage.settings();
-        let name = &self.tasks[task].config.name;
-        let plain = self.gather(rewards)?;
-        let all = if parts.is_empty() {
-            plain.clone()
-        } else {
-            let gathered =
-                parts.iter().map(|p| Ok((p.weight, self.gather(&p.rewards)?))).collect::<Result<Vec<_>>>()?;
-            advantage::weighted_sum(&gathered, &settings).with_context(|| format!("task {name}"))?
-        };
-        match self.config.advantage.normalisation {
-            Normalisation::Batch => advantage::normalise(&all, &settings),
-            Normalisation::PerPrompt => {
-                let mine: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
-                let texts = self.comm.all_gather_bytes(&serde_json::to_vec(&mine)?)?;
-                let mut everyone: Vec<String> = Vec::with_capacity(all.len());
-                for bytes in &texts {
-                    everyone.extend(serde_json::from_slice::<Vec<String>>(bytes)?);
-                }
-                let per_prompt = self.config.advantage.per_prompt();
-                self.learner.statistics[task].normalise(&everyone, &all, &settings, &per_prompt)
+            let end = (lane + 1) * per_lane;
+            for first in (lane * per_lane..end).step_by(at_once) {
+                let count = at_once.min(end - first);
+                let prompts = task.draw_prompts(seed, iteration as u32, first, count);
+                let started = Instant::now();
+                let stage = (
+                    watch::stage("rollout", &name),
+                    memory::stage(format!("roll-out of task {name}"), count, advice(&name)),
+                );
+                let conditioning = roller.conditioning(&prompts)?;
+                let trajectory = roller.roll_out(&conditioning, noise, first, count)?;
+                log.spent("rollout", started);
+                drop(stage);
+                keep(task, &self.pipeline, log, Piece { lane, first, prompts, conditioning, trajectory })?;
             }
         }
-        .map(|advantages| advantages.described_by(&plain))
-        .with_context(|| format!("task {name}"))
+        Ok(())
+    }
+
+    /// As [`Trainer::roll_out`] to the end, and judges what came out.
+    pub(crate) fn sample(
+        &mut self,
+        task: usize,
+        iteration: u64,
+        how: &RollOut,
+        log: &mut IterationLog,
+        mut keep: impl FnMut(Conditioning, Trajectory) -> Result<()>,
+    ) -> Result<Judged> {
+        let mut judged = Judged::default();
+        self.roll_out(task, iteration, how, log, |task, pipeline, log, piece| {
+            let name = task.config.name.clone();
+            spoil_log_probs(&piece.trajectory);
+            let started = Instant::now();
+            let _stage = memory::stage(format!("reward of task {name}"), piece.prompts.len(), advice(&name));
+            let scored = task.score(pipeline, piece.trajectory.x_0(), &piece.prompts, iteration, piece.first)?;
+            log.spent("reward", started);
+            log.diagnostics(&name, piece.lane, &scored.scores);
+            judged.rewards.extend(scored.scores.rewards);
+            rewards::append_parts(&mut judged.parts, scored.scores.parts);
+            judged.prompts.extend(piece.prompts);
+            keep(piece.conditioning, piece.trajectory)
+        })?;
+        Ok(judged)
+    }
+
+    /// The global batch's rewards, in the order of the global sample index. A collective call.
+    pub(crate) fn gather_rewards(
+        &self,
+        task: usize,
+        judged: &Judged,
+        settings: &AdvantageSettings,
+    ) -> Result<GlobalRewards> {
+        let plain = self.gather(&judged.rewards)?;
+        if judged.parts.is_empty() {
+            return Ok(GlobalRewards { compared: plain.clone(), plain });
+        }
+        let parts = judged.parts.iter().map(|p| Ok((p.weight, self.gather(&p.rewards)?)));
+        let compared = advantage::weighted_sum(&parts.collect::<Result<Vec<_>>>()?, settings)
+            .with_context(|| format!("task {}", self.tasks[task].config.name))?;
+        Ok(GlobalRewards { plain, compared })
     }
 
     /// The values of all ranks, in the order of the global sample index.
-    fn gather(&self, values: &[f32]) -> Result<Vec<f32>> {
+    pub(crate) fn gather(&self, values: &[f32]) -> Result<Vec<f32>> {
         let gathered = self.comm.all_gather_bytes(bytemuck::cast_slice(values))?;
         Ok(gathered.iter().flat_map(|bytes| bytemuck::pod_collect_to_vec::<u8, f32>(bytes)).collect())
     }
 
-    fn choose_steps(&self, task: usize, iteration: u64) -> Result<Vec<usize>> {
-        let usable = trainable_steps(&self.steps, self.config)?;
-        let at = Coordinates {
-            iteration: iteration as u32,
-            task: self.tasks[task].index,
-            ..Coordinates::new(self.config.run.seed, Purpose::TimestepChoice)
-        };
-        let picked = at.stream().choose(usable.len(), self.config.update.timesteps);
-        Ok(picked.into_iter().map(|i| usable[i]).collect())
-    }
-
-    fn update(
+    /// One optimizer step: the gradient of Σ over all lanes of `value_of`, with L_pre where it is combined. Returns the
+    /// gradient's norm. A collective call.
+    pub(crate) fn optimize(
         &mut self,
-        task: usize,
-        iteration: u64,
-        pass: usize,
-        step: usize,
-        batch: &TaskBatch,
+        at: &Update,
         log: &mut IterationLog,
-    ) -> Result<()> {
+        mut value_of: impl FnMut(&mut LaneWork) -> Result<Tensor>,
+    ) -> Result<f64> {
         let config = self.config;
-        let _stage = watch::stage("update", &self.tasks[task].config.name);
+        let name = self.tasks[at.task].config.name.clone();
+        let _stage = watch::stage("update", &name);
         let started = Instant::now();
         let mut broken = Vec::new();
-        let objective = Objective {
-            clip_range: config.update.clip_range,
-            weight: self.tasks[task].config.weight,
-            samples: batch.advantages.usable_count(),
-        };
-        let first_lane = self.lanes.mine().start;
         let _memory = {
-            let task = &self.tasks[task].config;
             let more = "set model.gradient_checkpointing = true";
-            let advice = format!("{more}, raise run.lanes, or lower task.{}.samples", task.name);
-            memory::stage(format!("update of task {}", task.name), task.samples / self.lanes.count, advice)
+            memory::stage(format!("update of task {name}"), at.per_lane, format!("{more}, {}", advice(&name)))
         };
-        let (t, name) = (self.steps[step].t, &self.tasks[task].config.name);
         let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {
-            let lane_batch = &batch.lanes[lane - first_lane];
-            let (mut value, diagnostics) =
-                lane_objective(&self.pipeline.unet, &self.steps[step], lane_batch, &objective)?;
-            log.objective(name, lane, t, pass == 0, &diagnostics);
-            if !diagnostics.loss_sum.is_finite() || !diagnostics.ratio_drift.is_finite() {
-                broken.push(format!("log-probability of lane {lane}"));
-            }
+            let mut value = value_of(&mut LaneWork {
+                lane,
+                pipeline: &self.pipeline,
+                schedule: &self.schedule,
+                steps: &self.steps,
+                task: &mut self.tasks[at.task],
+                log,
+                broken: &mut broken,
+            })?;
             value = spoil_value(value);
             if config.pretrain.mode == PretrainMode::Combined {
-                let slot = pairs::combined_slot(config, task, pass);
-                let loss = self.pairs.loss(&self.pipeline, &self.schedule, iteration, slot, lane)?;
+                let slot = pairs::combined_slot(config, at.task, at.pass);
+                let loss = self.pairs.loss(&self.pipeline, &self.schedule, at.iteration, slot, lane)?;
                 log.pretraining(lane, loss.double_value(&[]));
                 value += loss * (config.pretrain.weight / self.lanes.count as f64);
             }
@@ -271,12 +300,11 @@ impl<'a> Trainer<'a> {
         })?;
         faults::point("optimizer");
         let stepped = self.learner.step(&gradient).map_err(|e| self.where_from(e, broken));
-        let norm = stepped.with_context(|| format!("task {name}, timestep {t}"))?;
+        let norm = stepped.with_context(|| format!("task {name}, {}", at.what))?;
         self.learner.spoil_weights();
         self.sum.recycle(gradient);
-        log.step(name, t, norm);
         log.spent("update", started);
-        Ok(())
+        Ok(norm)
     }
 
     fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
@@ -328,22 +356,9 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Indices of the steps that may be trained on.
-///
-/// # Errors
-/// They are fewer than `update.timesteps`.
-pub fn trainable_steps(steps: &[Step], config: &Config) -> Result<Vec<usize>> {
-    let limit = config.update.max_sensitivity;
-    let usable = |s: &&Step| s.sigma > 0.0 && (limit == 0.0 || s.sensitivity() <= limit);
-    let indices: Vec<usize> = steps.iter().filter(usable).map(|s| s.index).collect();
-    ensure!(
-        indices.len() >= config.update.timesteps,
-        "update.timesteps = {}, but only {} of {} steps have noise and a sensitivity within max_sensitivity = {limit}",
-        config.update.timesteps,
-        indices.len(),
-        steps.len()
-    );
-    Ok(indices)
+/// What to do against too little memory.
+fn advice(task: &str) -> String {
+    format!("raise run.lanes, or lower task.{task}.samples")
 }
 
 /// The fault `log_prob`: the first sample's log-probabilities become NaN.

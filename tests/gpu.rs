@@ -71,9 +71,10 @@ impl Setting {
         let empty_prompt = self.pipeline.embed(&[""]).unwrap();
         let roller = Roller {
             pipeline: &self.pipeline,
+            unet: &self.pipeline.unet,
             steps: &self.steps,
             empty_prompt: &empty_prompt,
-            rollout: &self.config.rollout,
+            guidance_scale: self.config.rollout.guidance_scale,
             latent_shape: self.pipeline.latent_shape(),
             recorded,
         };
@@ -94,7 +95,7 @@ fn relative(a: &Tensor, b: &Tensor) -> f64 {
     ((&a - &b).norm() / b.norm()).double_value(&[])
 }
 
-const GUIDANCE_7: [&str; 3] = ["rollout.guidance_scale=7.0", "rollout.steps=10", "update.max_sensitivity=0.0"];
+const GUIDANCE_7: [&str; 3] = ["rollout.guidance_scale=7.0", "rollout.steps=10", "method.max_sensitivity=0.0"];
 
 /// Rounding errors of the U-Net's output are about 1e-6 of it in f32 (2^-24 times the root of the depth of its sums);
 /// guidance 7 multiplies those of the difference by up to 13, and the ten steps multiply an error in x_t by at most 2 to

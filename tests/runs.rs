@@ -266,7 +266,7 @@ fn another_config_is_refused_and_a_finished_run_says_so() {
     let files = straight();
     let before = files_below(files.root());
     for (setting, wanted) in [
-        ("update.clip_range=1e-3", "update.clip_range = 0.0001, now 0.001"),
+        ("method.clip_range=1e-3", "method.clip_range = 0.0001, now 0.001"),
         ("run.seed=2", "run.seed = 1, now 2"),
         ("task.parity.weight=2.0", "task.parity.weight = 1.0, now 2.0"),
         ("ema.decay=0.5", "ema.decay"),

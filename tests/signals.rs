@@ -25,7 +25,7 @@ const SIGNALS: [(&str, i32); 3] = [("TERM", libc::SIGTERM), ("USR1", libc::SIGUS
 
 fn run(files: &RunFiles) -> Command {
     let mut command = rldiff(RANKS, files.root().parent().unwrap());
-    command.args(set(&SMALL)).args(set(&["run.iterations=4", "update.timesteps=1", "rollout.steps=3"]));
+    command.args(set(&SMALL)).args(set(&["run.iterations=4", "method.timesteps=1", "rollout.steps=3"]));
     command.args(["--resume", "auto", "--out"]).arg(files.root());
     command
 }

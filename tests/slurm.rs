@@ -24,7 +24,7 @@ use rldiff::{
 const LIMIT: Duration = Duration::from_secs(200);
 /// For a client of Slurm; it may wait for a daemon that is busy.
 const CLIENT: Duration = Duration::from_secs(30);
-const SETTINGS: [&str; 3] = ["update.timesteps=1", "rollout.steps=3", "run.checkpoint_every=2"];
+const SETTINGS: [&str; 3] = ["method.timesteps=1", "rollout.steps=3", "run.checkpoint_every=2"];
 /// Of the uninterrupted run. A job does the first of them, as many as its case needs.
 const ITERATIONS: u64 = 16;
 

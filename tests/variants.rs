@@ -102,7 +102,7 @@ fn the_first_ratio_is_one_at_every_timestep() {
     run(
         1,
         &out,
-        &["run.iterations=12", "update.timesteps=1", "update.max_sensitivity=0.0", "update.learning_rate=1e-3"],
+        &["run.iterations=12", "method.timesteps=1", "method.max_sensitivity=0.0", "update.learning_rate=1e-3"],
     );
     let mut seen = std::collections::BTreeSet::new();
     for metrics in read_metrics(&RunFiles::new(&out).metrics()).unwrap() {
@@ -121,8 +121,8 @@ fn the_first_ratio_is_one_for_every_sample_and_timestep() {
     let folder = tempfile::tempdir().unwrap();
     let settings = [
         "run.iterations=2",
-        "update.timesteps=6",
-        "update.max_sensitivity=0.0",
+        "method.timesteps=6",
+        "method.max_sensitivity=0.0",
         "update.learning_rate=0.0",
         "pretrain.mode=off",
     ];

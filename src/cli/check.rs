@@ -10,12 +10,12 @@ use crate::{
     comm::{same_tree, Communicator, Local},
     config::Config,
     diffusion::schedule::Schedule,
+    methods,
     models::{architectures::Architecture, pipeline::Pipeline},
     policy::lanes::divisors,
     prompts::Split,
     run::{build_for, footprint, load_for_training, model_location},
     task::Task,
-    train::trainable_steps,
 };
 
 #[derive(clap::Args)]
@@ -47,7 +47,8 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     report.line("model", model);
     let schedule = Schedule::of_model(&pipeline.scheduler)?;
     let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-    trainable_steps(&steps, config)?;
+    methods::check_steps(config, &steps)?;
+    report.line("method", config.method.name().to_string());
     report.line(
         "parameters",
         format!(
@@ -70,11 +71,13 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
             false => "evaluated only".to_string(),
         };
         let what = match Task::new(task, index, config.run.seed, Device::Cpu) {
-            Ok(task) => format!(
-                "{} prompts to train on, {} held out",
-                task.prompts.len(Split::Train),
-                task.prompts.len(Split::HeldOut)
-            ),
+            Ok(mut task) => {
+                if task.config.train {
+                    methods::check_reward(config, &mut task)?;
+                }
+                let (train, held_out) = (task.prompts.len(Split::Train), task.prompts.len(Split::HeldOut));
+                format!("{train} prompts to train on, {held_out} held out")
+            }
             // a plan for another machine, which has what is not here
             Err(e) if planning => format!("not on this machine: {e:#}"),
             Err(e) => return Err(e),

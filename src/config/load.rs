@@ -90,6 +90,7 @@ fn parse_value(text: &str) -> toml::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MethodConfig;
 
     fn error(overrides: &[&str]) -> String {
         let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
@@ -98,11 +99,12 @@ mod tests {
 
     #[test]
     fn overrides_reach_their_key() {
-        let overrides = ["run.iterations=2", "run.name=x", "task.parity.samples=256", "update.clip_range=1e-3"];
+        let overrides = ["run.iterations=2", "run.name=x", "task.parity.samples=256", "method.clip_range=1e-3"];
         let config = parse(EMBEDDED_JOINT, "joint", &overrides.map(String::from)).unwrap();
         assert_eq!((config.run.iterations, config.run.name.as_str()), (2, "x"));
         assert_eq!(config.tasks.iter().find(|t| t.name == "parity").unwrap().samples, 256);
-        assert_eq!(config.update.clip_range, 1e-3);
+        let MethodConfig::Ours(ours) = config.method else { panic!("another method") };
+        assert_eq!(ours.clip_range, 1e-3);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod load;
+pub mod method;
 pub mod prompts;
 pub mod rewards;
 pub mod validate;
@@ -17,6 +18,7 @@ use crate::{
     },
 };
 
+pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{
     AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
@@ -29,10 +31,13 @@ pub use validate::Derived;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub run: RunConfig,
+    pub method: MethodConfig,
     pub model: ModelConfig,
     pub lora: LoraConfig,
     pub rollout: RolloutConfig,
-    pub advantage: AdvantageConfig,
+    /// Of method `ours` alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advantage: Option<AdvantageConfig>,
     pub update: UpdateConfig,
     pub comm: CommConfig,
     pub pretrain: PretrainConfig,
@@ -160,16 +165,10 @@ impl AdvantageConfig {
     }
 }
 
-/// The clipped objective and its AdamW steps.
+/// AdamW.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateConfig {
-    /// Denoising steps trained on per task and iteration, one AdamW step each.
-    pub timesteps: usize,
-    /// ε of Eq. 7.
-    pub clip_range: f64,
-    /// Denoising steps with |∂μ/∂eps|/σ above this are never trained on; 0 excludes none.
-    pub max_sensitivity: f64,
     pub learning_rate: f64,
     pub beta1: f64,
     pub beta2: f64,
@@ -290,6 +289,13 @@ pub struct EvaluationConfig {
     pub seed: u64,
     /// Columns of the before/after sheet per task.
     pub pictures: usize,
+    /// Iterations between small evaluations in the course of training; 0 for none. There is one before the first
+    /// iteration and one after the last, too.
+    pub every: u64,
+    /// Held-out prompts of each task in these.
+    pub prompts: usize,
+    /// Pictures per prompt in these; a reward that judges groups gets its groups.
+    pub images: usize,
 }
 
 /// A reward with its prompt distribution.

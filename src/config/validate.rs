@@ -48,10 +48,6 @@ impl Config {
         ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
         ensure!((0.0..=1.0).contains(&o.eta), "rollout.eta = {} must be in 0..=1", o.eta);
         ensure!(o.guidance_scale.is_finite(), "rollout.guidance_scale must be finite");
-        let a = &self.advantage;
-        ensure!(a.clip > 0.0 && a.epsilon >= 0.0, "advantage.clip must be positive, advantage.epsilon not negative");
-        ensure!((0.0..=1.0).contains(&a.max_bad_fraction), "advantage.max_bad_fraction must be in 0..=1");
-        ensure!(a.prompt_buffer > 0, "advantage.prompt_buffer must be at least 1");
         self.validate_update()?;
         let bucket = self.comm.bucket_mb;
         ensure!(bucket > 0.0 && bucket <= 65536.0, "comm.bucket_mb = {bucket} must be above 0 and at most 65536");
@@ -64,6 +60,7 @@ impl Config {
             ensure!(w.prefetch <= 1024, "pretrain.data.prefetch = {} must be at most 1024", w.prefetch);
         }
         ensure!((0.0..1.0).contains(&self.ema.decay), "ema.decay must be in 0..1");
+        self.validate_evaluation()?;
 
         ensure!(!self.tasks.is_empty(), "there is no [[task]]");
         ensure!(self.tasks.len() < 256, "at most 255 tasks");
@@ -72,28 +69,32 @@ impl Config {
             self.validate_task(task)?;
         }
         ensure!(self.trained_tasks().count() > 0, "no task has train = true");
+        self.method.validate(self)?;
         let pretrain_steps = if p.mode == PretrainMode::Separate { p.steps } else { 0 };
         Ok(Derived {
             samples_per_iteration: self.trained_tasks().map(|(_, t)| t.samples).sum(),
-            optimizer_steps_per_iteration: self.trained_tasks().count() * self.update.timesteps + pretrain_steps,
+            optimizer_steps_per_iteration: self.trained_tasks().count() * self.method.updates() + pretrain_steps,
             pretrain_batch: p.batch_per_lane * r.lanes,
         })
     }
 
     fn validate_update(&self) -> Result<()> {
         let u = &self.update;
-        ensure!(
-            u.timesteps > 0 && u.timesteps <= self.rollout.steps,
-            "update.timesteps = {} must be in 1..={} (rollout.steps)",
-            u.timesteps,
-            self.rollout.steps
-        );
-        ensure!(self.rollout.eta > 0.0, "rollout.eta must be above 0: without noise there is no policy gradient");
-        ensure!(u.clip_range > 0.0, "update.clip_range must be positive");
         ensure!(u.learning_rate >= 0.0, "update.learning_rate must not be negative");
         ensure!((0.0..1.0).contains(&u.beta1) && (0.0..1.0).contains(&u.beta2), "update.beta1, beta2 must be in 0..1");
         ensure!(u.epsilon > 0.0 && u.weight_decay >= 0.0, "update.epsilon must be positive, weight_decay not negative");
-        ensure!(u.max_grad_norm >= 0.0 && u.max_sensitivity >= 0.0, "update: limits must not be negative (0 for none)");
+        ensure!(u.max_grad_norm >= 0.0, "update.max_grad_norm must not be negative (0 for never)");
+        Ok(())
+    }
+
+    fn validate_evaluation(&self) -> Result<()> {
+        let e = &self.evaluation;
+        ensure!(
+            e.prompts > 0 && e.images > 1,
+            "evaluation.prompts = {} must be at least 1, evaluation.images = {} at least 2",
+            e.prompts,
+            e.images
+        );
         Ok(())
     }
 
@@ -184,7 +185,7 @@ mod tests {
     fn the_embedded_config_is_sound() {
         let config = parse(EMBEDDED_JOINT, "joint", &[]).unwrap();
         let derived = config.validate().unwrap();
-        assert_eq!(derived.optimizer_steps_per_iteration, 3 * config.update.timesteps + config.pretrain.steps);
+        assert_eq!(derived.optimizer_steps_per_iteration, 3 * config.method.updates() + config.pretrain.steps);
     }
 
     #[test]
@@ -228,10 +229,12 @@ mod tests {
             ("run.lanes=0", "run.lanes"),
             ("run.keep_every=7", "run.keep_every = 7"),
             ("run.reward_limit=-1.0", "run.reward_limit"),
-            ("update.timesteps=7", "update.timesteps = 7"),
+            ("method.timesteps=7", "method.timesteps = 7"),
             ("rollout.eta=0.0", "rollout.eta"),
             ("ema.decay=1.0", "ema.decay"),
             ("comm.bucket_mb=0.0", "comm.bucket_mb"),
+            ("evaluation.prompts=0", "evaluation.prompts = 0"),
+            ("evaluation.images=1", "evaluation.images = 1 at least 2"),
             ("task.parity.evaluation_samples=17", "evaluation_samples"),
         ] {
             let config = parse(EMBEDDED_JOINT, "joint", &[set.to_string()]).unwrap();

@@ -32,6 +32,14 @@ impl Conditioning {
         Conditioning { text: Tensor::cat(&[&empty, cond], 0), guidance_scale: Some(guidance_scale), batch }
     }
 
+    /// The prompts' embeddings alone, f32 `[B, tokens, width]`.
+    pub fn prompts(&self) -> Tensor {
+        match self.guidance_scale {
+            Some(_) => self.text.narrow(0, self.batch, self.batch),
+            None => self.text.shallow_clone(),
+        }
+    }
+
     /// Both halves of the U-Net's output at `t`, from ONE batched call.
     pub fn predict(&self, unet: &UNet, x_t: &Tensor, t: i64) -> Output {
         let (input, timesteps) = self.inputs(x_t, t);
@@ -76,6 +84,14 @@ pub struct Output {
 }
 
 impl Output {
+    /// The guided output in f32, differentiable.
+    pub fn guided(&self) -> Tensor {
+        match &self.eps_uncond {
+            Some(eps_uncond) => transition::guide(eps_uncond, &self.eps_cond, self.guidance_scale),
+            None => self.eps_cond.to_kind(Kind::Float),
+        }
+    }
+
     pub fn prediction(&self) -> Prediction<'_> {
         Prediction {
             eps_uncond: self.eps_uncond.as_ref(),

@@ -203,9 +203,12 @@ fn train_denoiser(
             let dropped = Tensor::from_slice(&dropped).unsqueeze(1);
             let ids = empty.where_self(&dropped, &pool.ids.index_select(0, &picked));
             let text = pipeline.text_encoder.forward(&ids);
-            let first = (lane * per_lane) as u32;
-            let at =
-                Corruption::draw(settings.seed, step as u32, 0, first, per_lane, &shape, schedule.alpha_bar().len());
+            let at = Coordinates {
+                iteration: step as u32,
+                sample: (lane * per_lane) as u32,
+                ..Coordinates::new(settings.seed, Purpose::PretrainNoise)
+            };
+            let at = Corruption::draw(at, per_lane, &shape, schedule.alpha_bar().len());
             let loss = pretraining::loss(&pipeline.unet, &schedule, &z_0, &text, &at) / LANES as f64;
             losses += loss.double_value(&[]);
             Ok(loss)

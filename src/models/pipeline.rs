@@ -195,6 +195,17 @@ impl Pipeline {
         self.lora.as_ref().map_or(&self.unet_parameters, |(_, adapters)| adapters)
     }
 
+    /// The U-Net with the weights it has now and without adapters, which training does not change.
+    pub fn frozen_unet(&self) -> Result<UNet> {
+        let tensors = self.unet_parameters.entries.iter().map(|p| {
+            // with adapters these weights stay as they are and can be shared
+            let tensor = if self.lora.is_some() { p.tensor.detach() } else { p.tensor.detach().copy() };
+            (p.name.clone(), tensor)
+        });
+        let builder = Builder::new(Source::Tensors(tensors.collect()), self.unet.kind, self.device);
+        UNet::new(&builder, &self.unet.config, self.unet.kind, false)
+    }
+
     /// The whole U-Net, without adapters, for given values of [`Pipeline::trainable`].
     pub fn unet_with(&self, trained: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
         match &self.lora {

@@ -66,7 +66,8 @@ impl Checkpointed {
 
 pub struct UNet {
     pub config: UNetConfig,
-    kind: Kind,
+    /// What it computes in.
+    pub kind: Kind,
     gradient_checkpointing: bool,
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,

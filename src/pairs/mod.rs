@@ -111,22 +111,20 @@ impl PairSource {
         let (pictures, captions) = self.pairs(Place { iteration: iteration as u32, slot, lane })?;
         let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures.to_device(pipeline.device)));
         let text = pipeline.embed(&captions)?;
-        let at = Corruption::draw(
-            self.seed,
-            iteration as u32,
-            slot,
-            (lane * self.batch_per_lane) as u32,
-            self.batch_per_lane,
-            &z_0.size()[1..],
-            schedule.alpha_bar().len(),
-        );
+        let at = Coordinates {
+            iteration: iteration as u32,
+            step: slot,
+            sample: (lane * self.batch_per_lane) as u32,
+            ..Coordinates::new(self.seed, Purpose::PretrainNoise)
+        };
+        let at = Corruption::draw(at, self.batch_per_lane, &z_0.size()[1..], schedule.alpha_bar().len());
         Ok(pretraining::loss(&pipeline.unet, schedule, &z_0, &text, &at))
     }
 }
 
 /// The slot of pass `pass` over task number `task` where L_pre is part of every policy gradient.
 pub fn combined_slot(config: &Config, task: usize, pass: usize) -> u16 {
-    (task * config.update.timesteps + pass) as u16
+    (task * config.method.updates() + pass) as u16
 }
 
 /// The slots of an iteration, in the order in which they are used.
@@ -136,7 +134,7 @@ fn slots(config: &Config) -> Vec<u16> {
         PretrainMode::Separate => (0..config.pretrain.steps as u16).collect(),
         PretrainMode::Combined => config
             .trained_tasks()
-            .flat_map(|(task, _)| (0..config.update.timesteps).map(move |pass| combined_slot(config, task, pass)))
+            .flat_map(|(task, _)| (0..config.method.updates()).map(move |pass| combined_slot(config, task, pass)))
             .collect(),
     }
 }

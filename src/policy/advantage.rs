@@ -51,12 +51,38 @@ impl Advantages {
         self.values.len() - self.bad_count
     }
 
+    /// Of the rewards.
+    pub fn moments(&self) -> BatchMoments {
+        BatchMoments { mean: self.mean, std: self.std, bad_count: self.bad_count }
+    }
+
     /// The same advantages with mean and deviation of `rewards`: what the log shows where something else, a sum of
     /// normalised parts, was normalised.
     pub fn described_by(self, rewards: &[f32]) -> Self {
         let moments = Moments::of(rewards.iter().copied().filter(|reward| reward.is_finite()));
         Advantages { mean: moments.mean, std: moments.variance.sqrt(), ..self }
     }
+}
+
+/// A batch's rewards in short.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BatchMoments {
+    /// Mean of the finite ones.
+    pub mean: f64,
+    /// Their population standard deviation.
+    pub std: f64,
+    /// How many are not finite.
+    pub bad_count: usize,
+}
+
+/// Of a task's whole global batch.
+///
+/// # Errors
+/// As [`normalise`].
+pub fn batch_moments(rewards: &[f32], settings: &AdvantageSettings) -> Result<BatchMoments> {
+    let moments = usable_moments(rewards, settings)?;
+    let bad_count = rewards.iter().filter(|reward| !reward.is_finite()).count();
+    Ok(BatchMoments { mean: moments.mean, std: moments.variance.sqrt(), bad_count })
 }
 
 /// Mean and population variance.

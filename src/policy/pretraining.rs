@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::{
     diffusion::schedule::{PredictionType, Schedule},
     models::unet::UNet,
-    random::{Coordinates, Purpose},
+    random::Coordinates,
 };
 
 /// What a denoising loss is measured at: timesteps and noise of a batch.
@@ -17,27 +17,13 @@ pub struct Corruption {
 }
 
 impl Corruption {
-    /// For the global samples `first..first + count` of `iteration`; a function of these numbers alone.
-    pub fn draw(
-        seed: u64,
-        iteration: u32,
-        step: u16,
-        first: u32,
-        count: usize,
-        shape: &[i64],
-        train_steps: usize,
-    ) -> Self {
+    /// For `count` samples from that of `first` on; a function of its coordinates alone.
+    pub fn draw(first: Coordinates, count: usize, shape: &[i64], train_steps: usize) -> Self {
         let row: usize = shape.iter().product::<i64>() as usize;
         let mut values = vec![0f32; row * count];
         let mut t = Vec::with_capacity(count);
         for (i, out) in values.chunks_mut(row).enumerate() {
-            let at = Coordinates {
-                iteration,
-                step,
-                sample: first + i as u32,
-                ..Coordinates::new(seed, Purpose::PretrainNoise)
-            };
-            let mut stream = at.stream();
+            let mut stream = Coordinates { sample: first.sample + i as u32, ..first }.stream();
             t.push(stream.below(train_steps as u64) as i64);
             stream.fill_normal(out);
         }
@@ -52,6 +38,15 @@ impl Corruption {
 /// `z_0` f32 [B, C, H, W] scaled latents, `text` f32 [B, tokens, width]. A v-prediction model is trained on its own
 /// target v = √ᾱ_t·ε − √(1−ᾱ_t)·z_0, as it was pretrained.
 pub fn loss(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &Corruption) -> Tensor {
+    squared_errors(unet, schedule, z_0, text, at).mean(Kind::Float)
+}
+
+/// As [`loss`], of every sample by itself: f32 `[B]`.
+pub fn sample_losses(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &Corruption) -> Tensor {
+    squared_errors(unet, schedule, z_0, text, at).mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+}
+
+fn squared_errors(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &Corruption) -> Tensor {
     let device = z_0.device();
     let noise = at.noise.to_device(device);
     let column = |f: &dyn Fn(f64) -> f64| {
@@ -65,5 +60,5 @@ pub fn loss(unet: &UNet, schedule: &Schedule, z_0: &Tensor, text: &Tensor, at: &
         PredictionType::Epsilon => noise,
     };
     let prediction = unet.forward(&z_t, &Tensor::from_slice(&at.t).to_device(device), text);
-    (prediction - target).square().mean(Kind::Float)
+    (prediction - target).square()
 }

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::build_for;
 use crate::{
-    config::{Compute, Config, PretrainMode},
+    config::{Compute, Config, MethodConfig, PretrainMode, TaskConfig},
     models::{
         allocations::Allocations,
         flops,
@@ -34,6 +34,8 @@ pub struct Cost {
     pub working_per_row: u64,
     /// Bytes alive at once, at most, while a picture is decoded.
     pub decode_per_picture: u64,
+    /// The same with what its backward pass needs, where the method has one.
+    pub decode_with_gradient: u64,
 }
 
 /// Bytes of a rank's memory, by what they are for.
@@ -100,6 +102,14 @@ pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
         Ok((flops, peak))
     };
     let ((small, _), (large, decoded)) = (decode(side / 2)?, decode(side)?);
+    let mut kept_by_decoder = 0;
+    if config.method.needs_gradient_of_reward() {
+        let count = Allocations::begin();
+        let x_0 = Tensor::zeros([1, c, side, side], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let picture = pipeline.vae.decode_scaled(&x_0);
+        kept_by_decoder = count.alive();
+        drop(picture);
+    }
     // a·area + b·area² through both
     let (area, quarter) = ((side * side) as f64, ((side / 2) * (side / 2)) as f64);
     let b = (large / area - small / quarter) / (area - quarter);
@@ -117,17 +127,64 @@ pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
         kept_per_row: kept / width,
         working_per_row: (peak - kept) / width,
         decode_per_picture: (decoded as f64 * whole / area) as u64,
+        decode_with_gradient: ((decoded + kept_by_decoder) as f64 * whole / area) as u64,
     })
 }
 
-/// Rows that the U-Net sees at once: a lane's samples, twice with guidance, or a lane's pretraining pairs.
+/// Rows of a guided prediction.
+fn guided(guidance_scale: f64) -> f64 {
+    if guidance_scale == 1.0 {
+        1.0
+    } else {
+        2.0
+    }
+}
+
+/// What a method does with a sample: rows of the U-Net that are denoised without gradients and with them, pictures that are
+/// decoded without gradients and with them. ReFL's steps are a mean over its choice.
+fn work_per_sample(config: &Config) -> [f64; 4] {
+    let (steps, g) = (config.rollout.steps as f64, guided(config.rollout.guidance_scale));
+    match &config.method {
+        MethodConfig::Ours(ours) => [steps * g, ours.timesteps as f64 * g, 1.0, 0.0],
+        MethodConfig::Refl(refl) => {
+            let (g, last) = (guided(refl.guidance_scale), refl.last_steps.iter().sum::<usize>() as f64 / 2.0);
+            [(steps - last) * g, g, 0.0, 1.0]
+        }
+        MethodConfig::RewardWeighted(weighted) => [steps * g, weighted.updates as f64, 1.0, 0.0],
+        MethodConfig::Raft(raft) => [steps * g, raft.updates as f64 / raft.accept_one_in as f64, 1.0, 0.0],
+        MethodConfig::Draft(draft) => {
+            let (truncation, repeated) = (draft.truncation as f64, draft.renoisings as f64);
+            [(steps - truncation) * g, (truncation + repeated) * g, 0.0, 1.0 + repeated]
+        }
+    }
+}
+
+/// Rows that the U-Net sees at once: in the roll-out a lane's samples, twice with guidance; in an update the rows whose
+/// activations are alive together, or a lane's pretraining pairs.
 fn rows(config: &Config) -> (u64, u64) {
-    let guided = if config.rollout.guidance_scale == 1.0 { 1 } else { 2 };
+    let g = guided(config.rollout.guidance_scale) as u64;
     let samples = config.trained_tasks().map(|(_, t)| t.samples / config.run.lanes).max().unwrap_or(0) as u64;
-    let pairs = if config.pretrain.mode == PretrainMode::Off { 0 } else { config.pretrain.batch_per_lane as u64 };
-    let combined = config.pretrain.mode == PretrainMode::Combined;
-    let update = if combined { samples * guided + pairs } else { (samples * guided).max(pairs) };
-    (samples * guided, update)
+    let (rollout, update) = match &config.method {
+        MethodConfig::Ours(_) => (samples * g, samples * g),
+        MethodConfig::Refl(refl) => {
+            let g = guided(refl.guidance_scale) as u64;
+            (samples * g, samples * g)
+        }
+        MethodConfig::RewardWeighted(_) => (samples * g, samples),
+        MethodConfig::Raft(raft) => {
+            let at_once =
+                |task: &TaskConfig| raft.batch.max(task.images_per_prompt).min(task.samples / config.run.lanes);
+            let drawn = config.trained_tasks().map(|(_, t)| at_once(t)).max().unwrap_or(0) as u64;
+            (drawn * g, samples / raft.accept_one_in as u64)
+        }
+        MethodConfig::Draft(draft) => (samples * g, samples * g * (draft.truncation + draft.renoisings) as u64),
+    };
+    let pairs = config.pretrain.batch_per_lane as u64;
+    match config.pretrain.mode {
+        PretrainMode::Off => (rollout, update),
+        PretrainMode::Separate => (rollout, update.max(pairs)),
+        PretrainMode::Combined => (rollout, update + pairs),
+    }
 }
 
 /// Memory of one rank that runs `lanes` lanes, one after the other.
@@ -148,12 +205,22 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
     let partial_sums = u64::from(lanes.next_power_of_two().trailing_zeros());
     let leaf = if pipeline.lora.is_some() { 4 } else { compute };
     let (rollout_rows, update_rows) = rows(config);
-    let pictures = config.tasks.iter().map(|t| t.samples / config.run.lanes).max().unwrap_or(0) as u64;
+    let lane = config.tasks.iter().map(|t| t.samples / config.run.lanes).max().unwrap_or(0) as u64;
+    let (pictures, decoded_with_gradient) = match &config.method {
+        MethodConfig::Refl(refl) => (0, refl.decode_batch as u64),
+        MethodConfig::Draft(draft) => (0, draft.decode_batch as u64),
+        MethodConfig::Raft(raft) => (lane.min(raft.batch as u64), 0),
+        MethodConfig::Ours(_) | MethodConfig::RewardWeighted(_) => (lane, 0),
+    };
+    // the reward-weighted method keeps the original beside the network in training; adapters leave it as it is
+    let kept_original = matches!(config.method, MethodConfig::RewardWeighted(_)) && pipeline.lora.is_none();
+    let unets = 1 + u64::from(kept_original);
     Memory {
-        weights: frozen + compute * scalars(&pipeline.unet_parameters),
+        weights: frozen + unets * compute * scalars(&pipeline.unet_parameters),
         optimizer,
         gradients: trained * (leaf + 4 * (1 + partial_sums)),
-        update: update_rows * (cost.kept_per_row + cost.working_per_row),
+        update: update_rows * (cost.kept_per_row + cost.working_per_row)
+            + decoded_with_gradient * cost.decode_with_gradient,
         rollout: (rollout_rows * cost.working_per_row).max(pictures * cost.decode_per_picture),
     }
 }
@@ -161,18 +228,18 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
 /// Operations of an iteration over all ranks: roll-out, decoding, texts, update, L_pre. What gradient checkpointing
 /// computes again is left out, as is the reward.
 pub fn iteration_flops(config: &Config, cost: &Cost) -> f64 {
-    let guided = if config.rollout.guidance_scale == 1.0 { 1.0 } else { 2.0 };
     let samples: usize = config.trained_tasks().map(|(_, t)| t.samples).sum();
     let prompts: usize = config.trained_tasks().map(|(_, t)| t.samples / t.images_per_prompt).sum();
-    let rollout = config.rollout.steps as f64 * guided * cost.unet_flops;
-    let update = config.update.timesteps as f64 * guided * 3.0 * cost.unet_flops;
+    let [drawn, trained, decoded, decoded_with_gradient] = work_per_sample(config);
     let passes = match config.pretrain.mode {
         PretrainMode::Off => 0,
         PretrainMode::Separate => config.pretrain.steps,
-        PretrainMode::Combined => config.trained_tasks().count() * config.update.timesteps,
+        PretrainMode::Combined => config.trained_tasks().count() * config.method.updates(),
     };
     let pairs = (passes * config.pretrain.batch_per_lane * config.run.lanes) as f64;
-    samples as f64 * (rollout + update + cost.decode_flops)
+    // a backward pass costs two forward passes; through a frozen decoder, only the half of it that leads to its input
+    samples as f64
+        * ((drawn + 3.0 * trained) * cost.unet_flops + (decoded + 2.0 * decoded_with_gradient) * cost.decode_flops)
         + prompts as f64 * cost.text_flops
         + pairs * 3.0 * cost.unet_flops
 }

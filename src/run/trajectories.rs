@@ -4,9 +4,10 @@ use anyhow::Result;
 
 use crate::{
     config::{StoredLatents, StoredPrecision},
+    methods::ours::TaskBatch,
     store::{LatentPrecision, Latents, TrajectoryShard},
     telemetry::RunFiles,
-    train::{TaskBatch, Trainer},
+    train::Trainer,
 };
 
 /// `chosen` are the steps about to be trained on.

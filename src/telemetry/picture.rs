@@ -115,7 +115,7 @@ pub fn read_png(path: &Path) -> Result<(Picture, Vec<(String, String)>)> {
     decode_png(&bytes).with_context(|| format!("cannot decode {}", path.display()))
 }
 
-pub(super) fn encode_png(picture: &Picture, text: &[(String, String)]) -> Result<Vec<u8>> {
+pub(crate) fn encode_png(picture: &Picture, text: &[(String, String)]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let width = u32::try_from(picture.width).context("too wide for a PNG")?;
     let height = u32::try_from(picture.height).context("too high for a PNG")?;
@@ -140,6 +140,12 @@ pub(super) fn encode_png(picture: &Picture, text: &[(String, String)]) -> Result
 
 fn is_latin1(text: &str) -> bool {
     text.chars().all(|character| u32::from(character) < 256)
+}
+
+/// Width and height of a PNG.
+pub(crate) fn picture_size(bytes: &[u8]) -> Result<(usize, usize)> {
+    let reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
+    Ok((reader.info().width as usize, reader.info().height as usize))
 }
 
 pub(super) fn decode_png(bytes: &[u8]) -> Result<(Picture, Vec<(String, String)>)> {

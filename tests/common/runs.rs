@@ -80,7 +80,7 @@ pub fn copy_run(from: &RunFiles, to: &RunFiles) {
 pub const TINY: [&str; 10] = [
     "run.lanes=2",
     "rollout.steps=3",
-    "update.timesteps=1",
+    "method.timesteps=1",
     "trajectories.every=0",
     "evaluation.pictures=1",
     "task.composition.samples=2",
