@@ -22,7 +22,7 @@ pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, 
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{
     AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
-    SkinToneSettings, UniDetSettings,
+    ServerReward, SkinToneSettings, UniDetSettings,
 };
 pub use validate::Derived;
 

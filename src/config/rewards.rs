@@ -27,6 +27,8 @@ pub enum RewardConfig {
     Torchscript { path: String },
     /// A program that is sent pictures and prompts.
     Command(CommandReward),
+    /// As `command`, a program that runs already and may serve several ranks.
+    Server(ServerReward),
     /// A weighted sum.
     Sum {
         /// Each part is normalised over the task's batch before it is weighted and added.
@@ -101,7 +103,7 @@ pub struct AestheticSettings {
     pub head: String,
 }
 
-/// A program as a reward; its protocol is in [`crate::rewards::command`].
+/// A program as a reward; its protocol is in [`crate::rewards::protocol`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CommandReward {
@@ -112,6 +114,20 @@ pub struct CommandReward {
     /// How long the program may take to get ready.
     pub start_timeout_seconds: f64,
     /// How often, in a run, a rank's process is started again after a failure.
+    pub restarts: usize,
+}
+
+/// A server of the same protocol on a socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerReward {
+    /// `HOST:PORT`, or `unix:` and the path of a local socket.
+    pub address: String,
+    /// How long a batch may take.
+    pub timeout_seconds: f64,
+    /// How long the server may take to listen and get ready.
+    pub start_timeout_seconds: f64,
+    /// How often, in a run, a rank connects again after a failure.
     pub restarts: usize,
 }
 

@@ -151,9 +151,12 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
         }
         RewardConfig::Command(c) => {
             ensure!(!c.command.is_empty(), "command must name a program");
-            let day = 0.001..=86_400.0;
-            ensure!(day.contains(&c.timeout_seconds), "timeout_seconds must be in 0.001..=86400");
-            ensure!(day.contains(&c.start_timeout_seconds), "start_timeout_seconds must be in 0.001..=86400");
+            validate_timeouts(c.timeout_seconds, c.start_timeout_seconds)?;
+        }
+        RewardConfig::Server(s) => {
+            let named = s.address.strip_prefix("unix:").map_or(s.address.contains(':'), |path| !path.is_empty());
+            ensure!(named, "address = {:?} must be HOST:PORT or unix:PATH", s.address);
+            validate_timeouts(s.timeout_seconds, s.start_timeout_seconds)?;
         }
         RewardConfig::Composition(u) => {
             ensure!((0.0..1.0).contains(&u.threshold), "threshold = {} must be in 0..1", u.threshold);
@@ -174,6 +177,13 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
         }
         _ => {}
     }
+    Ok(())
+}
+
+fn validate_timeouts(batch: f64, start: f64) -> Result<()> {
+    let day = 0.001..=86_400.0;
+    ensure!(day.contains(&batch), "timeout_seconds must be in 0.001..=86400");
+    ensure!(day.contains(&start), "start_timeout_seconds must be in 0.001..=86400");
     Ok(())
 }
 

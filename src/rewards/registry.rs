@@ -14,6 +14,7 @@ use super::{
     miniature_skin_tone::MiniatureSkinTone,
     parity::Parity,
     random::RandomReward,
+    server::ServerReward,
     skin_tone::SkinTone,
     sum::Sum,
     torchscript::{TorchScriptClassifier, TorchScriptReward},
@@ -56,7 +57,8 @@ pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
         RewardConfig::JpegCompressibility {} => Box::new(JpegSize::compressibility()),
         RewardConfig::JpegIncompressibility {} => Box::new(JpegSize::incompressibility()),
         RewardConfig::Torchscript { path } => Box::new(TorchScriptReward::load(path)?),
-        RewardConfig::Command(settings) => Box::new(CommandReward::start(settings)?),
+        RewardConfig::Command(settings) => Box::new(CommandReward::start(settings.clone())?),
+        RewardConfig::Server(settings) => Box::new(ServerReward::start(settings.clone())?),
         RewardConfig::Sum { normalise, parts } => {
             let mut built = Vec::new();
             for (i, part) in parts.iter().enumerate() {
