@@ -8,7 +8,7 @@ use tch::Device;
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, all_made, Communicator},
+    comm::{agree, Communicator},
     diffusion::schedule::Schedule,
     evaluate::evaluate,
     models::{folder::ModelFiles, pipeline::Pipeline},
@@ -43,8 +43,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
             || ModelFiles::read(&model_location(name)).and_then(|files| Pipeline::from_files(files, Device::Cpu));
         agree(comm, if comm.rank() == 0 { tried().map(drop) } else { Ok(()) }).or_mistake()?;
     }
-    let tasks = config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, device));
-    let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>()).or_mistake()?;
+    let mut tasks = Task::all(&config, device, comm).or_mistake()?;
 
     let mut results = Vec::new();
     for name in &models {

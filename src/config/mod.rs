@@ -231,6 +231,8 @@ pub enum PairData {
     Miniature {},
     /// Shards as img2dataset writes them.
     Webdataset(WebdatasetPairs),
+    /// Latents and text embeddings that `rldiff encode` made of such shards with the run's model.
+    Encoded { folder: String },
 }
 
 /// A folder of `.tar` files with images and captions.
