@@ -4,12 +4,20 @@
     reward = { name = "command", command = ["python3", "examples/command_reward.py"], timeout_seconds = 60.0,
                start_timeout_seconds = 600.0, restarts = 3 }
 
-rldiff starts one of these per rank. The protocol is described in src/rewards/command.rs.
+rldiff starts one of these per rank. Or one for all ranks, started by you, on a socket (HOST:PORT or unix:PATH):
+
+    python3 examples/command_reward.py 127.0.0.1:7070
+    reward = { name = "server", address = "127.0.0.1:7070", timeout_seconds = 60.0, start_timeout_seconds = 600.0,
+               restarts = 3 }
+
+The protocol is described in src/rewards/protocol.rs.
 """
 import json
 import math
 import os
+import socketserver
 import sys
+import threading
 
 
 def brightness(pictures, prompts, ids):
@@ -18,15 +26,11 @@ def brightness(pictures, prompts, ids):
     return [sum(rgb) / (255 * len(rgb)) for rgb, _height, _width in pictures]
 
 
-def serve(reward):
-    """Answers rldiff with what `reward` says, until it closes our input."""
-    # standard output belongs to the protocol: what anything prints goes to standard error
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    requests = os.fdopen(os.dup(0), "rb")
+def converse(reward, requests, answers):
+    """Answers the batches on the stream `requests` with what `reward` says, until it ends."""
 
     def answer(value):
-        answers.write(json.dumps(value, allow_nan=False) + "\n")
+        answers.write((json.dumps(value, allow_nan=False) + "\n").encode())
         answers.flush()
 
     answer({"rldiff_reward": 1})
@@ -43,10 +47,44 @@ def serve(reward):
 def read(stream, size):
     data = stream.read(size)
     if len(data) != size:
-        sys.exit("rldiff ended within a batch")
+        raise EOFError("rldiff ended within a batch")
     return data
+
+
+def serve(reward):
+    """A process of one rank: its input and output."""
+    # standard output belongs to the protocol: what anything prints goes to standard error
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    converse(reward, os.fdopen(os.dup(0), "rb"), answers)
+
+
+def listen(reward, address):
+    """A server for several ranks; batches are judged one at a time."""
+    turn = threading.Lock()
+
+    def in_turn(*batch):
+        with turn:
+            return reward(*batch)
+
+    class Connection(socketserver.StreamRequestHandler):
+        def handle(self):
+            converse(in_turn, self.rfile, self.wfile)
+
+    local = address.startswith("unix:")
+    base = socketserver.ThreadingUnixStreamServer if local else socketserver.ThreadingTCPServer
+    base.allow_reuse_address = base.daemon_threads = True
+    host, _, port = address.rpartition(":")
+    with base(port if local else (host, int(port)), Connection) as server:
+        server.serve_forever()
+
+
+def main(reward):
+    """Serves `reward` on the socket given as the last argument, or to the rank that started this process."""
+    address = sys.argv[-1] if len(sys.argv) > 1 and ":" in sys.argv[-1] else None
+    listen(reward, address) if address else serve(reward)
 
 
 if __name__ == "__main__":
     # load models here, before the first answer: `start_timeout_seconds` is for that
-    serve(brightness)
+    main(brightness)

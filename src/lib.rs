@@ -52,6 +52,7 @@
 //! | Algorithm 1 | [`train`] |
 //! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
+pub mod caught_panics;
 pub mod cli;
 pub mod comm;
 pub mod config;

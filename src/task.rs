@@ -4,7 +4,8 @@ use anyhow::{ensure, Context, Result};
 use tch::{Device, Tensor};
 
 use crate::{
-    config::TaskConfig,
+    comm::{all_made, Communicator},
+    config::{Config, TaskConfig},
     diffusion::{
         recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
@@ -28,18 +29,22 @@ pub struct Task {
 }
 
 impl Task {
-    /// Prompts and reward of a task; networks of the reward go to `device`.
-    pub fn new(config: &TaskConfig, index: usize, seed: u64, device: Device) -> Result<Self> {
+    /// The tasks of a config. A collective call; errors are the same on all ranks.
+    pub fn all(config: &Config, device: Device, comm: &dyn Communicator) -> Result<Vec<Self>> {
+        let tasks = config.tasks.iter().enumerate();
+        tasks.map(|(i, task)| Task::new(task, i, config.run.seed, device, comm)).collect()
+    }
+
+    /// Prompts and reward of a task; networks of the reward go to `device`. A collective call; errors are the same on
+    /// all ranks: files and programs that only some of them lack end all.
+    pub fn new(config: &TaskConfig, index: usize, seed: u64, device: Device, comm: &dyn Communicator) -> Result<Self> {
         let index = u8::try_from(index).context("at most 255 tasks")?;
         let place = Place { task: &config.name, index, seed, device, group: config.images_per_prompt };
-        Ok(Task {
-            config: config.clone(),
-            index,
-            prompts: prompts::registry::build(&config.prompts)
-                .with_context(|| format!("task {}: prompts", config.name))?,
-            reward: rewards::registry::build(&config.reward, place)
-                .with_context(|| format!("task {}: reward", config.name))?,
-        })
+        let prompts = prompts::registry::build(&config.prompts, comm);
+        let prompts = prompts.with_context(|| format!("task {}: prompts", config.name))?;
+        let reward = all_made(comm, rewards::registry::build(&config.reward, place));
+        let reward = reward.with_context(|| format!("task {}: reward", config.name))?;
+        Ok(Task { config: config.clone(), index, prompts, reward })
     }
 
     /// The prompts of the samples `first..first + count` of an iteration.

@@ -124,10 +124,7 @@ impl<'a> Trainer<'a> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-        let tasks =
-            config.tasks.iter().enumerate().map(|(i, task)| Task::new(task, i, config.run.seed, pipeline.device));
-        // files and programs that only some ranks lack must end all of them
-        let mut tasks = all_made(comm, tasks.collect::<Result<Vec<_>>>())?;
+        let mut tasks = Task::all(config, pipeline.device, comm)?;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps, &mut tasks))?;
         let learner = Learner::new(&pipeline, config)?;

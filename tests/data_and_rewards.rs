@@ -72,6 +72,43 @@ fn a_reward_in_python_trains() {
     assert_eq!(one, last_metrics(&folder.join("two")));
 }
 
+/// The example as a server that all ranks share: what the process of each rank computes. It is gone and comes back in a
+/// second run, which waits for it.
+#[test]
+fn a_reward_server_is_shared_by_the_ranks() {
+    if !has_python() {
+        return;
+    }
+    let folder = empty_folder("reward-server");
+    let socket = format!("unix:{}", folder.join("s").display());
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/command_reward.py");
+    let start = || Ended(Command::new("python3").arg(&example).arg(&socket).spawn().unwrap());
+    let reward = format!(
+        "task.preference.reward={{ name = \"server\", address = {socket:?}, timeout_seconds = 30.0, \
+         start_timeout_seconds = 30.0, restarts = 1 }}"
+    );
+    let server = start();
+    train(2, &folder, "two", &[&reward]).expect_success("2 ranks");
+    drop(server);
+    let _ = fs::remove_file(folder.join("s"));
+    let _server = start();
+    train(1, &folder, "one", &[&reward]).expect_success("1 rank");
+    train(1, &folder, "process", &[&format!("task.preference.reward={}", python_reward(0))]).expect_success("process");
+    let two = last_metrics(&folder.join("two"));
+    assert_eq!(two, last_metrics(&folder.join("one")));
+    assert_eq!(two, last_metrics(&folder.join("process")));
+}
+
+/// A process that is ended with the test.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Four pictures of known brightness, one of another size.
 fn pictures(folder: &Path) -> PathBuf {
     let images = folder.join("images");
@@ -193,6 +230,119 @@ fn pairs_from_shards_train() {
     assert!(whole.iter().any(|(name, _)| name.contains("pretrain")), "{whole:?}");
     assert_eq!(whole, last_metrics(&folder.join("two")));
     assert_eq!(whole, last_metrics(&folder.join("part")));
+}
+
+/// Pairs that went through VAE and text encoder once: the same shards at one and two ranks, an interrupted command goes
+/// on, and a run trains on them with the same bits at one and two ranks and after a resume.
+#[test]
+fn encoded_pairs_train() {
+    let folder = empty_folder("encoded");
+    shards(&folder);
+    let data = "pretrain.data={ source = \"webdataset\", folder = \".\", score_column = \"\", score_min = 0.0, \
+                drop_words = \"\", threads = 2, prefetch = 3 }";
+    let encode = |ranks: usize, out: &str, more: &[&str]| {
+        let args = [&["encode", "--out", out, "--per-shard", "4"][..], more, &set(&[data])].concat();
+        run(ranks, &folder, &args)
+    };
+    let one = encode(1, "one", &[]).expect_success("1 rank");
+    assert!(one.stdout.contains("3 shards written to one"), "{}", one.stdout);
+    assert!(
+        one.stderr.contains("000000004.jpg: broken image: ") && one.stderr.contains("3 of 4 pairs"),
+        "{}",
+        one.stderr
+    );
+    encode(2, "two", &[]).expect_success("2 ranks");
+    fs::remove_file(folder.join("two/pairs-00001.h5")).unwrap();
+    let rest = encode(1, "two", &[]).expect_success("the rest");
+    assert!(rest.stdout.contains("1 shards written"), "{}", rest.stdout);
+    encode(1, "exact", &["--precision", "f32"]).expect_success("f32");
+    let other = run(1, &folder, &[&["encode", "--out", "one", "--per-shard", "5"][..], &set(&[data])].concat());
+    assert!(
+        other.status.code() == Some(2)
+            && other.stderr.contains("pairs-00000.h5 is there and was made of something else")
+    );
+
+    let encoded = |name: &str| format!("pretrain.data={{ source = \"encoded\", folder = \"{name}\" }}");
+    let more = ["pretrain.steps=3", "trajectories.every=0"];
+    let settings = |name: &str| [vec![encoded(name)], more.map(String::from).to_vec()].concat();
+    let run_on = |ranks: usize, data: &str, out: &str, further: &[&str]| {
+        let settings = settings(data);
+        let settings: Vec<&str> = settings.iter().map(String::as_str).chain(further.iter().copied()).collect();
+        train(ranks, &folder, out, &settings)
+    };
+    let done = run_on(1, "one", "run-one", &[]).expect_success("1 rank");
+    assert!(done.stderr.contains("one: 9 encoded pairs in 3 shards"), "{}", done.stderr);
+    run_on(2, "two", "run-two", &[]).expect_success("2 ranks");
+    run_on(1, "exact", "run-exact", &[]).expect_success("f32");
+    run_on(1, "one", "part", &["run.iterations=1"]).expect_success("half");
+    let all: Vec<String> = SMALL.iter().map(|s| s.to_string()).chain(settings("one")).collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    run(1, &folder, &[&["--out", "part", "--resume", "auto"][..], &set(&all)].concat()).expect_success("resumed");
+    let [whole, two, part, exact] =
+        ["run-one", "run-two", "part", "run-exact"].map(|out| last_metrics(&folder.join(out)));
+    assert_eq!(whole, two);
+    assert_eq!(whole, part);
+    let loss = |metrics: &[(String, f64)]| {
+        metrics.iter().find(|(name, _)| name.contains("pretrain") && name.contains("loss")).unwrap().1
+    };
+    println!("L_pre {} in f16, {} in f32", loss(&whole), loss(&exact));
+    // f16 has 11 bits; observed 1e-5
+    assert!((loss(&whole) - loss(&exact)).abs() < 1e-3 * loss(&exact) && whole != exact);
+
+    // another VAE
+    let model = folder.join("model");
+    for (path, bytes) in rldiff::miniature::EMBEDDED_MODEL {
+        let path = model.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mut bytes = bytes.to_vec();
+        if path.ends_with("vae/diffusion_pytorch_model.safetensors") {
+            let last = bytes.len() - 4;
+            bytes[last..].copy_from_slice(&0.5f32.to_le_bytes());
+        }
+        fs::write(path, bytes).unwrap();
+    }
+    let done = run_on(1, "one", "other", &["model.path=model"]);
+    assert!(done.status.code() == Some(2), "{}", done.stderr);
+    assert!(
+        done.stderr.contains("one was encoded by another VAE or text encoder than the run's model has"),
+        "{}",
+        done.stderr
+    );
+}
+
+/// A list of prompts is read once per host: the same run at one and two ranks, nothing stays in the temporary folder, a
+/// mistake is one line.
+#[test]
+fn ranks_share_a_list_of_prompts() {
+    let folder = empty_folder("shared-list");
+    let temporary = folder.join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    fs::write(folder.join("list"), (0..50).map(|i| format!("a kite at the beach {i}\n")).collect::<String>()).unwrap();
+    let prompts = |file: &str| {
+        format!(
+            "task.preference.prompts={{ source = \"text\", path = \"{file}\", key = \"\", held_out = 5, \
+             split_seed = 1, drop_words = \"\" }}"
+        )
+    };
+    let run_with = |ranks: usize, out: &str, file: &str| {
+        let (prompts, _alone) = (prompts(file), one_at_a_time());
+        let settings: Vec<&str> = SMALL.iter().copied().chain([prompts.as_str()]).collect();
+        let mut command = rldiff(ranks, &folder);
+        command.env("TMPDIR", &temporary).args(["--out", out]).args(set(&settings));
+        run_within(command, LIMIT)
+    };
+    run_with(1, "one", "list").expect_success("1 rank");
+    run_with(2, "two", "list").expect_success("2 ranks");
+    assert_eq!(last_metrics(&folder.join("one")), last_metrics(&folder.join("two")));
+    let left: Vec<_> = fs::read_dir(&temporary).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().contains("prompts")), "{left:?}");
+    for file in ["none", "tmp/empty"] {
+        fs::write(temporary.join("empty"), "").unwrap();
+        let done = run_with(2, "bad", file);
+        assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
+        let lines: Vec<&str> = done.stderr.lines().filter(|line| line.starts_with("error")).collect();
+        assert!(lines.len() == 1 && lines[0].contains(file), "{}", done.stderr);
+    }
 }
 
 /// A sum of rewards of very different scales, plain and normalised: kilobytes drown colour in the plain one only.

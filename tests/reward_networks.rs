@@ -129,10 +129,10 @@ fn gradients_reach_the_pictures() {
     let pictures = files::pictures(4, 48, 48);
     let exact =
         [preference.score(&pictures, &prompts()), beauty.score(&pictures, &prompts())].map(|s| s.unwrap().rewards);
-    let preference = |x: &Tensor| preference.differentiable(x, &prompts()).unwrap();
-    let beauty = |x: &Tensor| beauty.differentiable(x);
-    let rewards: [&dyn Fn(&Tensor) -> Tensor; 2] = [&preference, &beauty];
+    let rewards: [&mut dyn Reward; 2] = [&mut preference, &mut beauty];
     for (reward, exact) in rewards.into_iter().zip(&exact) {
+        let smooth = reward.differentiable().expect("it is");
+        let mut reward = |x: &Tensor| smooth.rewards(x, &prompts()).unwrap();
         let x = pictures.copy().set_requires_grad(true);
         let scores = reward(&x);
         let smooth: Vec<f32> = Vec::try_from(&scores).unwrap();

@@ -76,7 +76,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
             ),
             false => "evaluated only".to_string(),
         };
-        let what = match Task::new(task, index, config.run.seed, Device::Cpu) {
+        let what = match Task::new(task, index, config.run.seed, Device::Cpu, &Local) {
             Ok(mut task) => {
                 if task.config.train {
                     methods::check_reward(config, &mut task)?;

@@ -10,6 +10,7 @@ mod config_args;
 mod device_args;
 mod doctor;
 mod drawing_args;
+mod encode;
 mod eval;
 mod export;
 mod human_eval;
@@ -67,6 +68,8 @@ enum Command {
     Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
     Export(export::Args),
+    /// Put a config's pretraining pairs through VAE and text encoder, once for all iterations.
+    Encode(encode::Args),
     /// Train the miniature from scratch (it made the embedded weights).
     Pretrain(pretrain::Args),
     /// Print versions and paths of everything in use and try each with a small real operation.
@@ -179,6 +182,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Report(args) => report::run(args, comm),
         Command::Score(args) => score::run(args, comm),
         Command::Export(args) => export::run(args, comm),
+        Command::Encode(args) => encode::run(args, comm),
         Command::Pretrain(args) => pretrain::run(args, comm),
         Command::Doctor(args) => doctor::run(args, comm),
         Command::Tokenize(args) => tokenize::run(args, comm),

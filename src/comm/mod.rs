@@ -22,6 +22,8 @@ use anyhow::{anyhow, bail, ensure, Result};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
+use crate::caught_panics;
+
 /// Number type of gradients on their way between ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -140,15 +142,14 @@ pub fn all_made<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
 }
 
 /// Makes a panic on any thread of any rank end all ranks within seconds: it prints `rank R: message (file:line)` on
-/// stderr (with a backtrace under RUST_BACKTRACE=1) and leaves with code 101, through MPI where MPI is up.
+/// stderr (with a backtrace under RUST_BACKTRACE=1) and leaves with code 101, through MPI where MPI is up. Panics inside
+/// [`caught_panics::catch`] are errors instead.
 pub fn abort_world_on_panic() {
     std::panic::set_hook(Box::new(|info| {
-        let payload = info.payload();
-        let message = match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
-            (Some(text), _) => text,
-            (_, Some(text)) => text.as_str(),
-            _ => "panic without a message",
-        };
+        if caught_panics::are_caught() {
+            return;
+        }
+        let message = caught_panics::message(info.payload());
         let message = &crate::memory::explain(message).unwrap_or_else(|| message.to_string());
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let mut text = format!("rank {}: {message}{place}\n", mpi::world_rank());

@@ -23,7 +23,8 @@ pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric};
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{
-    AestheticSettings, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart, SkinToneSettings,
+    AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
+    ServerReward, SkinToneSettings, UniDetSettings,
 };
 pub use validate::Derived;
 
@@ -232,6 +233,8 @@ pub enum PairData {
     Miniature {},
     /// Shards as img2dataset writes them.
     Webdataset(WebdatasetPairs),
+    /// Latents and text embeddings that `rldiff encode` made of such shards with the run's model.
+    Encoded { folder: String },
 }
 
 /// A folder of `.tar` files with images and captions.

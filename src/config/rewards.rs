@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum RewardConfig {
     /// Eq. 13 with the miniature's shape-and-colour detector.
     MiniatureComposition {},
+    /// Eq. 13 with UniDet.
+    Composition(UniDetSettings),
     /// Eq. 12 over the pictures of a prompt.
     Parity { classifier: ClassifierConfig },
     /// Eq. 11: ImageReward.
@@ -25,6 +27,8 @@ pub enum RewardConfig {
     Torchscript { path: String },
     /// A program that is sent pictures and prompts.
     Command(CommandReward),
+    /// As `command`, a program that runs already and may serve several ranks.
+    Server(ServerReward),
     /// A weighted sum.
     Sum {
         /// Each part is normalised over the task's batch before it is weighted and added.
@@ -61,6 +65,34 @@ pub struct ImageRewardSettings {
     pub vocabulary: String,
 }
 
+/// Files and choices of [`crate::rewards::unidet`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UniDetSettings {
+    /// `Unified_learned_OCIM_R50_6x+2x.pth` or its RS200 sister.
+    pub weights: String,
+    /// `learned_mAP+M.json` of UniDet's label spaces.
+    pub labels: String,
+    /// Confidences up to this one count as 0.
+    pub threshold: f64,
+    /// Only so many of a picture's boxes count, all classes together; 0 for all of them.
+    pub top: usize,
+    pub channel_order: ChannelOrder,
+    /// Pictures are resized so that their short side has this many pixels (800 is usual) …
+    pub short_side: usize,
+    /// … and their long side not more than this many (1333 is usual).
+    pub long_side: usize,
+}
+
+/// In which order a network sees red, green and blue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChannelOrder {
+    AsTrained,
+    Bgr,
+    Rgb,
+}
+
 /// Files of [`crate::rewards::aesthetic`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -71,7 +103,7 @@ pub struct AestheticSettings {
     pub head: String,
 }
 
-/// A program as a reward; its protocol is in [`crate::rewards::command`].
+/// A program as a reward; its protocol is in [`crate::rewards::protocol`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CommandReward {
@@ -82,6 +114,20 @@ pub struct CommandReward {
     /// How long the program may take to get ready.
     pub start_timeout_seconds: f64,
     /// How often, in a run, a rank's process is started again after a failure.
+    pub restarts: usize,
+}
+
+/// A server of the same protocol on a socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerReward {
+    /// `HOST:PORT`, or `unix:` and the path of a local socket.
+    pub address: String,
+    /// How long a batch may take.
+    pub timeout_seconds: f64,
+    /// How long the server may take to listen and get ready.
+    pub start_timeout_seconds: f64,
+    /// How often, in a run, a rank connects again after a failure.
     pub restarts: usize,
 }
 

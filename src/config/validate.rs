@@ -151,9 +151,20 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
         }
         RewardConfig::Command(c) => {
             ensure!(!c.command.is_empty(), "command must name a program");
-            let day = 0.001..=86_400.0;
-            ensure!(day.contains(&c.timeout_seconds), "timeout_seconds must be in 0.001..=86400");
-            ensure!(day.contains(&c.start_timeout_seconds), "start_timeout_seconds must be in 0.001..=86400");
+            validate_timeouts(c.timeout_seconds, c.start_timeout_seconds)?;
+        }
+        RewardConfig::Server(s) => {
+            let named = s.address.strip_prefix("unix:").map_or(s.address.contains(':'), |path| !path.is_empty());
+            ensure!(named, "address = {:?} must be HOST:PORT or unix:PATH", s.address);
+            validate_timeouts(s.timeout_seconds, s.start_timeout_seconds)?;
+        }
+        RewardConfig::Composition(u) => {
+            ensure!((0.0..1.0).contains(&u.threshold), "threshold = {} must be in 0..1", u.threshold);
+            let [short, long] = [u.short_side, u.long_side];
+            ensure!(
+                (32..=long).contains(&short) && long <= 4096,
+                "short_side = {short} and long_side = {long} must ascend and be in 32..=4096"
+            );
         }
         RewardConfig::Parity { classifier: ClassifierConfig::SkinTone(s) } => {
             ensure!((20..=4096).contains(&s.min_face_pixels), "classifier.min_face_pixels must be in 20..=4096");
@@ -166,6 +177,13 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
         }
         _ => {}
     }
+    Ok(())
+}
+
+fn validate_timeouts(batch: f64, start: f64) -> Result<()> {
+    let day = 0.001..=86_400.0;
+    ensure!(day.contains(&batch), "timeout_seconds must be in 0.001..=86400");
+    ensure!(day.contains(&start), "start_timeout_seconds must be in 0.001..=86400");
     Ok(())
 }
 

@@ -79,17 +79,39 @@ struct Job {
 /// A sample's position in its batch, and its pair.
 type Done = (usize, Result<Pair>);
 
-struct Pair {
-    pixels: Vec<u8>,
-    caption: String,
+/// A picture, RGB bytes row by row, and its caption.
+pub struct Pair {
+    pub pixels: Vec<u8>,
+    pub caption: String,
+}
+
+/// Makes pairs of what shards hold.
+pub struct Decoder {
+    /// Height and width.
+    pub size: [u32; 2],
+    drop_words: WordList,
+}
+
+impl Decoder {
+    pub fn new(size: [u32; 2], drop_words: &str) -> Result<Decoder> {
+        Ok(Decoder { size, drop_words: WordList::load(drop_words)? })
+    }
+
+    /// `None`: the caption holds a word to drop.
+    pub fn pair(&self, image: &[u8], caption: Vec<u8>) -> Result<Option<Pair>> {
+        let caption = String::from_utf8(caption).map_err(|_| anyhow!("the caption is not UTF-8"))?.trim().to_string();
+        if self.drop_words.matches(&caption) {
+            return Ok(None);
+        }
+        Ok(Some(Pair { pixels: decode_middle(image, self.size)?, caption }))
+    }
 }
 
 /// What the threads share.
 struct Shared {
     shards: Shards,
-    size: [u32; 2],
+    decoder: Decoder,
     caption_dropout: f64,
-    drop_words: WordList,
     /// Pairs that cannot be used, named in the log once each.
     bad: Mutex<HashSet<u64>>,
 }
@@ -114,8 +136,8 @@ impl Loader {
         at: Coordinates,
         order: Order,
     ) -> Result<Loader> {
-        let drop_words = WordList::load(&settings.drop_words)?;
-        let shared = Arc::new(Shared { shards, size, caption_dropout, drop_words, bad: Mutex::default() });
+        let decoder = Decoder::new(size, &settings.drop_words)?;
+        let shared = Arc::new(Shared { shards, decoder, caption_dropout, bad: Mutex::default() });
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         for number in 0..settings.threads {
@@ -154,7 +176,7 @@ impl Loader {
             let (row, pair) = waiting.recv().map_err(|_| anyhow!("a thread that reads pairs has ended"))?;
             rows[row] = Some(pair.context("pretraining pairs")?);
         }
-        let mut batch = Batch { pixels: Vec::new(), captions: Vec::new(), size: self.shared.size };
+        let mut batch = Batch { pixels: Vec::new(), captions: Vec::new(), size: self.shared.decoder.size };
         for pair in rows.into_iter().flatten() {
             batch.pixels.extend(pair.pixels);
             batch.captions.push(pair.caption);
@@ -181,7 +203,7 @@ impl Shared {
         let mut last = String::new();
         for _ in 0..ATTEMPTS {
             let (image, caption) = self.shards.read(index)?;
-            match self.prepare(&image, caption) {
+            match self.decoder.pair(&image, caption) {
                 Ok(Some(pair)) if without_caption => return Ok(Pair { caption: String::new(), ..pair }),
                 Ok(Some(pair)) => return Ok(pair),
                 Ok(None) => last = "a word to drop".to_string(),
@@ -196,15 +218,6 @@ impl Shared {
             index = stream.below(self.shards.len());
         }
         bail!("{ATTEMPTS} pairs in a row cannot be used; the last one: {last}")
-    }
-
-    /// `None`: the caption holds a word to drop.
-    fn prepare(&self, image: &[u8], caption: Vec<u8>) -> Result<Option<Pair>> {
-        let caption = String::from_utf8(caption).map_err(|_| anyhow!("the caption is not UTF-8"))?.trim().to_string();
-        if self.drop_words.matches(&caption) {
-            return Ok(None);
-        }
-        Ok(Some(Pair { pixels: decode_middle(image, self.size)?, caption }))
     }
 }
 

@@ -1,12 +1,15 @@
 //! (Picture, caption) pairs for L_pre, and the loss of one lane on them.
 
+mod encode;
 mod loader;
 mod shards;
 
-use std::{cell::RefCell, ops::Range};
+pub use encode::{encode, EncodeSettings};
+
+use std::{cell::RefCell, ops::Range, path::Path};
 
 use anyhow::{Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use self::{
     loader::{Loader, Place},
@@ -20,6 +23,7 @@ use crate::{
     models::pipeline::Pipeline,
     policy::pretraining::{self, Corruption},
     random::{Coordinates, Purpose},
+    store::PairReader,
 };
 
 /// Pictures of the miniature's pretraining that are drawn from.
@@ -39,6 +43,7 @@ enum Data {
     None,
     Miniature,
     Webdataset(RefCell<Loader>),
+    Encoded(PairReader),
 }
 
 impl PairSource {
@@ -63,6 +68,10 @@ impl PairSource {
                 let loader = all_made(comm, loader).context("pretrain.data")?;
                 Data::Webdataset(RefCell::new(loader))
             }
+            PairData::Encoded { folder } => {
+                let reader = encode::open_for(pipeline, comm, Path::new(folder)).context("pretrain.data")?;
+                Data::Encoded(reader)
+            }
         };
         Ok(PairSource {
             data,
@@ -77,6 +86,7 @@ impl PairSource {
         match &self.data {
             Data::None => anyhow::bail!("pretrain.mode is \"off\": there are no pairs"),
             Data::Miniature => Ok(self.miniature(place)),
+            Data::Encoded(_) => anyhow::bail!("encoded pairs have no pictures"),
             Data::Webdataset(loader) => {
                 let batch = loader.borrow_mut().take(place)?;
                 let [height, width] = batch.size.map(i64::from);
@@ -99,6 +109,23 @@ impl PairSource {
         (miniature::pretrain::pictures(world, &indices), captions)
     }
 
+    /// z_0 f32 `[n, C, H, W]` and text f32 `[n, tokens, width]` of the lane's samples, as they were encoded.
+    fn encoded(&self, reader: &PairReader, place: Place, device: Device) -> Result<(Tensor, Tensor)> {
+        let (mut latents, mut texts) = (Vec::new(), Vec::<f32>::new());
+        let header = reader.header();
+        for at in place.samples(Coordinates::new(self.seed, Purpose::PretrainPair), self.batch_per_lane) {
+            let mut stream = at.stream();
+            let (z_0, text) = reader.read(stream.below(reader.len())).context("pretraining pairs")?;
+            latents.extend(z_0);
+            let without_caption = stream.uniform() < self.caption_dropout;
+            texts.extend(if without_caption { &header.empty_text } else { &text });
+        }
+        let shape = |sizes: &[usize]| [&[-1], &sizes.iter().map(|&s| s as i64).collect::<Vec<_>>()[..]].concat();
+        let latents = Tensor::from_slice(&latents).view(shape(&header.latent_shape).as_slice());
+        let texts = Tensor::from_slice(&texts).view(shape(&header.text_shape).as_slice());
+        Ok((latents.to_device(device), texts.to_device(device)))
+    }
+
     /// L_pre of `lane`'s pairs, mean over its samples. `slot` tells the steps of an iteration apart.
     pub fn loss(
         &self,
@@ -108,9 +135,15 @@ impl PairSource {
         slot: u16,
         lane: usize,
     ) -> Result<Tensor> {
-        let (pictures, captions) = self.pairs(Place { iteration: iteration as u32, slot, lane })?;
-        let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures.to_device(pipeline.device)));
-        let text = pipeline.embed(&captions)?;
+        let place = Place { iteration: iteration as u32, slot, lane };
+        let (z_0, text) = match &self.data {
+            Data::Encoded(reader) => self.encoded(reader, place, pipeline.device)?,
+            _ => {
+                let (pictures, captions) = self.pairs(place)?;
+                let z_0 = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures.to_device(pipeline.device)));
+                (z_0, pipeline.embed(&captions)?)
+            }
+        };
         let at = Coordinates {
             iteration: iteration as u32,
             step: slot,

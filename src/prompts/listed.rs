@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use anyhow::{ensure, Result};
 
-use super::{Prompt, PromptSource, Split};
+use super::{shared_texts::Store, Prompt, PromptSource, Split};
 use crate::random::{Coordinates, Purpose};
 
 /// Different texts in the order in which they came. A text costs its own bytes and about 16 more, so that millions of
@@ -30,6 +30,16 @@ impl Texts {
     pub fn get(&self, index: usize) -> &str {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
         &self.bytes[start..self.ends[index]]
+    }
+
+    /// Where each text ends in [`Texts::bytes`].
+    pub fn ends(&self) -> &[usize] {
+        &self.ends
+    }
+
+    /// All texts, one after the other.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_bytes()
     }
 
     /// Appends `text` unless it is there already; says whether it was new.
@@ -75,9 +85,9 @@ impl Texts {
 }
 
 /// A list of prompts as a source.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Listed {
-    texts: Texts,
+    texts: Store,
     trained: Vec<u32>,
     held_out: Vec<u32>,
 }
@@ -87,8 +97,10 @@ impl Listed {
     ///
     /// # Errors
     /// No text, or none left to train on.
-    pub fn new(mut texts: Texts, held_out: usize, split_seed: u64) -> Result<Listed> {
-        texts.freeze();
+    pub fn new(mut texts: Store, held_out: usize, split_seed: u64) -> Result<Listed> {
+        if let Store::Own(texts) = &mut texts {
+            texts.freeze();
+        }
         ensure!(!texts.is_empty(), "there are no prompts");
         ensure!(held_out < texts.len(), "held_out = {held_out} must be below the {} different prompts", texts.len());
         let mut kept = vec![false; texts.len()];
@@ -142,7 +154,7 @@ mod tests {
         let build = |held_out, seed| {
             let mut texts = Texts::default();
             (0..100).for_each(|i| assert!(texts.insert(&format!("p{i}"))));
-            Listed::new(texts, held_out, seed)
+            Listed::new(Store::Own(texts), held_out, seed)
         };
         let source = build(20, 1).unwrap();
         assert_eq!((source.len(Split::Train), source.len(Split::HeldOut)), (80, 20));
@@ -155,6 +167,6 @@ mod tests {
         assert_eq!(of(&source, Split::HeldOut), of(&build(20, 1).unwrap(), Split::HeldOut));
         assert_ne!(of(&source, Split::HeldOut), of(&build(20, 2).unwrap(), Split::HeldOut));
         assert!(build(100, 1).unwrap_err().to_string().contains("held_out = 100 must be below the 100"));
-        assert!(Listed::new(Texts::default(), 0, 1).is_err());
+        assert!(Listed::new(Store::Own(Texts::default()), 0, 1).is_err());
     }
 }

@@ -13,6 +13,7 @@ pub mod paper;
 pub mod parquet;
 pub mod places;
 pub mod registry;
+pub mod shared_texts;
 pub mod table;
 pub mod text;
 

@@ -5,9 +5,9 @@
 
 use std::path::Path;
 
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{anyhow, bail, Result};
 
-use super::listed::{Listed, Texts};
+use super::listed::Texts;
 use crate::{
     config::ParquetPrompts,
     parquet_file::{self, Cell},
@@ -15,9 +15,9 @@ use crate::{
 };
 
 /// # Errors
-/// A file that is no parquet file, lacks a column (those it has are listed), has a prompt that is not UTF-8 (the row is
-/// named), or holds no prompt.
-pub fn load(settings: &ParquetPrompts) -> Result<Listed> {
+/// A file that is no parquet file, lacks a column (those it has are listed), or has a prompt that is not UTF-8 (the row
+/// is named).
+pub fn load(settings: &ParquetPrompts) -> Result<Texts> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
     let mut columns = vec![settings.column.as_str()];
@@ -46,7 +46,7 @@ pub fn load(settings: &ParquetPrompts) -> Result<Listed> {
         }
         Ok(())
     })?;
-    Listed::new(texts, settings.held_out, settings.split_seed).with_context(|| path.display().to_string())
+    Ok(texts)
 }
 
 #[cfg(test)]
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
     use crate::{
         parquet_file::tests::write,
-        prompts::{PromptSource, Split},
+        prompts::{listed::Listed, shared_texts::Store, PromptSource, Split},
     };
 
     fn settings(path: &Path) -> ParquetPrompts {
@@ -69,6 +69,10 @@ mod tests {
         }
     }
 
+    fn source(settings: &ParquetPrompts) -> Result<Listed> {
+        Listed::new(Store::Own(load(settings)?), settings.held_out, settings.split_seed)
+    }
+
     #[test]
     fn unique_clean_prompts() {
         let folder = tempfile::tempdir().unwrap();
@@ -81,11 +85,11 @@ mod tests {
             n => (Some(format!(" prompt {n}")), Some(0.5)),
         };
         write(&path, ["prompt", "prompt_nsfw"], (0..300).map(row));
-        let source = load(&settings(&path)).unwrap();
-        assert_eq!((source.len(Split::Train), source.len(Split::HeldOut)), (80, 10));
-        assert!(source.prompt(Split::Train, 0).text.starts_with("prompt "));
+        let found = source(&settings(&path)).unwrap();
+        assert_eq!((found.len(Split::Train), found.len(Split::HeldOut)), (80, 10));
+        assert!(found.prompt(Split::Train, 0).text.starts_with("prompt "));
         let all = ParquetPrompts { nsfw_columns: vec![], ..settings(&path) };
-        assert_eq!(load(&all).unwrap().len(Split::Train), 87);
+        assert_eq!(source(&all).unwrap().len(Split::Train), 87);
         let wrong = ParquetPrompts { column: "prompt_nsfw".into(), nsfw_columns: vec![], ..settings(&path) };
         assert!(format!("{:#}", load(&wrong).unwrap_err()).contains("holds numbers, not text"));
     }
@@ -98,7 +102,7 @@ mod tests {
             eprintln!("SKIPPED: RLDIFF_TEST_DATA does not name a folder with {file}");
             return;
         };
-        let count = |settings: ParquetPrompts| load(&settings).map(|source| source.len(Split::Train));
+        let count = |settings: ParquetPrompts| source(&settings).map(|s| s.len(Split::Train));
         let all = count(ParquetPrompts { nsfw_columns: vec![], ..settings(&path) }).unwrap();
         assert_eq!(all, 1951, "2,400 rows of 1,961 different prompts, ten of them held out");
         let columns = ["image_nsfw", "prompt_nsfw"].map(String::from).to_vec();
@@ -125,7 +129,7 @@ mod tests {
         write(&path, ["prompt", "prompt_nsfw"], (0..2_000_000).map(row));
         let before = peak_megabytes();
         let started = std::time::Instant::now();
-        let source = load(&ParquetPrompts { held_out: 2000, ..settings(&path) }).unwrap();
+        let source = source(&ParquetPrompts { held_out: 2000, ..settings(&path) }).unwrap();
         let seconds = started.elapsed().as_secs_f64();
         let bytes: usize = source.prompt(Split::Train, 1_000_000).text.len();
         let peak = peak_megabytes();

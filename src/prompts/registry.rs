@@ -1,32 +1,48 @@
 //! From a config's `prompts` to a source, and which prompt a sample gets.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{
+    listed::{Listed, Texts},
     paper, parquet,
+    shared_texts::read_once_per_host,
     table::{self, Format},
     text, Prompt, PromptSource, Split,
 };
 use crate::{
+    comm::{all_made, Communicator},
     config::PromptConfig,
     miniature,
     random::{Coordinates, Purpose},
 };
 
-/// Every rank reads its prompts itself.
-pub fn build(config: &PromptConfig) -> Result<Box<dyn PromptSource>> {
+/// A collective call: lists are read once per host and shared by its ranks. Errors are the same on all ranks.
+pub fn build(config: &PromptConfig, comm: &dyn Communicator) -> Result<Box<dyn PromptSource>> {
+    let listed = |path: &str, held_out: usize, split_seed: u64, read: &dyn Fn() -> Result<Texts>| {
+        let texts = read_once_per_host(comm, read)?;
+        let listed = Listed::new(texts, held_out, split_seed).with_context(|| path.to_string())?;
+        Ok(Box::new(listed) as Box<dyn PromptSource>)
+    };
+    match config {
+        PromptConfig::Text(s) => listed(&s.path, s.held_out, s.split_seed, &|| text::load(s)),
+        PromptConfig::Tsv(s) => listed(&s.path, s.held_out, s.split_seed, &|| table::load(s, Format::Tsv)),
+        PromptConfig::Csv(s) => listed(&s.path, s.held_out, s.split_seed, &|| table::load(s, Format::Csv)),
+        PromptConfig::Parquet(s) => listed(&s.path, s.held_out, s.split_seed, &|| parquet::load(s)),
+        generated => all_made(comm, generate(generated)),
+    }
+}
+
+/// Sources that need no file.
+fn generate(config: &PromptConfig) -> Result<Box<dyn PromptSource>> {
     Ok(match config {
         PromptConfig::Compositions { held_out, split_seed } => {
             Box::new(paper::compositions_of(*held_out, *split_seed)?)
         }
         PromptConfig::Occupations { held_out, split_seed } => Box::new(paper::portraits_of(*held_out, *split_seed)?),
-        PromptConfig::Text(settings) => Box::new(text::load(settings)?),
-        PromptConfig::Tsv(settings) => Box::new(table::load(settings, Format::Tsv)?),
-        PromptConfig::Csv(settings) => Box::new(table::load(settings, Format::Csv)?),
-        PromptConfig::Parquet(settings) => Box::new(parquet::load(settings)?),
         PromptConfig::MiniatureCompositions {} => Box::new(miniature::prompts::compositions()),
         PromptConfig::MiniatureOccupations {} => Box::new(miniature::prompts::occupations()),
         PromptConfig::MiniaturePlaces {} => Box::new(miniature::prompts::in_places()),
+        other => anyhow::bail!("{other:?} is read from a file"),
     })
 }
 

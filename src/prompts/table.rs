@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{anyhow, bail, Context, Result};
 
-use super::listed::{Listed, Texts};
+use super::listed::Texts;
 use crate::{config::TablePrompts, word_list::WordList};
 
 /// How the fields of a row are parted.
@@ -19,20 +19,20 @@ pub enum Format {
 
 /// # Errors
 /// A file that cannot be read, lacks the column (those it has are listed), has a row with more or fewer fields than
-/// the header or that is not UTF-8 (its line is named), or holds no prompt.
-pub fn load(settings: &TablePrompts, format: Format) -> Result<Listed> {
+/// the header or that is not UTF-8 (its line is named).
+pub fn load(settings: &TablePrompts, format: Format) -> Result<Texts> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut texts = Texts::default();
-    let listed = column(&bytes, format, &settings.column, |prompt| {
+    let read = column(&bytes, format, &settings.column, |prompt| {
         let prompt = prompt.trim();
         if !prompt.is_empty() && !drop.matches(prompt) {
             texts.insert(prompt);
         }
-    })
-    .and_then(|()| Listed::new(texts, settings.held_out, settings.split_seed));
-    listed.with_context(|| path.display().to_string())
+    });
+    read.with_context(|| path.display().to_string())?;
+    Ok(texts)
 }
 
 /// Calls `each` with the field of every row under the header `name`.
@@ -64,7 +64,7 @@ pub fn column(bytes: &[u8], format: Format, name: &str, mut each: impl FnMut(&st
 mod tests {
     use super::*;
     use crate::mutations::mutate;
-    use crate::prompts::{PromptSource, Split};
+    use crate::prompts::{listed::Listed, shared_texts::Store, PromptSource, Split};
 
     fn prompts(bytes: &[u8], format: Format, name: &str) -> Result<Vec<String>> {
         let mut found = Vec::new();
@@ -108,7 +108,7 @@ mod tests {
             split_seed: 1,
             drop_words: String::new(),
         };
-        let source = load(&settings, Format::Tsv).unwrap();
+        let source = Listed::new(Store::Own(load(&settings, Format::Tsv).unwrap()), 32, 1).unwrap();
         assert_eq!((source.len(Split::Train), source.len(Split::HeldOut)), (1600, 32));
     }
 

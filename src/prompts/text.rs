@@ -4,12 +4,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::listed::{Listed, Texts};
+use super::listed::Texts;
 use crate::{config::TextPrompts, text_file, word_list::WordList};
 
 /// # Errors
-/// A file that cannot be read, has a line that is not UTF-8 or lacks the key (it is named), or holds no prompt.
-pub fn load(settings: &TextPrompts) -> Result<Listed> {
+/// A file that cannot be read, has a line that is not UTF-8 or lacks the key (it is named).
+pub fn load(settings: &TextPrompts) -> Result<Texts> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
     let mut texts = Texts::default();
@@ -24,13 +24,13 @@ pub fn load(settings: &TextPrompts) -> Result<Listed> {
             texts.insert(&prompt);
         }
     }
-    Listed::new(texts, settings.held_out, settings.split_seed).with_context(|| path.display().to_string())
+    Ok(texts)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prompts::{PromptSource, Split};
+    use crate::prompts::{listed::Listed, shared_texts::Store, PromptSource, Split};
 
     fn settings(text: &[u8], key: &str) -> (tempfile::TempDir, TextPrompts) {
         let folder = tempfile::tempdir().unwrap();
@@ -40,9 +40,13 @@ mod tests {
         (folder, TextPrompts { path, key: key.into(), held_out: 0, split_seed: 1, drop_words: String::new() })
     }
 
+    fn source(settings: &TextPrompts) -> Result<Listed> {
+        Listed::new(Store::Own(load(settings)?), settings.held_out, settings.split_seed)
+    }
+
     fn prompts(text: &[u8], key: &str) -> Result<Vec<String>> {
         let (_folder, settings) = settings(text, key);
-        let source = load(&settings)?;
+        let source = source(&settings)?;
         Ok((0..source.len(Split::Train)).map(|i| source.prompt(Split::Train, i).text).collect())
     }
 
@@ -57,8 +61,7 @@ mod tests {
     #[test]
     fn a_bad_file_is_one_line_that_says_where() {
         for (text, key, wanted) in [
-            (&b"\n \n"[..], "", "there are no prompts"),
-            (b"ok\n\xff\n", "", "line 2 is not UTF-8"),
+            (&b"ok\n\xff\n"[..], "", "line 2 is not UTF-8"),
             (b"{\"prompt\": \"x\"}\n{\"text\": 1}", "prompt", "line 2: there is no \"prompt\"; keys are text"),
             (b"plain", "prompt", "line 1: not JSON"),
         ] {
@@ -72,6 +75,6 @@ mod tests {
         let (folder, mut settings) = settings(b"a red cat\na dog\n", "");
         std::fs::write(folder.path().join("words"), "RED\n").unwrap();
         settings.drop_words = folder.path().join("words").display().to_string();
-        assert_eq!(load(&settings).unwrap().len(Split::Train), 1);
+        assert_eq!(source(&settings).unwrap().len(Split::Train), 1);
     }
 }

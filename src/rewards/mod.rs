@@ -17,12 +17,15 @@ pub mod miniature_detector;
 pub mod miniature_skin_tone;
 pub mod parity;
 pub mod pil;
+pub mod protocol;
 pub mod random;
 pub mod registry;
 mod score_head;
+pub mod server;
 pub mod skin_tone;
 pub mod sum;
 pub mod torchscript;
+pub mod unidet;
 mod vision_transformer;
 mod weights;
 

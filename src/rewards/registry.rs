@@ -14,9 +14,11 @@ use super::{
     miniature_skin_tone::MiniatureSkinTone,
     parity::Parity,
     random::RandomReward,
+    server::ServerReward,
     skin_tone::SkinTone,
     sum::Sum,
     torchscript::{TorchScriptClassifier, TorchScriptReward},
+    unidet::UniDet,
     Reward,
 };
 use crate::config::{ClassifierConfig, RewardConfig};
@@ -41,6 +43,7 @@ pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
     let Place { task, group, device, .. } = place;
     Ok(match reward {
         RewardConfig::MiniatureComposition {} => Box::new(Composition::new(task, MiniatureDetector::default())),
+        RewardConfig::Composition(settings) => Box::new(Composition::new(task, UniDet::load(settings, device)?)),
         RewardConfig::Parity { classifier } => match classifier {
             ClassifierConfig::MiniatureSkinTone {} => Box::new(Parity::new(task, MiniatureSkinTone::default(), group)?),
             ClassifierConfig::SkinTone(settings) => Box::new(Parity::new(task, SkinTone::load(settings)?, group)?),
@@ -54,7 +57,8 @@ pub fn build(reward: &RewardConfig, place: Place) -> Result<Box<dyn Reward>> {
         RewardConfig::JpegCompressibility {} => Box::new(JpegSize::compressibility()),
         RewardConfig::JpegIncompressibility {} => Box::new(JpegSize::incompressibility()),
         RewardConfig::Torchscript { path } => Box::new(TorchScriptReward::load(path)?),
-        RewardConfig::Command(settings) => Box::new(CommandReward::start(settings)?),
+        RewardConfig::Command(settings) => Box::new(CommandReward::start(settings.clone())?),
+        RewardConfig::Server(settings) => Box::new(ServerReward::start(settings.clone())?),
         RewardConfig::Sum { normalise, parts } => {
             let mut built = Vec::new();
             for (i, part) in parts.iter().enumerate() {

@@ -62,6 +62,23 @@ impl List {
         self.one(&format!("{name}.bias"), &[width]);
     }
 
+    fn batch_norm(&mut self, name: &str, width: i64) {
+        for part in ["weight", "bias", "running_mean", "running_var"] {
+            self.one(&format!("{name}.{part}"), &[width]);
+        }
+    }
+
+    /// `shape` is outputs, inputs, side of the kernel.
+    fn conv_norm(&mut self, name: &str, [outputs, inputs, kernel]: [i64; 3]) {
+        self.one(&format!("{name}.weight"), &[outputs, inputs, kernel, kernel]);
+        self.batch_norm(&format!("{name}.norm"), outputs);
+    }
+
+    fn conv_bias(&mut self, name: &str, [outputs, inputs, kernel]: [i64; 3]) {
+        self.one(&format!("{name}.weight"), &[outputs, inputs, kernel, kernel]);
+        self.one(&format!("{name}.bias"), &[outputs]);
+    }
+
     fn head(&mut self, prefix: &str, numbers: [i64; 5], widths: [i64; 5]) {
         let outputs = widths[1..].iter().copied().chain([1]);
         for ((number, inputs), outputs) in numbers.iter().zip(widths).zip(outputs) {
@@ -195,6 +212,147 @@ pub fn write_image_reward(folder: &Path, seed: u64) {
 pub fn write_aesthetic(folder: &Path, seed: u64) {
     save(&folder.join("clip.safetensors"), &random(&clip_hugging_face(SMALL_CLIP), seed));
     save(&folder.join("head.safetensors"), &random(&aesthetic_head(SMALL_CLIP.outputs, false), seed));
+}
+
+/// UniDet's sizes.
+#[derive(Clone)]
+pub struct Detector {
+    /// ResNeSt-200's layout instead of ResNet-50's.
+    pub split: bool,
+    pub stem: [i64; 2],
+    /// Blocks, channels inside and after a block of res2 to res5.
+    pub stages: [[i64; 3]; 4],
+    pub pyramid: i64,
+    pub head_convs: i64,
+    pub linears: Vec<i64>,
+    pub classes: i64,
+}
+
+pub fn unidet_r50() -> Detector {
+    let stages = [[3, 64, 256], [4, 128, 512], [6, 256, 1024], [3, 512, 2048]];
+    Detector {
+        split: false,
+        stem: [64, 64],
+        stages,
+        pyramid: 256,
+        head_convs: 0,
+        linears: vec![1024, 1024],
+        classes: 722,
+    }
+}
+
+pub fn unidet_rs200() -> Detector {
+    let stages = [[3, 64, 256], [24, 128, 512], [36, 256, 1024], [3, 512, 2048]];
+    Detector { split: true, stem: [64, 128], stages, pyramid: 256, head_convs: 4, linears: vec![1024], classes: 722 }
+}
+
+pub fn small_unidet(split: bool) -> Detector {
+    let stages = [[1, 4, 10], [2, 4, 12], [1, 8, 16], [2, 8, 24]];
+    let (head_convs, linears) = if split { (2, vec![24]) } else { (0, vec![32, 24]) };
+    Detector { split, stem: [6, 8], stages, pyramid: 16, head_convs, linears, classes: 722 }
+}
+
+/// UniDet's checkpoints.
+pub fn unidet(d: &Detector) -> Shapes {
+    let mut l = List(Vec::new());
+    let b = "backbone.bottom_up";
+    match d.split {
+        false => l.conv_norm(&format!("{b}.stem.conv1"), [d.stem[1], 3, 7]),
+        true => {
+            l.conv_norm(&format!("{b}.stem.conv1_1"), [d.stem[0], 3, 3]);
+            l.conv_norm(&format!("{b}.stem.conv1_2"), [d.stem[0], d.stem[0], 3]);
+            l.conv_norm(&format!("{b}.stem.conv1_3"), [d.stem[1], d.stem[0], 3]);
+        }
+    }
+    let mut inputs = d.stem[1];
+    for (i, [blocks, inner, outputs]) in d.stages.into_iter().enumerate() {
+        for number in 0..blocks {
+            let at = format!("{b}.res{}.{number}", i + 2);
+            if number == 0 {
+                l.conv_norm(&format!("{at}.shortcut"), [outputs, inputs, 1]);
+            }
+            l.conv_norm(&format!("{at}.conv1"), [inner, inputs, 1]);
+            if d.split {
+                let small = (inner / 2).max(32);
+                l.one(&format!("{at}.conv2.conv.weight"), &[2 * inner, inner / 2, 3, 3]);
+                l.batch_norm(&format!("{at}.conv2.bn0"), 2 * inner);
+                l.conv_bias(&format!("{at}.conv2.fc1"), [small, inner, 1]);
+                l.batch_norm(&format!("{at}.conv2.bn1"), small);
+                l.conv_bias(&format!("{at}.conv2.fc2"), [2 * inner, small, 1]);
+            } else {
+                l.conv_norm(&format!("{at}.conv2"), [inner, inner, 3]);
+            }
+            l.conv_norm(&format!("{at}.conv3"), [outputs, inner, 1]);
+            inputs = outputs;
+        }
+    }
+    let p = d.pyramid;
+    for level in 3..6 {
+        for (part, shape) in [("lateral", [p, d.stages[level - 2][2], 1]), ("output", [p, p, 3])] {
+            let name = format!("backbone.fpn_{part}{level}");
+            if d.split {
+                l.conv_norm(&name, shape);
+            } else {
+                l.conv_bias(&name, shape);
+            }
+        }
+    }
+    for top in ["p6", "p7"] {
+        l.conv_bias(&format!("backbone.top_block.{top}"), [p, p, 3]);
+    }
+    let rpn = "proposal_generator.rpn_head";
+    l.conv_bias(&format!("{rpn}.conv"), [p, p, 3]);
+    l.conv_bias(&format!("{rpn}.objectness_logits"), [9, p, 1]);
+    l.conv_bias(&format!("{rpn}.anchor_deltas"), [36, p, 1]);
+    for level in 0..5 {
+        l.one(&format!("proposal_generator.anchor_generator.cell_anchors.{level}"), &[9, 4]);
+    }
+    for stage in 0..3 {
+        let head = format!("roi_heads.box_head.{stage}");
+        for i in 0..d.head_convs {
+            l.conv_norm(&format!("{head}.conv{}", i + 1), [p, p, 3]);
+        }
+        let mut inputs = p * 49;
+        for (i, &outputs) in d.linears.iter().enumerate() {
+            l.linear(&format!("{head}.fc{}", i + 1), outputs, inputs);
+            inputs = outputs;
+        }
+        l.linear(&format!("roi_heads.box_predictor.{stage}.cls_score"), d.classes + 1, inputs);
+        l.linear(&format!("roi_heads.box_predictor.{stage}.bbox_pred"), 4, inputs);
+    }
+    l.one("pixel_mean", &[3, 1, 1]);
+    l.one("pixel_std", &[3, 1, 1]);
+    l.0
+}
+
+/// A label space of 722 classes in UniDet's form, the paper's objects among them.
+pub fn label_space() -> String {
+    let name = |object: &String| match object.split_once(", ") {
+        Some((first, second)) => format!("{first}_{second}_"),
+        None => format!("_{object}_"),
+    };
+    let mut names: Vec<String> = rldiff::prompts::paper::objects().iter().map(name).collect();
+    names.extend((names.len()..722).map(|i| format!("other {i}__")));
+    let categories: Vec<_> =
+        names.iter().enumerate().map(|(id, name)| serde_json::json!({"id": id, "name": name})).collect();
+    serde_json::json!({"categories": categories, "label_map": {}}).to_string()
+}
+
+/// A small UniDet and its label space in `folder`: `unidet.safetensors`, `labels.json`.
+pub fn write_unidet(folder: &Path, split: bool, seed: u64) {
+    let mut tensors = random(&unidet(&small_unidet(split)), seed);
+    for (name, tensor) in &mut tensors {
+        // confidences that spread over 0..1, boxes that move by a part of their size, ResNet's input of 0..255
+        let factor = match name.as_str() {
+            name if name.contains("cls_score.weight") => 12.0,
+            name if name.contains("anchor_deltas") => 0.3,
+            "backbone.bottom_up.stem.conv1.weight" => 0.01,
+            _ => continue,
+        };
+        *tensor = &*tensor * factor;
+    }
+    save(&folder.join("unidet.safetensors"), &tensors);
+    std::fs::write(folder.join("labels.json"), label_space()).unwrap();
 }
 
 /// Pictures f32 `[n, 3, height, width]` with values of whole grey levels: soft blobs of colour, each another.

@@ -19,7 +19,7 @@ use super::{
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
     weights::Checkpoint,
-    Reward, Scores,
+    DifferentiableReward, Reward, Scores,
 };
 use crate::{
     config::AestheticSettings,
@@ -91,12 +91,6 @@ impl Aesthetic {
         let head = head.build(device, |_| false, |b| ScoreHead::new(b, &head_sizes))?;
         Ok(Aesthetic { tower, head, input: ClipInput { side: sizes.side as usize }, device })
     }
-
-    /// The rewards as a differentiable function of `images`, f32 [n, 3, H, W] in [0, 1]: f32 `[n]` on the reward's
-    /// device.
-    pub fn differentiable(&self, images: &Tensor) -> Tensor {
-        self.head.forward(&self.tower.embed(&self.input.differentiable(&images.to_device(self.device))))
-    }
 }
 
 impl Reward for Aesthetic {
@@ -109,6 +103,19 @@ impl Reward for Aesthetic {
         let prepared = self.input.exact(images, self.device)?;
         let rewards = no_grad(|| self.head.forward(&self.tower.embed(&prepared.input))).to_device(Device::Cpu);
         Ok(Scores { rewards: prepared.mark(Vec::try_from(&rewards)?), ..Scores::default() })
+    }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        Some(self)
+    }
+}
+
+impl DifferentiableReward for Aesthetic {
+    /// Apart from [`Reward::score`] as pictures that are not rounded to bytes.
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        let input = self.input.differentiable(&images.to_device(self.device));
+        Ok(self.head.forward(&self.tower.embed(&input)).to_device(images.device()))
     }
 }
 

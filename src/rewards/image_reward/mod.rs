@@ -25,7 +25,7 @@ use super::{
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
     weights::Checkpoint,
-    Reward, Scores,
+    DifferentiableReward, Reward, Scores,
 };
 use crate::{config::ImageRewardSettings, models::parameters::Builder, prompts::Prompt};
 
@@ -106,13 +106,6 @@ impl ImageReward {
         let hidden = self.network.text.forward(&self.tokenizer.encode(&texts)?, &pictures);
         Ok((self.network.head.forward(&hidden) - MEAN) / STD)
     }
-
-    /// The rewards as a differentiable function of `images`, f32 [n, 3, H, W] in [0, 1]: f32 `[n]` on the reward's
-    /// device.
-    pub fn differentiable(&self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
-        check_batch(images, prompts)?;
-        self.judge(&self.input.differentiable(&images.to_device(self.device)), prompts)
-    }
 }
 
 impl Reward for ImageReward {
@@ -125,5 +118,18 @@ impl Reward for ImageReward {
         let prepared = self.input.exact(images, self.device)?;
         let rewards = no_grad(|| self.judge(&prepared.input, prompts))?.to_device(Device::Cpu);
         Ok(Scores { rewards: prepared.mark(Vec::try_from(&rewards)?), ..Scores::default() })
+    }
+
+    fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
+        Some(self)
+    }
+}
+
+impl DifferentiableReward for ImageReward {
+    /// Apart from [`Reward::score`] as pictures that are not rounded to bytes.
+    fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        let input = self.input.differentiable(&images.to_device(self.device));
+        Ok(self.judge(&input, prompts)?.to_device(images.device()))
     }
 }

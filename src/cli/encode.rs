@@ -1,0 +1,59 @@
+//! `rldiff encode`: a config's pretraining pairs through its model's VAE and text encoder, once.
+
+use std::path::PathBuf;
+
+use anyhow::{bail, ensure};
+use clap::ValueEnum;
+
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
+use crate::{
+    comm::Communicator,
+    config::PairData,
+    pairs::{encode, EncodeSettings},
+    run::load_model,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Folder for the shards, which pretrain.data = { source = "encoded", folder = … } then names. Shards that are there
+    /// already are kept, so that an interrupted command goes on.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Pairs per shard.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    per_shard: usize,
+    /// Number type of latents and embeddings.
+    #[arg(long, value_enum, default_value_t = Precision::F16)]
+    precision: Precision,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Precision {
+    F16,
+    F32,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let config = args.config.load(comm).or_mistake()?;
+    let pairs = || {
+        ensure!(args.per_shard > 0, "--per-shard must be at least 1");
+        match &config.pretrain.data {
+            PairData::Webdataset(settings) => Ok(settings),
+            _ => bail!("pretrain.data must have source = \"webdataset\": that is what encode reads"),
+        }
+    };
+    let pairs = pairs().or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    tch::set_num_threads(config.run.threads as i32);
+    let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;
+    let settings = EncodeSettings { per_shard: args.per_shard, half: args.precision == Precision::F16 };
+    let made = encode(&pipeline, pairs, &args.out, settings, comm).or_mistake()?;
+    if comm.rank() == 0 {
+        println!("{made} shards written to {}", args.out.display());
+    }
+    Ok(())
+}

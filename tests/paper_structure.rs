@@ -1,0 +1,167 @@
+//! The paper's joint run, slurm/joint.toml, as it stands except for sizes and paths: on the miniature, with ImageReward,
+//! UniDet and a classifier of random weights at reduced size, prompts from a parquet file in DiffusionDB's form, pairs
+//! from a shard with scores.
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::Cursor,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use common::{empty_folder, reward_files, rldiff, run_within, runs::assert_same_run, set};
+use image::{ImageFormat, Rgb, RgbImage};
+use parquet::{
+    data_type::{ByteArray, ByteArrayType, FloatType},
+    file::{properties::WriterProperties, writer::SerializedFileWriter},
+    schema::parser::parse_message_type,
+};
+use rldiff::telemetry::{read_metrics, RunFiles};
+use tch::{CModule, Device, Kind, Tensor};
+
+enum Column {
+    Text(&'static str, Vec<String>),
+    Number(&'static str, Vec<f32>),
+}
+
+fn write_parquet(path: &Path, columns: &[Column]) {
+    let fields: Vec<String> = columns
+        .iter()
+        .map(|column| match column {
+            Column::Text(name, _) => format!("required binary {name} (UTF8);"),
+            Column::Number(name, _) => format!("required float {name};"),
+        })
+        .collect();
+    let schema = Arc::new(parse_message_type(&format!("message m {{ {} }}", fields.join(" "))).unwrap());
+    let properties = Arc::new(WriterProperties::builder().build());
+    let mut writer = SerializedFileWriter::new(File::create(path).unwrap(), schema, properties).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for column in columns {
+        let mut out = group.next_column().unwrap().unwrap();
+        match column {
+            Column::Text(_, texts) => {
+                let texts: Vec<ByteArray> = texts.iter().map(|t| ByteArray::from(t.as_str())).collect();
+                out.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+            }
+            Column::Number(_, numbers) => {
+                out.typed::<FloatType>().write_batch(numbers, None, None).unwrap();
+            }
+        }
+        out.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+}
+
+/// Everything that slurm/joint.toml names, below `folder`.
+fn write_inputs(folder: &Path) {
+    reward_files::write_image_reward(folder, 21);
+    reward_files::write_unidet(folder, false, 22);
+    // four classes from the colours of the quarters
+    tch::manual_seed(23);
+    let weights = Tensor::randn([4, 12], (Kind::Float, Device::Cpu)) * 4.0;
+    let mut classify = |inputs: &[Tensor]| {
+        let quarters = inputs[0].adaptive_avg_pool2d([2, 2]).flatten(1, -1) - 0.5;
+        vec![quarters.matmul(&weights.tr())]
+    };
+    let example = Tensor::rand([2, 3, 32, 32], (Kind::Float, Device::Cpu));
+    let module = CModule::create_by_tracing("Classifier", "forward", &[example], &mut classify).unwrap();
+    module.save(folder.join("classifier.pt")).unwrap();
+
+    let rows = 0..60;
+    write_parquet(
+        &folder.join("metadata.parquet"),
+        &[
+            Column::Text("prompt", rows.clone().map(|i| format!("a painting of an ocean, number {i}")).collect()),
+            Column::Number("prompt_nsfw", rows.clone().map(|i| if i % 10 == 0 { 2.0 } else { 0.01 }).collect()),
+            Column::Number("image_nsfw", rows.map(|_| 0.02).collect()),
+        ],
+    );
+    let shards = folder.join("pairs");
+    fs::create_dir(&shards).unwrap();
+    let mut builder = tar::Builder::new(File::create(shards.join("00000.tar")).unwrap());
+    let keys: Vec<String> = (0..6).map(|i| format!("{i:09}")).collect();
+    for (i, key) in keys.iter().enumerate() {
+        let mut image = Cursor::new(Vec::new());
+        let picture = RgbImage::from_fn(40, 40, |x, y| Rgb([(x * 6) as u8, (y * 6) as u8, (i * 40) as u8]));
+        picture.write_to(&mut image, ImageFormat::Jpeg).unwrap();
+        for (ending, content) in [("jpg", image.into_inner()), ("txt", format!("a kite number {i}").into_bytes())] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, format!("{key}.{ending}"), content.as_slice()).unwrap();
+        }
+    }
+    builder.finish().unwrap();
+    write_parquet(
+        &shards.join("00000.parquet"),
+        &[
+            Column::Text("key", keys),
+            Column::Text("status", vec!["success".into(); 6]),
+            Column::Number("AESTHETIC_SCORE", vec![6.5, 5.0, 7.0, 6.0, 6.2, 4.0]),
+        ],
+    );
+}
+
+const SIZES: [&str; 29] = [
+    "run.iterations=2",
+    "run.lanes=2",
+    "run.checkpoint_every=1",
+    "run.keep_every=0",
+    "model.path=embedded",
+    "rollout.steps=4",
+    "method.timesteps=2",
+    // 4 steps have one that is far more sensitive than those of 50
+    "method.max_sensitivity=4.0",
+    "pretrain.batch_per_lane=2",
+    "pretrain.data.folder=pairs",
+    "evaluation.pictures=2",
+    "evaluation.every=0",
+    "trajectories.every=1",
+    "task.preference.samples=4",
+    "task.preference.evaluation_samples=4",
+    "task.preference.prompts.path=metadata.parquet",
+    "task.preference.prompts.held_out=8",
+    "task.preference.reward.weights=image_reward.safetensors",
+    "task.preference.reward.vocabulary=vocab.txt",
+    "task.parity.samples=8",
+    "task.parity.images_per_prompt=4",
+    "task.parity.evaluation_samples=8",
+    "task.parity.evaluation_images_per_prompt=4",
+    "task.parity.reward.classifier={ name = 'torchscript', path = 'classifier.pt', classes = ['a', 'b', 'c', 'd'] }",
+    "task.composition.samples=4",
+    "task.composition.evaluation_samples=4",
+    "task.composition.reward={ name = 'composition', weights = 'unidet.safetensors', labels = 'labels.json', \
+     threshold = 0.0001, top = 0, channel_order = 'as_trained', short_side = 96, long_side = 160 }",
+    "task.composition.prompts.held_out=82",
+    "run.reward_limit=120.0",
+];
+
+#[test]
+fn the_joint_run_with_its_three_networks() {
+    let folder = empty_folder("paper-structure");
+    write_inputs(&folder);
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/joint.toml");
+    for ranks in [2, 1] {
+        let mut command = rldiff(ranks, &folder);
+        command.arg(config).args(set(&SIZES)).args(["--out", &format!("ranks-{ranks}")]);
+        let done = run_within(command, Duration::from_secs(240)).expect_success("joint.toml");
+        assert!(done.stderr.contains("4 pairs in 1 shards"), "{}", done.stderr);
+    }
+    let files = [2, 1].map(|ranks| RunFiles::new(&folder.join(format!("ranks-{ranks}"))));
+    assert_same_run(&files[0], &files[1], 2);
+    let metrics = read_metrics(&files[0].metrics()).unwrap();
+    let last = metrics.last().unwrap();
+    let value = |name: &str| last.get(name).unwrap_or_else(|| panic!("no {name}"));
+    for task in ["preference", "parity", "composition"] {
+        let [mean, deviation] = ["mean", "std"].map(|what| value(&format!("{task}/reward_{what}")));
+        println!("{task}: {mean} ± {deviation}");
+        assert!(mean.is_finite() && deviation.is_finite());
+    }
+    assert_eq!(value("bad_rewards"), 0.0);
+    let composition = value("composition/reward_mean");
+    assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
+}
