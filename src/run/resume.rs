@@ -99,18 +99,14 @@ pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
         if of_run.metrics().is_file() {
             copy(&of_run.metrics(), &files.metrics())?;
         }
-        for (task, sheets) in samples(&of_run)? {
+        for (task, _, path) in samples(&of_run)?.into_iter().filter(|(_, at, _)| *at <= done) {
             fs::create_dir_all(files.samples(&task))?;
-            for (_, path) in sheets.iter().filter(|(at, _)| *at <= done) {
-                copy(path, &files.samples(&task).join(path.file_name().unwrap_or_default()))?;
-            }
+            copy(&path, &files.samples(&task).join(path.file_name().unwrap_or_default()))?;
         }
         return Ok(());
     }
-    for (_, sheets) in samples(files)? {
-        for (_, path) in sheets.iter().filter(|(at, _)| *at > done) {
-            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
+    for (_, _, path) in samples(files)?.into_iter().filter(|(_, at, _)| *at > done) {
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     let Ok(shards) = fs::read_dir(files.trajectories()) else { return Ok(()) };
     for entry in shards {
@@ -124,15 +120,16 @@ pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
     Ok(())
 }
 
-/// The sheets of samples of every task, with their iterations.
-fn samples(files: &RunFiles) -> Result<Vec<(String, Vec<(u64, PathBuf)>)>> {
+/// The sheets of samples of all tasks: task, iterations done, file.
+fn samples(files: &RunFiles) -> Result<Vec<(String, u64, PathBuf)>> {
     let Ok(tasks) = fs::read_dir(files.samples("")) else { return Ok(Vec::new()) };
-    let tasks = tasks.map(|task| {
+    let mut all = Vec::new();
+    for task in tasks {
         let task = task?.file_name().to_string_lossy().into_owned();
         let sheets = SampleSheet::list(&files.samples(&task))?;
-        Ok((task, sheets))
-    });
-    tasks.collect()
+        all.extend(sheets.into_iter().map(|(done, path)| (task.clone(), done, path)));
+    }
+    Ok(all)
 }
 
 /// Renames what an earlier run left, so that nothing is lost.
