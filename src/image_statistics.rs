@@ -86,7 +86,7 @@ mod tests {
         let low = grey(32, 32, |x, y| 0.5 + 0.2 * wave(0.125, 0.0, x, y));
         let high = grey(32, 32, |x, y| 0.5 + 0.2 * wave(0.0, 0.375, x, y));
         let diagonal = grey(32, 32, |x, y| 0.5 + 0.2 * wave(0.1875, 0.1875, x, y));
-        // f32 pixels: an error of 2^-25 each is 1e-13 of the energy; observed 1e-14
+        // f32 pixels: an error of 2^-25 each is 1e-13 of the energy; observed 6e-15
         assert!(share(&low) < 1e-12 && share(&high) > 1.0 - 1e-12 && share(&diagonal) > 1.0 - 1e-12);
         // amplitudes a and b: b²/(a² + b²); not square, so that x and y could be mixed up
         let both = grey(24, 40, |x, y| 0.5 + 0.2 * wave(0.1, 0.0, x, y) + 0.1 * wave(0.0, 0.375, x, y));
@@ -129,19 +129,20 @@ mod tests {
                     }
                 }
             }
-            // observed 1e-16
+            // observed 4e-16
             assert!((share - fine / total).abs() < 1e-13, "{share} {}", fine / total);
         }
     }
 
     /// White noise has the same energy everywhere: the share is that of the coefficients beyond the circle, 1 − π/16 but
-    /// for the raggedness of the circle; 16 pictures of 64² scatter by 0.0008.
+    /// for the raggedness of the circle; the mean of 16 pictures of 64² scatters by 0.0016;
+    /// observed 0.0001.
     #[test]
     fn white_noise_has_the_share_of_the_area() {
         let noise = normal_rows(Coordinates::new(5, Purpose::Sample), 0, 16, &[3, 64, 64]) * 0.1 + 0.5;
         let shares = high_frequency_share(&noise).unwrap();
         let mean = shares.iter().sum::<f64>() / 16.0;
-        assert!((mean - (1.0 - std::f64::consts::PI / 16.0)).abs() < 0.004, "{mean}");
+        assert!((mean - (1.0 - std::f64::consts::PI / 16.0)).abs() < 0.005, "{mean}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ echo "set-up of tests: installing diffusers, transformers, torchvision, peft, h5
 python3 -m venv "$venv"
 install=("$venv/bin/pip" install --quiet --disable-pip-version-check)
 "${install[@]}" numpy h5py pillow safetensors psutil filelock typing-extensions sympy networkx jinja2 fsspec \
-    tensorboard selenium==4.51.0 transformers==4.57.6 diffusers==0.39.0
+    tensorboard "selenium>=4.20,<5" transformers==4.57.6 diffusers==0.39.0
 "${install[@]}" --no-deps torchvision==0.26.0 peft==0.18.0 accelerate==1.12.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96
 
 # torch from the project's venv, last on the path

@@ -28,7 +28,7 @@ pub fn all(runs: &[RunData]) -> Result<Vec<Section>> {
         section("results", "Reward on held-out prompts", results(runs)),
         section("rewards", "Reward in training", rewards(runs)),
         section("tricks", "What the reward does to the pictures", tricks(runs)),
-        section("samples", "The same prompts and noise as training goes on", samples(runs)?),
+        section("samples", "Samples in the course of training", samples(runs)?),
         section("before-after", "Before and after", before_after(runs)?),
         section("time", "Time", time(runs)),
         section("config", "Settings", config(runs)),
@@ -56,6 +56,7 @@ fn tasks(runs: &[RunData]) -> Vec<String> {
 
 fn number(value: f64) -> String {
     match value.abs() {
+        size if size.is_nan() => "–".to_owned(),
         0.0 => "0".to_owned(),
         size if !(1e-3..1e5).contains(&size) => format!("{value:.2e}"),
         size => format!("{value:.*}", if size < 10.0 { 3 } else { 1 }),
@@ -210,6 +211,9 @@ fn samples(runs: &[RunData]) -> Result<String> {
                 table(&heading, &rows)
             ));
         }
+    }
+    if !body.is_empty() {
+        body.insert_str(0, "<p>The same prompts and the same noise at every evaluation.</p>\n");
     }
     Ok(body)
 }

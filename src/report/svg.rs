@@ -8,14 +8,14 @@ use super::html::escape;
 use crate::telemetry::Axis;
 
 /// Size in the units of the drawing.
-const WIDTH: f64 = 460.0;
-const HEIGHT: f64 = 250.0;
+const WIDTH: f64 = 420.0;
+const HEIGHT: f64 = 240.0;
 const TOP: f64 = 12.0;
 const RIGHT: f64 = 14.0;
 /// For the numbers of the x axis and its name.
-const BOTTOM: f64 = 40.0;
+const BOTTOM: f64 = 42.0;
 /// About the width of a digit in the axes' font.
-const DIGIT: f64 = 6.6;
+const DIGIT: f64 = 7.6;
 
 /// A curve.
 #[derive(Clone, Debug, PartialEq)]

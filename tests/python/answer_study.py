@@ -150,5 +150,16 @@ seen = {"order": order, "requested": browser.requested(chrome), "complaints": br
 find("#restart").click()
 find("#confirm-yes").click()
 wait_for("the start", lambda: find("#start").is_displayed())
+# where the browser keeps nothing, the page says so and works
+refused = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('refused'); } })"
+chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refused})
+chrome.refresh()
+find("#rater").send_keys(rater)
+find("#start-form button").click()
+check("the loss is announced", "does not keep your answers" in find("#warning").text)
+find("body").send_keys("1")
+find("#pause").click()
+text = json.loads(chrome.execute_script("return document.getElementById('export-text').value"))
+check("there is an answer to export", len(text["answers"]) == 1 and text["answers"][0]["answer"] == "left")
 (downloads / "seen.json").write_text(json.dumps(seen))
 chrome.quit()

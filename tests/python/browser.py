@@ -2,8 +2,12 @@
 opened. Exits with code 3 and a line on standard output where there is none."""
 
 import json
+import os
 import shutil
 import sys
+
+# the driver and the pages are on this machine
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 try:
     from selenium import webdriver
@@ -22,8 +26,12 @@ def start(width, height, downloads=None, touch=False):
     options = Options()
     options.binary_location = browser
     # --no-sandbox: root may not use it; the pages are our own
-    for flag in ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]:
-        options.add_argument(flag)
+    for flag in ["headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars", "no-first-run"]:
+        options.add_argument(f"--{flag}")
+    # nothing but this machine can be reached
+    for flag in ["no-proxy-server", "disable-background-networking", "disable-component-update"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
     options.add_argument(f"--window-size={width},{height}")
     if touch:
         metrics = {"width": width, "height": height, "pixelRatio": 2.0, "touch": True}

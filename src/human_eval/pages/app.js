@@ -305,6 +305,9 @@
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close("no"); });
   }
 
+  // another tab with this study wrote: go on from what it wrote
+  window.addEventListener("storage", (event) => { if (event.key === KEY) location.reload(); });
+
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
     if (!state || event.target.matches("input:not([type=radio]), textarea")) return;
