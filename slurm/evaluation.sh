@@ -1,6 +1,8 @@
 #!/bin/bash
-# Scores models on the held-out prompts of an experiment, with the same noise for all: the model it started from, then
-# those named. `sbatch slurm/evaluation.sh runs/joint runs/parity`; without arguments, runs/joint.
+# Scores models on prompt sets, with the same noise for all. `sbatch slurm/evaluation.sh` evaluates the models and sets of
+# slurm/eval-preference.toml; RLDIFF_CONFIG names another evaluation (eval-parity.toml, eval-composition.toml), or a training
+# experiment, whose tasks are then the sets. `sbatch slurm/evaluation.sh runs/joint runs/parity` compares these with the
+# model that they started from. Submitted again, it goes on where it was cut off.
 #SBATCH --job-name=evaluation
 #SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8
 #SBATCH --time=04:00:00
@@ -9,14 +11,15 @@
 # shellcheck source=slurm/lib.sh
 source "${RLDIFF_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/lib.sh" || exit 2
 
-config=${RLDIFF_CONFIG:-slurm/joint.toml}
+config=${RLDIFF_CONFIG:-slurm/eval-preference.toml}
 out=${RLDIFF_OUT:-$RLDIFF_RUNS/evaluation-$(basename "$config" .toml)}
-base=${RLDIFF_MODEL:-$(sed -n '/^\[model\]/,/^\[[a-z]/ s/^path = "\(.*\)"/\1/p' "$config")}
-[ $# -gt 0 ] || set -- "$RLDIFF_RUNS/joint"
-models=(--model "${base:?the model of $config}")
-for model in "$@"; do models+=(--model "$model"); done
+models=()
+if [ $# -gt 0 ]; then
+    base=${RLDIFF_MODEL:-$(sed -n 's/^path = "\(.*\)"/\1/p' "$config" | head -n 1)}
+    for model in "${base:?the model of $config}" "$@"; do models+=(--model "$model"); done
+fi
 mkdir -p "$out" || exit 2
-say "$config: $base $*"
+say "$config: ${models[*]:-its models}"
 # shellcheck disable=SC2086
-launch "$SLURM_NTASKS" eval "$config" "${models[@]}" --json "$out/evaluation.json" $RLDIFF_ARGS
+launch "$SLURM_NTASKS" eval "$config" ${models[@]+"${models[@]}"} --out "$out" --json "$out/evaluation.json" $RLDIFF_ARGS
 exit "$code"

@@ -87,6 +87,7 @@ pub mod run;
 pub mod signals;
 pub mod store;
 pub mod stragglers;
+pub mod study;
 pub mod task;
 pub mod telemetry;
 pub mod text_file;

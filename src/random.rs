@@ -63,6 +63,8 @@ pub enum Purpose {
     MethodNoise = 14,
     /// Noise by which DRaFT-LV takes a final sample back (`step` = number of the time).
     Renoising = 15,
+    /// Draws behind confidence intervals.
+    Resampling = 16,
     /// Which model stands on the left in a query of a human evaluation.
     StudySides = 20,
 }

@@ -5,10 +5,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::Device;
 
-use super::{config_args::ConfigArgs, eval, Failure, OrMistake};
+use super::{config_args::ConfigArgs, eval, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{eval::is_evaluation, Config},
+    config::{eval::is_evaluation, study::is_study, Config},
     diffusion::schedule::Schedule,
     methods,
     models::{architectures::Architecture, pipeline::Pipeline},
@@ -34,9 +34,17 @@ pub struct Args {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     // evaluations and studies are another kind of config
     let text = args.config.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
-    if let Some(path) = args.config.config.as_ref().filter(|_| is_evaluation(&text)) {
-        let described = if comm.rank() == 0 { eval::check(path).map(|text| println!("{text}")) } else { Ok(()) };
-        return described.or_mistake();
+    let of_other_kind = match &args.config.config {
+        Some(path) if is_evaluation(&text) => Some(eval::check(path)),
+        Some(path) if is_study(&text) => Some(study::check(path)),
+        _ => None,
+    };
+    if let Some(described) = of_other_kind {
+        let described = described.or_mistake()?;
+        if comm.rank() == 0 {
+            println!("{described}");
+        }
+        return Ok(());
     }
     let config = args.config.load(comm).or_mistake()?;
     if comm.rank() == 0 {

@@ -19,6 +19,7 @@ mod pretrain;
 mod report;
 mod sample;
 mod score;
+mod study;
 mod tokenize;
 mod train;
 
@@ -64,6 +65,8 @@ enum Command {
     HumanEval(human_eval::Args),
     /// Write one page on a run, or on several side by side.
     Report(report::Args),
+    /// Train several methods with several seeds, compare their models, write the paper's tables.
+    Study(study::Args),
     /// Judge image files by a reward.
     Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
@@ -104,6 +107,9 @@ impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
         self.map_err(|e| Failure::Mistake(e.into()))
     }
 }
+
+/// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
+const START_AGAIN: u8 = 75;
 
 /// Exit code where a run's files cannot be written.
 const CANNOT_WRITE: i32 = 74;
@@ -168,12 +174,13 @@ fn print_usage(error: &clap::Error) {
 
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let command = cli.command.unwrap_or(Command::Train(cli.train));
-    if !matches!(command, Command::Train(_)) {
+    if !matches!(command, Command::Train(_) | Command::Study(_)) {
         // the others have nothing to save: a signal ends them
         signals::release()?;
     }
     match command {
         Command::Train(args) => return train::run(args, comm),
+        Command::Study(args) => return study::run(args, comm),
         Command::Check(args) => check::run(args, comm),
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use tch::Device;
 
-use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
 use crate::{
     comm::{nccl, Communicator, Watched},
     faults,
@@ -27,9 +27,6 @@ pub struct Args {
     #[arg(long, value_name = "auto|DIR")]
     resume: Option<String>,
 }
-
-/// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
-const START_AGAIN: u8 = 75;
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let watched = Watched::new(comm);

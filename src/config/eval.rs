@@ -5,13 +5,13 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{load::read_toml, validate::validate_reward, Compute, Config, PromptConfig, RewardConfig, RolloutConfig};
+use super::{load::read_toml, validate::validate_reward, Compute, Config, PromptConfig, RewardConfig};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalConfig {
     pub eval: EvalSettings,
-    pub rollout: RolloutConfig,
+    pub rollout: EvalRollout,
     /// The first one is what the others are compared with.
     #[serde(rename = "model", default)]
     pub models: Vec<EvalModel>,
@@ -34,6 +34,18 @@ pub struct EvalSettings {
     pub pictures: usize,
     /// Every picture stays as a PNG file; false: those of the sheet alone.
     pub keep_images: bool,
+}
+
+/// How pictures are drawn; as in a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalRollout {
+    /// N.
+    pub steps: usize,
+    /// η.
+    pub eta: f64,
+    /// g.
+    pub guidance_scale: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -112,7 +124,11 @@ impl EvalConfig {
                 pictures: config.evaluation.pictures,
                 keep_images: false,
             },
-            rollout: config.rollout.clone(),
+            rollout: EvalRollout {
+                steps: config.rollout.steps,
+                eta: config.rollout.eta,
+                guidance_scale: config.rollout.guidance_scale,
+            },
             models: vec![EvalModel::at(&config.model.path)],
             sets: sets.collect::<Result<_>>()?,
         })

@@ -9,6 +9,7 @@ pub mod load;
 pub mod method;
 pub mod prompts;
 pub mod rewards;
+pub mod study;
 pub mod validate;
 
 use crate::{
@@ -26,6 +27,7 @@ pub use rewards::{
     AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
     ServerReward, SkinToneSettings, UniDetSettings,
 };
+pub use study::{StudyConfig, StudyRun};
 pub use validate::Derived;
 
 /// Everything a run is made of.

@@ -16,7 +16,7 @@ use super::{
     CHUNK,
 };
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, all_made, Communicator},
     config::{EvalConfig, EvalSet, EvalSplit},
     evaluate::to_picture,
     image_statistics::{diversity, high_frequency_share},
@@ -42,11 +42,13 @@ pub struct Set {
 }
 
 impl Set {
+    /// A collective call; errors are the same on all ranks.
+    ///
     /// # Errors
     /// Prompts or metrics that cannot be had; no prompts.
-    pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device) -> Result<Self> {
+    pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device, comm: &dyn Communicator) -> Result<Self> {
         let (name, index) = (&config.name, index as u8);
-        let source = prompts::build(&config.prompts).with_context(|| format!("set {name}: prompts"))?;
+        let source = prompts::build(&config.prompts, comm).with_context(|| format!("set {name}: prompts"))?;
         let split = match config.split {
             EvalSplit::HeldOut => Split::HeldOut,
             EvalSplit::Train => Split::Train,
@@ -74,7 +76,7 @@ impl Set {
             );
             Ok((metric.name.clone(), reward))
         });
-        let metrics = metrics.collect::<Result<Vec<_>>>()?;
+        let metrics = all_made(comm, metrics.collect::<Result<Vec<_>>>())?;
         let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
         Ok(Set { config: config.clone(), index, prompts, metrics })
     }
@@ -111,11 +113,8 @@ struct Part {
 /// All that values depend on.
 fn key(config: &EvalConfig, digest: &str, set: &Set) -> Result<Value> {
     let texts: Vec<u8> = serde_json::to_vec(&set.prompts)?;
-    let mut rollout = serde_json::to_value(&config.rollout)?;
-    // replaying the network's calls changes no value
-    rollout.as_object_mut().map(|r| r.remove("cuda_graph"));
     Ok(json!({
-        "weights": digest, "seed": config.eval.seed, "rollout": rollout, "compute": config.eval.compute,
+        "weights": digest, "seed": config.eval.seed, "rollout": config.rollout, "compute": config.eval.compute,
         "set": set.index, "images_per_prompt": set.config.images_per_prompt, "metrics": set.config.metrics,
         "prompts": store::digest::of_bytes(&texts),
     }))

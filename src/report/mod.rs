@@ -7,16 +7,17 @@
 
 mod charts;
 mod config_difference;
-mod html;
+pub(crate) mod html;
 mod run_data;
 mod sections;
-mod svg;
+pub(crate) mod svg;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
 pub use run_data::RunData;
+pub(crate) use sections::Section;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -33,19 +34,23 @@ pub fn page(folders: &[PathBuf]) -> Result<String> {
             format!("{} runs: {}", runs.len(), runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(", "))
         }
     };
-    let sections = sections::all(&runs)?;
+    Ok(document(&title, &sections::all(&runs)?))
+}
+
+/// A page of these sections, style and script inside.
+pub(crate) fn document(title: &str, sections: &[Section]) -> String {
     let links: String =
         sections.iter().map(|s| format!("<a href=\"#{}\">{}</a>", s.id, html::escape(s.title))).collect();
     let body: String = sections
         .iter()
         .map(|s| format!("<section id=\"{}\">\n<h2>{}</h2>\n{}</section>\n", s.id, html::escape(s.title), s.body))
         .collect();
-    let title = html::escape(&title);
-    Ok(format!(
+    let title = html::escape(title);
+    format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
          <link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <header><h1>{title}</h1><nav aria-label=\"Sections\">{links}</nav></header>\n<main>\n{body}</main>\n\
          <div id=\"values\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
-    ))
+    )
 }

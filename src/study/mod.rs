@@ -1,0 +1,145 @@
+//! `rldiff study`: the paper's comparison as one command. Trains every run with every seed, evaluates all models with the
+//! same prompts and noise, and writes the paper's Tables 1 to 5 for them.
+//!
+//! ```text
+//! OUT/runs/<run>-seed<n>/   ordinary runs, each resumable by itself
+//! OUT/evaluation/           an ordinary evaluation of the base model and all of theirs
+//! OUT/study.json, study.md, study.html
+//! ```
+//!
+//! A study that was cut off goes on: a run that is done is found, one that is not goes on from its last checkpoint.
+
+mod course;
+mod findings;
+mod page;
+mod statistics;
+mod tables;
+
+pub use findings::{Finding, Verdict};
+pub use statistics::{BySeed, Interval, Resampling};
+pub use tables::{Study, Table};
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{ensure, Context, Result};
+use tch::Device;
+
+use crate::{
+    comm::{agree, Communicator},
+    config::{Config, EvalConfig, EvalModel, StudyConfig},
+    evaluation::{Evaluation, ModelResult},
+    run::{CannotWrite, Ending, Resume, Run},
+    telemetry::{can_be_folder, write_atomic, RunFiles},
+};
+
+/// The name of the model before training.
+pub const BASE: &str = "base";
+
+/// A run of the study with one seed.
+pub struct Member {
+    /// What the tables call it, the same for all seeds.
+    pub name: String,
+    pub seed: u64,
+    pub config: Config,
+    pub files: RunFiles,
+}
+
+/// A study that is ready to start.
+pub struct Plan {
+    pub config: StudyConfig,
+    pub out: PathBuf,
+    pub members: Vec<Member>,
+    pub evaluation: EvalConfig,
+}
+
+impl Plan {
+    /// Reads and checks every config of the study; nothing is written.
+    pub fn new(config: StudyConfig, out: PathBuf, quick: bool) -> Result<Self> {
+        let mut members = Vec::new();
+        // seed by seed: the first results are there early
+        for &seed in &config.study.seeds {
+            for run in &config.runs {
+                let name = StudyConfig::run_name(run, seed);
+                let files = RunFiles::new(out.join("runs").join(name));
+                members.push(Member {
+                    name: run.name.clone(),
+                    seed,
+                    config: config.run_config(run, seed, quick)?,
+                    files,
+                });
+            }
+        }
+        let path = members[0].config.model.path.clone();
+        for member in &members {
+            let other = &member.config.model.path;
+            ensure!(*other == path, "run {}: its model is {other}, that of {} is {path}", member.name, members[0].name);
+        }
+        let mut evaluation = config.evaluation(quick)?;
+        evaluation.models = vec![EvalModel { name: BASE.to_string(), path, lora: String::new() }];
+        evaluation.models.extend(members.iter().map(|member| EvalModel {
+            name: format!("{}-seed{}", member.name, member.seed),
+            path: member.files.root().display().to_string(),
+            lora: String::new(),
+        }));
+        evaluation.validate().context("the study's evaluation")?;
+        can_be_folder(&out)?;
+        Ok(Plan { config, out, members, evaluation })
+    }
+
+    /// Builds every run once, so that a reward, a prompt set or a model that cannot be had is found before any work. A
+    /// collective call.
+    pub fn try_out(&self, comm: &dyn Communicator, device: Device) -> Result<()> {
+        for member in self.members.iter().filter(|member| member.seed == self.config.study.seeds[0]) {
+            Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
+                .with_context(|| format!("run {}", member.name))?;
+        }
+        Ok(())
+    }
+
+    /// Trains what is not trained yet. A collective call.
+    pub fn train(&self, comm: &dyn Communicator, device: Device) -> Result<Ending> {
+        for (i, member) in self.members.iter().enumerate() {
+            if comm.rank() == 0 {
+                let (name, count) = (&member.name, self.members.len());
+                log::info!("run {} of {count}: {name}, seed {}", i + 1, member.seed);
+            }
+            let run = Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
+                .with_context(|| format!("run {}, seed {}", member.name, member.seed))?;
+            if run.go()? == Ending::Interrupted {
+                return Ok(Ending::Interrupted);
+            }
+        }
+        Ok(Ending::Complete)
+    }
+
+    /// Evaluates all models. A collective call.
+    pub fn evaluate(&self, comm: &dyn Communicator, device: Device) -> Result<Vec<ModelResult>> {
+        let out = self.out.join("evaluation");
+        Evaluation::prepare(&self.evaluation, comm, device, &out)?.go(comm, device, &out)
+    }
+
+    /// Writes the tables; on rank 0 prints them. A collective call.
+    pub fn report(&self, comm: &dyn Communicator, results: &[ModelResult]) -> Result<()> {
+        let written = if comm.rank() == 0 { self.write(results) } else { Ok(()) };
+        agree(comm, written).context(CannotWrite)
+    }
+
+    fn write(&self, results: &[ModelResult]) -> Result<()> {
+        let study = Study::new(self, results)?;
+        let file = |name: &str, bytes: &[u8]| write_atomic(&self.out.join(name), bytes);
+        file("config.toml", toml::to_string_pretty(&self.config)?.as_bytes())?;
+        let mut json = serde_json::to_vec_pretty(&study)?;
+        json.push(b'\n');
+        file("study.json", &json)?;
+        let markdown = study.markdown();
+        file("study.md", markdown.as_bytes())?;
+        file("study.html", page::page(self, &study, results)?.as_bytes())?;
+        println!("\n{markdown}results in {}", self.out.display());
+        Ok(())
+    }
+}
+
+/// The folder of a study's evaluation, below that of the study.
+pub(crate) fn evaluation_folder(out: &Path) -> PathBuf {
+    out.join("evaluation")
+}
