@@ -138,11 +138,7 @@ fn mistakes_are_one_line_and_write_nothing() {
         ("{ name = \"colorfulness\" }", metric, "set places: metric preference"),
         ("split = \"train\"", "split = \"test\"", "unknown variant `test`"),
         ("images_per_prompt = 1\n", "images_per_prompts = 1\n", "images_per_prompts"),
-        (
-            "split = \"train\"\ncount = 4",
-            "split = \"train\"\ncount = 9999",
-            "set seen: count = 9999, there are 450 prompts",
-        ),
+        ("count = 4", "count = 9999", "set seen: count = 9999, there are 450 prompts"),
         ("lora = \"\"", "lora = \"none.safetensors\"", "none.safetensors"),
     ] {
         assert!(sound.contains(from), "{from}");
