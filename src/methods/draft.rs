@@ -59,7 +59,7 @@ fn value_of_last_steps(
     for noise in noises {
         let again = x_0.detach() * last.alpha_bar.sqrt() + noise * (1.0 - last.alpha_bar).sqrt();
         let x_0 = arrive(last, &again, &eps(&again, last));
-        value = value + judge(&x_0.detach())?.value(&x_0, factor);
+        value += judge(&x_0.detach())?.value(&x_0, factor);
     }
     Ok((value, own))
 }

@@ -131,11 +131,11 @@ mod tests {
             })
         };
         for adapters in ["lora.rank=0", "lora.rank=2"] {
-            let small = ["task.preference.samples=4", "rollout.steps=3", adapters];
+            let small = ["task.preference.samples=4", "rollout.steps=2", adapters];
             let [still, moved] = second("reward-weighted", &small);
             assert_eq!(still, moved, "{adapters}");
         }
-        let [still, moved] = second("raft", &["task.preference.samples=48", "rollout.steps=3"]);
+        let [still, moved] = second("raft", &["task.preference.samples=48", "rollout.steps=2"]);
         assert_eq!(still.0, moved.0);
         assert_ne!(still.1, moved.1, "the weights did not change");
     }
