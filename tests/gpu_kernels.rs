@@ -14,6 +14,8 @@ use std::sync::{Arc, OnceLock};
 
 use cases::{Machines, Observed};
 use half::{bf16, f16};
+use rldiff::comm::Local;
+use rldiff::device::{self, Wanted};
 use rldiff::kernels::cuda::{Gpu, Machine};
 
 /// The first GPU, twice: two runs must give the same bits.
@@ -23,7 +25,8 @@ fn machines() -> Option<Machines> {
         let required = std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value == "1");
         match Gpu::count() {
             Ok(count) if count > 0 => {
-                // from here on a failure is a failure
+                // from here on a failure is a failure; libtorch is asked before its first tensor
+                device::choose(Wanted::Cuda, &Local).unwrap_or_else(|error| panic!("{error:#}"));
                 let gpu = Gpu::open(0).unwrap_or_else(|error| panic!("{error:#}"));
                 println!("device: {}, {:?}", gpu.name().unwrap(), gpu.architecture());
                 Some(gpu)
@@ -88,10 +91,6 @@ fn what_is_not_finite_and_what_does_not_fit_is_seen() {
 #[test]
 fn group_norm_silu_is_differentiable_in_libtorch() {
     let Some([machine, _]) = machines() else { return };
-    if !tch::Cuda::is_available() {
-        eprintln!("SKIPPED: the autograd node on a GPU: libtorch_cuda is not loaded");
-        return;
-    }
     let mut seen = Observed::default();
     group_norm::autograd(machine, tch::Device::Cuda(0), &mut seen);
     seen.print();

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     flops,
-    layers::{Conv2d, GroupNorm, LayerNorm, Linear},
+    layers::{to_pixels, to_tokens, Conv2d, GroupNorm, LayerNorm, Linear},
     parameters::Builder,
 };
 
@@ -151,8 +151,6 @@ impl Transformer2d {
     /// x [B, C, H, W], context [B, M, context_channels] → [B, C, H, W].
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
         let s = x.size();
-        let to_tokens = |t: &Tensor| t.flatten(2, 3).transpose(1, 2).contiguous();
-        let to_pixels = |t: &Tensor| t.transpose(1, 2).contiguous().view([s[0], s[1], s[2], s[3]]);
 
         let normed = self.norm.forward(x);
         let mut tokens = match &self.proj_in {
@@ -163,8 +161,8 @@ impl Transformer2d {
             tokens = block.forward(&tokens, context);
         }
         let out = match &self.proj_out {
-            Projection::Linear(l) => to_pixels(&l.forward(&tokens)),
-            Projection::Conv(c) => c.forward(&to_pixels(&tokens)),
+            Projection::Linear(l) => to_pixels(&l.forward(&tokens), &s),
+            Projection::Conv(c) => c.forward(&to_pixels(&tokens, &s)),
         };
         out + x
     }

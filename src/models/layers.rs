@@ -1,13 +1,14 @@
 //! The elementary layers, with PyTorch's parameter names and initial distributions.
 
 use anyhow::{ensure, Result};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{
     flops,
     lora::LoraPair,
     parameters::{Builder, Init},
 };
+use crate::kernels::group_norm_silu::group_norm_silu;
 
 /// y = x·Wᵀ + b over the last dimension, plus a low-rank adapter where the builder was asked for one.
 pub struct Linear {
@@ -94,7 +95,36 @@ impl GroupNorm {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+        self.normalise(x, false)
+    }
+
+    /// SiLU of [`GroupNorm::forward`]; on a GPU in the same pass over memory.
+    pub fn forward_silu(&self, x: &Tensor) -> Tensor {
+        self.normalise(x, true)
+    }
+
+    /// On a GPU by our kernel, whose result is channels-last.
+    fn normalise(&self, x: &Tensor, silu: bool) -> Tensor {
+        if x.device() == Device::Cpu {
+            let y = x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true);
+            return if silu { y.silu() } else { y };
+        }
+        // as libtorch's own operations here: a failure ends the rank with the message
+        group_norm_silu(x, &self.weight, &self.bias, self.groups, self.eps, silu).unwrap_or_else(|e| panic!("{e:#}"))
+    }
+}
+
+/// Tokens `[B, H·W, C]` of pixels `[B, C, H, W]`; of channels-last pixels the same memory.
+pub fn to_tokens(pixels: &Tensor) -> Tensor {
+    pixels.flatten(2, 3).transpose(1, 2).contiguous()
+}
+
+/// The reverse: pixels of the `size` given, channels-last on a GPU.
+pub fn to_pixels(tokens: &Tensor, size: &[i64]) -> Tensor {
+    let channels_first = tokens.transpose(1, 2);
+    match tokens.device() {
+        Device::Cpu => channels_first.contiguous().view(size),
+        _ => channels_first.view(size),
     }
 }
 

@@ -44,11 +44,11 @@ impl ResnetBlock {
 
     /// x [B, inputs, H, W]; `time_activation` is silu(time embedding) [B, time_channels].
     pub fn forward(&self, x: &Tensor, time_activation: Option<&Tensor>) -> Tensor {
-        let mut h = self.conv1.forward(&self.norm1.forward(x).silu());
+        let mut h = self.conv1.forward(&self.norm1.forward_silu(x));
         if let (Some(projection), Some(time)) = (&self.time_emb_proj, time_activation) {
             h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
         }
-        let h = self.conv2.forward(&self.norm2.forward(&h).silu());
+        let h = self.conv2.forward(&self.norm2.forward_silu(&h));
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x) + h,
             None => x + h,

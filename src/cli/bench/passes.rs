@@ -2,18 +2,19 @@
 //! rotating inputs. Seconds, operations per second (model operations: what gradient checkpointing computes again does not
 //! count), samples per second. `bench/compare.sh` sets the last two beside PyTorch with diffusers.
 
-use std::{path::PathBuf, time::Instant};
+use std::path::PathBuf;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::median;
+use super::{median, rates::Rates};
 use crate::{
     cli::{device_args::DeviceArgs, Failure, OrMistake},
     comm::{nccl, Communicator},
-    device,
+    device::{self, stopwatch},
     diffusion::{
+        recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
         schedule::{Schedule, Step},
     },
@@ -57,6 +58,9 @@ pub struct Args {
     bf16: bool,
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// The roll-out replays the U-Net's work as a CUDA graph.
+    #[arg(long)]
+    cuda_graph: bool,
     #[arg(long, default_value_t = 1, value_name = "N")]
     warm_up: usize,
     #[arg(long, default_value_t = 5, value_name = "N")]
@@ -90,6 +94,9 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
+    if args.cuda_graph {
+        device::ensure_gpu(device, "--cuda-graph").or_mistake()?;
+    }
     tch::set_num_threads(args.threads);
     let bench = Bench::new(&args, comm, device).or_mistake()?;
     let (seconds, flop) = match pass {
@@ -118,6 +125,8 @@ struct Bench<'a> {
     steps: Vec<Step>,
     cond: Tensor,
     uncond: Tensor,
+    /// Where the roll-out replays CUDA graphs.
+    recorded: Option<RecordedUNet>,
 }
 
 impl<'a> Bench<'a> {
@@ -138,28 +147,41 @@ impl<'a> Bench<'a> {
         let text = pipeline.embed(&["a portrait of a nurse", ""])?;
         let cond = text.narrow(0, 0, 1).expand([args.samples as i64, -1, -1], false);
         let uncond = text.narrow(0, 1, 1);
-        Ok(Bench { args, comm, device, steps: schedule.steps(args.steps, 1.0)?, cond, uncond, pipeline })
+        Ok(Bench {
+            args,
+            comm,
+            device,
+            steps: schedule.steps(args.steps, 1.0)?,
+            cond,
+            uncond,
+            recorded: args.cuda_graph.then(RecordedUNet::default),
+            pipeline,
+        })
     }
 
     fn conditioning(&self) -> Conditioning {
         Conditioning::new(&self.cond, &self.uncond, GUIDANCE_SCALE)
     }
 
-    fn noise(&self, purpose: Purpose, repeat: usize, step: usize) -> Tensor {
-        let at = Coordinates { iteration: repeat as u32, step: step as u16, ..Coordinates::new(1, purpose) };
+    fn start(&self, repeat: usize) -> Tensor {
+        let at = Coordinates { iteration: repeat as u32, ..Coordinates::new(1, Purpose::InitialLatent) };
         let rows = random::normal_rows(at, 0, self.args.samples, &self.pipeline.latent_shape());
         rows.to_device(self.device)
     }
 
     fn predict(&self, repeat: usize) -> Tensor {
-        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
+        let x_t = self.start(repeat);
         self.conditioning().predict(&self.pipeline.unet, &x_t, self.steps[self.steps.len() / 2].t).eps_cond
     }
 
     fn roll_out(&self, steps: &[Step], repeat: usize) -> Result<Trajectory> {
-        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
-        let z = |step| self.noise(Purpose::TransitionNoise, repeat, step);
-        sampler::roll_out(&self.pipeline.unet, None, steps, x_t, &self.conditioning(), z)
+        let x_t = self.start(repeat);
+        let noise = |step: usize| Coordinates {
+            iteration: repeat as u32,
+            step: step as u16,
+            ..Coordinates::new(1, Purpose::TransitionNoise)
+        };
+        sampler::roll_out(&self.pipeline.unet, self.recorded.as_ref(), steps, x_t, &self.conditioning(), noise)
     }
 
     fn updates(&self) -> Result<(Vec<f64>, f64)> {
@@ -193,39 +215,40 @@ impl<'a> Bench<'a> {
     fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<(Vec<f64>, f64)> {
         let (mut seconds, mut flop) = (Vec::new(), 0.0);
         for repeat in 0..self.args.warm_up + self.args.repeats {
-            let (started, before) = (self.now()?, flops::counted());
-            work(repeat)?;
-            let elapsed = self.now()? - started;
+            let before = flops::counted();
+            let took = stopwatch::seconds(self.device, || work(repeat))?;
             flop = factor * (flops::counted() - before) as f64;
             if repeat >= self.args.warm_up {
-                seconds.push(elapsed.as_secs_f64());
+                seconds.push(took);
             }
         }
         Ok((seconds, flop))
-    }
-
-    /// After all work that a GPU has been given.
-    fn now(&self) -> Result<Instant> {
-        if let Device::Cuda(index) = self.device {
-            device::synchronize(index)?;
-        }
-        Ok(Instant::now())
     }
 
     fn report(&self, pass: Pass, ranks: usize, seconds: Vec<f64>, flop: f64) -> Result<()> {
         let m = median(seconds.clone());
         let (samples, what) = (self.args.samples, format!("{pass:?}").to_lowercase());
         let (tflops, rate) = (flop / m / 1e12, samples as f64 / m);
+        let kind = if self.args.bf16 { Kind::BFloat16 } else { Kind::Float };
+        let rates = Rates::measure(self.device, kind)?;
+        let utilisation = flop / m / rates.matrix;
         if self.args.json {
             let all = json!({
                 "what": what, "device": format!("{:?}", self.device), "ranks": ranks, "samples": samples,
                 "steps": self.args.steps, "bf16": self.args.bf16, "threads": self.args.threads, "seconds": seconds,
-                "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate,
+                "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate, "rates": rates.to_json(),
+                "utilisation": utilisation, "cuda_graph": self.args.cuda_graph,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
             });
             println!("{all}");
             return Ok(());
         }
-        println!("{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per rank");
+        println!("{}", rates.describe());
+        println!(
+            "{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per \
+             rank, {:.1} % of the matrix product",
+            100.0 * utilisation
+        );
         Ok(())
     }
 }
