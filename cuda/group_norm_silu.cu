@@ -12,8 +12,10 @@
 // are put together, always in the same order; the forward sums are of x minus the channel's first pixel, so a mean far
 // from 0 costs no digits.
 //
-// Threads: a block of 256 has one piece of one sample's pixels: columns of four channels times rows of pixels, so that
-// neighbouring threads read neighbouring channels. Statistics and group sums: one warp per sample and group.
+// Threads: a block of 256 has one piece of one sample's pixels: columns of 16 bytes of channels (a pack) times rows of
+// pixels, so that neighbouring threads read neighbouring channels; each thread has several pixels on the way at once.
+// Statistics and group sums: one warp per sample and group. The exponential and the quotient of s(u) are the fast ones
+// (2 units in the last place and one more per unit of |u|): the exact ones take longer than the memory does.
 // Memory, bytes per element of size s: forward 3 s (x twice, y), backward 5 s (x and dy twice, dx).
 #include "common.cuh"
 
@@ -27,8 +29,6 @@ struct Shape {
   u32 parameter_kind;  // of weight and bias: 0 f32, 1 bf16, 2 f16
   double epsilon;
 
-  __device__ __forceinline__ u32 quads() const { return (channels + 3) / 4; }
-  __device__ __forceinline__ u32 columns() const { return min(quads(), THREADS); }
   __device__ __forceinline__ u32 group_of(u32 channel) const { return channel / (channels / groups); }
   __device__ __forceinline__ float parameter(const void *p, u32 channel) const {
     if (parameter_kind == 0) return static_cast<const float *>(p)[channel];
@@ -37,57 +37,131 @@ struct Shape {
   }
 };
 
-// This thread's place: its pixels are begin + row, then every rows-th one below end; its channels are those of quad
-// first + column, for first = 0, columns, 2 columns...
-struct Place {
-  u32 column, row, rows, begin, end;
-  bool active;
+// Channels that one access of 16 bytes moves.
+template <class T>
+constexpr u32 WIDTH = 16 / sizeof(T);
 
-  __device__ explicit Place(const Shape &shape) {
-    const u32 columns = shape.columns();
+// WIDTH neighbouring elements as they lie in memory.
+template <class T>
+struct Pack {
+  uint4 bits;
+};
+
+// Elements p[0..count], the others 0. `vector`: count = WIDTH and p is aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T *p, u32 count, bool vector) {
+  if (vector) return {*reinterpret_cast<const uint4 *>(p)};
+  T elements[WIDTH<T>];
+#pragma unroll
+  for (u32 k = 0; k < WIDTH<T>; k++) {
+    if (k < count)
+      elements[k] = p[k];
+    else
+      from_float(0.f, &elements[k]);
+  }
+  Pack<T> pack;
+  memcpy(&pack, elements, sizeof(pack));
+  return pack;
+}
+
+__device__ __forceinline__ void unpack(const Pack<float> &pack, float *v) {
+  const uint4 w = pack.bits;
+  v[0] = __uint_as_float(w.x);
+  v[1] = __uint_as_float(w.y);
+  v[2] = __uint_as_float(w.z);
+  v[3] = __uint_as_float(w.w);
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Pack<T> &pack, float *v) {
+  const u32 words[4] = {pack.bits.x, pack.bits.y, pack.bits.z, pack.bits.w};
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) to_two_floats(words[k], v + 2 * k, static_cast<T *>(nullptr));
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T *p, const float *v, u32 count, bool vector) {
+  T elements[WIDTH<T>];
+#pragma unroll
+  for (u32 k = 0; k < WIDTH<T>; k++) from_float(v[k], &elements[k]);
+  if (vector) {
+    uint4 bits;
+    memcpy(&bits, elements, sizeof(bits));
+    *reinterpret_cast<uint4 *>(p) = bits;
+    return;
+  }
+#pragma unroll
+  for (u32 k = 0; k < WIDTH<T>; k++)
+    if (k < count) p[k] = elements[k];
+}
+
+// This thread's place: its pixels are begin + row, then every rows-th one below end; its channels are those of pack
+// first + column, for first = 0, columns, 2 columns...
+template <class T>
+struct Place {
+  u32 packs, columns, column, row, rows, begin, end;
+  bool active, vector;
+
+  // The pointers are those that packs are moved to and from.
+  __device__ explicit Place(const Shape &shape, const void *a, const void *b = nullptr, const void *c = nullptr) {
+    packs = (shape.channels + WIDTH<T> - 1) / WIDTH<T>;
+    // as few passes as possible, all of the same length
+    const u32 passes = (packs + THREADS - 1) / THREADS;
+    columns = (packs + passes - 1) / passes;
     rows = THREADS / columns;
     column = threadIdx.x % columns;
     row = threadIdx.x / columns;
     active = row < rows;
     begin = blockIdx.x * shape.pixels_per_piece;
     end = min(begin + shape.pixels_per_piece, shape.pixels);
+    const size_t addresses = reinterpret_cast<size_t>(a) | reinterpret_cast<size_t>(b) | reinterpret_cast<size_t>(c);
+    vector = shape.channels % WIDTH<T> == 0 && addresses % 16 == 0;
+  }
+
+  __device__ __forceinline__ u32 count(const Shape &shape, u32 pack) const {
+    return min(WIDTH<T>, shape.channels - WIDTH<T> * pack);
   }
 };
 
-// What the four channels of a quad need.
+// What the channels of a pack need: u = (x - mean) scale + bias.
+template <class T>
 struct ChannelConstants {
-  float mean[4], rstd[4], weight[4], bias[4];
+  float mean[WIDTH<T>], rstd[WIDTH<T>], weight[WIDTH<T>], scale[WIDTH<T>], bias[WIDTH<T>];
 
-  __device__ ChannelConstants(const Shape &shape, const float *means, const float *rstds, const void *weights,
-                              const void *biases, u32 quad, u32 count) {
+  __device__ __forceinline__ ChannelConstants(const Shape &shape, const float *means, const float *rstds,
+                                              const void *weights, const void *biases, u32 pack, u32 count) {
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) {
-      const u32 channel = 4 * quad + (k < count ? k : 0), group = blockIdx.y * shape.groups + shape.group_of(channel);
+    for (u32 k = 0; k < WIDTH<T>; k++) {
+      const u32 channel = WIDTH<T> * pack + (k < count ? k : 0);
+      const u32 group = blockIdx.y * shape.groups + shape.group_of(channel);
       mean[k] = means[group];
       rstd[k] = rstds[group];
       weight[k] = shape.parameter(weights, channel);
+      scale[k] = rstd[k] * weight[k];
       bias[k] = shape.parameter(biases, channel);
     }
   }
 };
 
-__device__ __forceinline__ float sigmoid(float u) { return 1.f / (1.f + expf(-u)); }
+__device__ __forceinline__ float sigmoid(float u) { return __fdividef(1.f, 1.f + __expf(-u)); }
 
-// Adds up the pairs of sums of the block's rows and writes those of channels 4*first.. to out[channel].
-__device__ __forceinline__ void write_channel_sums(const Shape &shape, const Place &place, u32 first, const Quad &a,
-                                                   const Quad &b, float2 *out) {
-  __shared__ float2 sums[4 * THREADS];
-  const u32 width = 4 * shape.columns();
+// Adds up the pairs of sums of the block's rows and writes those of channels WIDTH*first.. to out[channel].
+template <class T>
+__device__ __forceinline__ void write_channel_sums(const Shape &shape, const Place<T> &place, u32 first, const float *a,
+                                                   const float *b, float2 *out) {
+  __shared__ float2 sums[WIDTH<T> * THREADS];
+  const u32 width = WIDTH<T> * place.columns;
   if (place.active)
-    for (u32 k = 0; k < 4; k++) sums[place.row * width + 4 * place.column + k] = make_float2(a.v[k], b.v[k]);
+    for (u32 k = 0; k < WIDTH<T>; k++)
+      sums[place.row * width + WIDTH<T> * place.column + k] = make_float2(a[k], b[k]);
   __syncthreads();
-  for (u32 i = threadIdx.x; i < width && 4 * first + i < shape.channels; i += THREADS) {
+  for (u32 i = threadIdx.x; i < width && WIDTH<T> * first + i < shape.channels; i += THREADS) {
     float2 sum = sums[i];
     for (u32 row = 1; row < place.rows; row++) {
       sum.x += sums[row * width + i].x;
       sum.y += sums[row * width + i].y;
     }
-    out[4 * first + i] = sum;
+    out[WIDTH<T> * first + i] = sum;
   }
   __syncthreads();
 }
@@ -96,29 +170,45 @@ __device__ __forceinline__ float2 *piece_of_block(const Shape &shape, float2 *pa
   return partial + (static_cast<size_t>(blockIdx.y) * shape.pieces + blockIdx.x) * shape.channels;
 }
 
+// Pixels of a thread that are on the way from memory at once.
+constexpr u32 IN_FLIGHT = 4, IN_FLIGHT_OF_TWO = 2;
+
 // partial[n][piece][channel] = sums of (x - first) and (x - first)^2; first = the channel's first pixel.
 template <class T>
 __device__ __forceinline__ void forward_sums(const T *x, float2 *partial, const Shape &shape) {
-  const Place place(shape);
-  const bool vector = shape.channels % 4 == 0 && aligned(x);
+  const Place<T> place(shape, x);
   x += static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
-  for (u32 first = 0; first < shape.quads(); first += shape.columns()) {
-    const u32 quad = first + place.column;
-    Quad sum = {}, squares = {};
-    if (place.active && quad < shape.quads()) {
-      const u32 count = min(4u, shape.channels - 4 * quad);
-      const Quad shift = load_quad(x + 4 * quad, count, vector);
-      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
-        const Quad value = load_quad(x + static_cast<size_t>(pixel) * shape.channels + 4 * quad, count, vector);
+  for (u32 first = 0; first < place.packs; first += place.columns) {
+    const u32 pack = first + place.column;
+    float sum[WIDTH<T>] = {}, squares[WIDTH<T>] = {};
+    if (place.active && pack < place.packs) {
+      const u32 count = place.count(shape, pack);
+      const T *column = x + WIDTH<T> * pack;
+      float origin[WIDTH<T>];
+      unpack(load_pack(column, count, place.vector), origin);
+      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT * place.rows) {
+        Pack<T> packs[IN_FLIGHT];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float d = value.v[k] - shift.v[k];
-          sum.v[k] += d;
-          squares.v[k] += d * d;
+        for (u32 i = 0; i < IN_FLIGHT; i++) {
+          // beyond the end: the last pixel again, unused
+          const u32 at = min(pixel + i * place.rows, place.end - 1);
+          packs[i] = load_pack(column + static_cast<size_t>(at) * shape.channels, count, place.vector);
+        }
+#pragma unroll
+        for (u32 i = 0; i < IN_FLIGHT; i++) {
+          if (pixel + i * place.rows >= place.end) break;
+          float value[WIDTH<T>];
+          unpack(packs[i], value);
+#pragma unroll
+          for (u32 k = 0; k < WIDTH<T>; k++) {
+            const float d = value[k] - origin[k];
+            sum[k] += d;
+            squares[k] = fmaf(d, d, squares[k]);
+          }
         }
       }
     }
-    write_channel_sums(shape, place, first, sum, squares, piece_of_block(shape, partial));
+    write_channel_sums<T>(shape, place, first, sum, squares, piece_of_block(shape, partial));
   }
 }
 
@@ -167,31 +257,42 @@ __device__ __forceinline__ void statistics(const T *x, const float2 *partial, fl
 template <class T>
 __device__ __forceinline__ void forward(const T *x, const void *weight, const void *bias, const float *mean,
                                         const float *rstd, T *y, const Shape &shape) {
-  const Place place(shape);
-  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(y);
+  const Place<T> place(shape, x, y);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   if (!place.active) return;
-  for (u32 quad = place.column; quad < shape.quads(); quad += shape.columns()) {
-    const u32 count = min(4u, shape.channels - 4 * quad);
-    const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
-    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
-      const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
-      Quad value = load_quad(x + at, count, vector);
+  for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
+    const u32 count = place.count(shape, pack);
+    const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+    const size_t column = sample + WIDTH<T> * pack;
+    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT * place.rows) {
+      Pack<T> packs[IN_FLIGHT];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float u = (value.v[k] - c.mean[k]) * c.rstd[k] * c.weight[k] + c.bias[k];
-        value.v[k] = shape.silu ? u * sigmoid(u) : u;
+      for (u32 i = 0; i < IN_FLIGHT; i++) {
+        const u32 at = min(pixel + i * place.rows, place.end - 1);
+        packs[i] = load_pack(x + column + static_cast<size_t>(at) * shape.channels, count, place.vector);
       }
-      store_quad(y + at, value, count, vector);
+#pragma unroll
+      for (u32 i = 0; i < IN_FLIGHT; i++) {
+        const u32 at = pixel + i * place.rows;
+        if (at >= place.end) break;
+        float value[WIDTH<T>];
+        unpack(packs[i], value);
+#pragma unroll
+        for (u32 k = 0; k < WIDTH<T>; k++) {
+          const float u = fmaf(value[k] - c.mean[k], c.scale[k], c.bias[k]);
+          value[k] = shape.silu ? u * sigmoid(u) : u;
+        }
+        store_pack(y + column + static_cast<size_t>(at) * shape.channels, value, count, place.vector);
+      }
     }
   }
 }
 
-// du from dy and xhat.
-__device__ __forceinline__ float grad_before_silu(float dy, float xhat, float weight, float bias, u32 silu) {
+// du from dy and u.
+__device__ __forceinline__ float grad_before_silu(float dy, float u, u32 silu) {
   if (!silu) return dy;
-  const float u = xhat * weight + bias, s = sigmoid(u);
-  return dy * (s * (1.f + u * (1.f - s)));
+  const float s = sigmoid(u);
+  return dy * (s * fmaf(u, 1.f - s, 1.f));
 }
 
 // partial[n][piece][channel] = sums of du and du xhat.
@@ -199,28 +300,42 @@ template <class T>
 __device__ __forceinline__ void backward_sums(const T *x, const T *dy, const void *weight, const void *bias,
                                               const float *mean, const float *rstd, float2 *partial,
                                               const Shape &shape) {
-  const Place place(shape);
-  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(dy);
+  const Place<T> place(shape, x, dy);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
-  for (u32 first = 0; first < shape.quads(); first += shape.columns()) {
-    const u32 quad = first + place.column;
-    Quad sum = {}, products = {};
-    if (place.active && quad < shape.quads()) {
-      const u32 count = min(4u, shape.channels - 4 * quad);
-      const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
-      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
-        const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
-        const Quad value = load_quad(x + at, count, vector), grad = load_quad(dy + at, count, vector);
+  for (u32 first = 0; first < place.packs; first += place.columns) {
+    const u32 pack = first + place.column;
+    float sum[WIDTH<T>] = {}, products[WIDTH<T>] = {};
+    if (place.active && pack < place.packs) {
+      const u32 count = place.count(shape, pack);
+      const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+      const size_t column = sample + WIDTH<T> * pack;
+      for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT_OF_TWO * place.rows) {
+        Pack<T> values[IN_FLIGHT_OF_TWO], grads[IN_FLIGHT_OF_TWO];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float xhat = (value.v[k] - c.mean[k]) * c.rstd[k];
-          const float du = grad_before_silu(grad.v[k], xhat, c.weight[k], c.bias[k], shape.silu);
-          sum.v[k] += du;
-          products.v[k] += du * xhat;
+        for (u32 i = 0; i < IN_FLIGHT_OF_TWO; i++) {
+          const size_t at = column + static_cast<size_t>(min(pixel + i * place.rows, place.end - 1)) * shape.channels;
+          values[i] = load_pack(x + at, count, place.vector);
+          grads[i] = load_pack(dy + at, count, place.vector);
+        }
+#pragma unroll
+        for (u32 i = 0; i < IN_FLIGHT_OF_TWO; i++) {
+          if (pixel + i * place.rows >= place.end) break;
+          float value[WIDTH<T>], grad[WIDTH<T>];
+          unpack(values[i], value);
+          unpack(grads[i], grad);
+#pragma unroll
+          for (u32 k = 0; k < WIDTH<T>; k++) {
+            const float centred = value[k] - c.mean[k];
+            const float du = grad_before_silu(grad[k], fmaf(centred, c.scale[k], c.bias[k]), shape.silu);
+            sum[k] += du;
+            products[k] = fmaf(du, centred, products[k]);
+          }
         }
       }
+#pragma unroll
+      for (u32 k = 0; k < WIDTH<T>; k++) products[k] *= c.rstd[k];
     }
-    write_channel_sums(shape, place, first, sum, products, piece_of_block(shape, partial));
+    write_channel_sums<T>(shape, place, first, sum, products, piece_of_block(shape, partial));
   }
 }
 
@@ -268,34 +383,51 @@ template <class T>
 __device__ __forceinline__ void backward(const T *x, const T *dy, const void *weight, const void *bias,
                                          const float *mean, const float *rstd, const float2 *group_means, T *dx,
                                          const Shape &shape) {
-  const Place place(shape);
-  const bool vector = shape.channels % 4 == 0 && aligned(x) && aligned(dy) && aligned(dx);
+  const Place<T> place(shape, x, dy, dx);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   if (!place.active) return;
-  for (u32 quad = place.column; quad < shape.quads(); quad += shape.columns()) {
-    const u32 count = min(4u, shape.channels - 4 * quad);
-    const ChannelConstants c(shape, mean, rstd, weight, bias, quad, count);
-    float2 means[4];
+  for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
+    const u32 count = place.count(shape, pack);
+    const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+    float of_du[WIDTH<T>], of_products[WIDTH<T>];  // A/M, rstd B/M
 #pragma unroll
-    for (u32 k = 0; k < 4; k++)
-      means[k] = group_means[blockIdx.y * shape.groups + shape.group_of(4 * quad + (k < count ? k : 0))];
-    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += place.rows) {
-      const size_t at = sample + static_cast<size_t>(pixel) * shape.channels + 4 * quad;
-      const Quad value = load_quad(x + at, count, vector), grad = load_quad(dy + at, count, vector);
-      Quad result;
+    for (u32 k = 0; k < WIDTH<T>; k++) {
+      const u32 channel = WIDTH<T> * pack + (k < count ? k : 0);
+      const float2 means = group_means[blockIdx.y * shape.groups + shape.group_of(channel)];
+      of_du[k] = means.x;
+      of_products[k] = c.rstd[k] * means.y;
+    }
+    const size_t column = sample + WIDTH<T> * pack;
+    for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT_OF_TWO * place.rows) {
+      Pack<T> values[IN_FLIGHT_OF_TWO], grads[IN_FLIGHT_OF_TWO];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float xhat = (value.v[k] - c.mean[k]) * c.rstd[k];
-        const float du = grad_before_silu(grad.v[k], xhat, c.weight[k], c.bias[k], shape.silu);
-        result.v[k] = c.rstd[k] * (du * c.weight[k] - means[k].x - xhat * means[k].y);
+      for (u32 i = 0; i < IN_FLIGHT_OF_TWO; i++) {
+        const size_t at = column + static_cast<size_t>(min(pixel + i * place.rows, place.end - 1)) * shape.channels;
+        values[i] = load_pack(x + at, count, place.vector);
+        grads[i] = load_pack(dy + at, count, place.vector);
       }
-      store_quad(dx + at, result, count, vector);
+#pragma unroll
+      for (u32 i = 0; i < IN_FLIGHT_OF_TWO; i++) {
+        const u32 at = pixel + i * place.rows;
+        if (at >= place.end) break;
+        float value[WIDTH<T>], grad[WIDTH<T>];
+        unpack(values[i], value);
+        unpack(grads[i], grad);
+#pragma unroll
+        for (u32 k = 0; k < WIDTH<T>; k++) {
+          const float centred = value[k] - c.mean[k];
+          const float du = grad_before_silu(grad[k], fmaf(centred, c.scale[k], c.bias[k]), shape.silu);
+          // both roundings: a group of one element has the gradient 0
+          value[k] = c.rstd[k] * (du * c.weight[k] - fmaf(centred, of_products[k], of_du[k]));
+        }
+        store_pack(dx + column + static_cast<size_t>(at) * shape.channels, value, count, place.vector);
+      }
     }
   }
 }
 
 #define GROUP_NORM_SILU(NAME, T)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, 4) \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) \
       group_norm_silu_sums_##NAME(const T *__restrict__ x, float2 *__restrict__ partial, Shape shape) {              \
     forward_sums<T>(x, partial, shape);                                                                              \
   }                                                                                                                  \
@@ -304,18 +436,18 @@ __device__ __forceinline__ void backward(const T *x, const T *dy, const void *we
                                         float *__restrict__ mean, float *__restrict__ rstd, Shape shape) {           \
     statistics<T>(x, partial, mean, rstd, shape);                                                                    \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_forward_##NAME(                              \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_silu_forward_##NAME(                              \
       const T *__restrict__ x, const void *__restrict__ weight, const void *__restrict__ bias,                       \
       const float *__restrict__ mean, const float *__restrict__ rstd, T *__restrict__ y, Shape shape) {              \
     forward<T>(x, weight, bias, mean, rstd, y, shape);                                                               \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_backward_sums_##NAME(                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_sums_##NAME(                        \
       const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
       const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
       float2 *__restrict__ partial, Shape shape) {                                                                   \
     backward_sums<T>(x, dy, weight, bias, mean, rstd, partial, shape);                                               \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 4) group_norm_silu_backward_##NAME(                             \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_##NAME(                             \
       const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
       const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
       const float2 *__restrict__ group_means, T *__restrict__ dx, Shape shape) {                                     \

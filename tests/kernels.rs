@@ -172,8 +172,10 @@ fn nvrtc_compiles_every_kernel_without_spills() {
                 let usage = &usages[*kernel];
                 println!("sm_{}{} {kernel:<40} {usage:?}", architecture.major, architecture.minor);
                 assert_eq!((usage.spill_stores, usage.spill_loads), (0, 0), "{kernel}: {usage:?}");
-                // 64: a block of 1024 threads, or four of 256, fill the 65,536 registers of a multiprocessor
-                assert!((1..=64).contains(&usage.registers), "{kernel}: {usage:?}");
+                // 64: a block of 1024 threads, or four of 256, fill the 65,536 registers of a multiprocessor. The passes of
+                // the normalisation have 64 bytes on the way in every thread; two blocks are enough for them.
+                let most = if kernel.starts_with("group_norm_silu") { 128 } else { 64 };
+                assert!((1..=most).contains(&usage.registers), "{kernel}: {usage:?}");
                 // only sincosf's way for large arguments, never taken, may have one
                 assert!(
                     usage.stack_frame <= 32 && (usage.stack_frame == 0 || *kernel == "normal_rows"),
