@@ -4,6 +4,7 @@ use std::{env, path::PathBuf};
 const SOURCES: &[&str] = &[
     "csrc/allocations.cpp",
     "csrc/cuda.cpp",
+    "csrc/geglu.cpp",
     "csrc/gradient_hooks.cpp",
     "csrc/group_norm_silu.cpp",
     "csrc/recompute.cpp",
@@ -11,6 +12,7 @@ const SOURCES: &[&str] = &[
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=csrc/operation.h");
     for source in SOURCES {
         println!("cargo:rerun-if-changed={source}");
     }

@@ -1,10 +1,12 @@
-// Group normalisation, optionally followed by SiLU, of channels-last activations [N, pixels, C], forward and backward.
+// Group normalisation, optionally followed by SiLU, of channels-last activations [N, pixels, C] plus a shift of every
+// sample's channels [N, C] (a bias, a time embedding; or none), forward and backward.
 //
-//   forward   xhat = (x - mean_g) rstd_g,  u = xhat w_c + b_c,  y = u or u s(u),  s(u) = 1/(1 + exp(-u))
+//   forward   xhat = (x + shift - mean_g) rstd_g,  u = xhat w_c + b_c,  y = u or u s(u),  s(u) = 1/(1 + exp(-u))
 //   backward  du = dy or dy s(u)(1 + u (1 - s(u))),  dw_c = sum du xhat,  db_c = sum du  over n and pixels,
 //             dx = rstd_g (du w_c - A_g/M - xhat B_g/M),  A_g = sum du w_c,  B_g = sum du w_c xhat  over the M elements
-//             of the group
-// mean and variance are over the M = pixels * C/groups elements of one sample's group; rstd = 1/sqrt(variance + epsilon).
+//             of the group,
+//             dshift = sum of dx over pixels = rstd_g (w_c sum du - pixels (A_g/M + mean xhat_c B_g/M))
+// mean and variance are of x + shift over the M = pixels * C/groups elements of one sample's group; rstd = 1/sqrt(variance + epsilon).
 //
 // Three launches forward: channel sums of pieces of the pixels; statistics from them; y. Four backward: channel sums of
 // du and du xhat; group sums from them; dw and db; dx. How the pixels are cut depends on their number alone, so a
@@ -17,7 +19,7 @@
 // Statistics and group sums: one warp per sample and group. The exponential and the quotient of s(u) are the fast ones
 // (2 units in the last place and one more per unit of |u|): the exact ones take longer than the memory does.
 // Memory, bytes per element of size s: forward 3 s (x twice, y), backward 5 s (x and dy twice, dx).
-#include "common.cuh"
+#include "pack.cuh"
 
 constexpr u32 THREADS = 256;
 
@@ -29,6 +31,9 @@ struct Shape {
   u32 parameter_kind;  // of weight and bias: 0 f32, 1 bf16, 2 f16
   double epsilon;
 
+  __device__ __forceinline__ float shift_of(const float *shift, u32 channel) const {
+    return shift ? shift[static_cast<size_t>(blockIdx.y) * channels + channel] : 0.f;
+  }
   __device__ __forceinline__ u32 group_of(u32 channel) const { return channel / (channels / groups); }
   __device__ __forceinline__ float parameter(const void *p, u32 channel) const {
     if (parameter_kind == 0) return static_cast<const float *>(p)[channel];
@@ -36,64 +41,6 @@ struct Shape {
     return to_float(static_cast<const f16 *>(p)[channel]);
   }
 };
-
-// Channels that one access of 16 bytes moves.
-template <class T>
-constexpr u32 WIDTH = 16 / sizeof(T);
-
-// WIDTH neighbouring elements as they lie in memory.
-template <class T>
-struct Pack {
-  uint4 bits;
-};
-
-// Elements p[0..count], the others 0. `vector`: count = WIDTH and p is aligned to 16 bytes.
-template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const T *p, u32 count, bool vector) {
-  if (vector) return {*reinterpret_cast<const uint4 *>(p)};
-  T elements[WIDTH<T>];
-#pragma unroll
-  for (u32 k = 0; k < WIDTH<T>; k++) {
-    if (k < count)
-      elements[k] = p[k];
-    else
-      from_float(0.f, &elements[k]);
-  }
-  Pack<T> pack;
-  memcpy(&pack, elements, sizeof(pack));
-  return pack;
-}
-
-__device__ __forceinline__ void unpack(const Pack<float> &pack, float *v) {
-  const uint4 w = pack.bits;
-  v[0] = __uint_as_float(w.x);
-  v[1] = __uint_as_float(w.y);
-  v[2] = __uint_as_float(w.z);
-  v[3] = __uint_as_float(w.w);
-}
-
-template <class T>
-__device__ __forceinline__ void unpack(const Pack<T> &pack, float *v) {
-  const u32 words[4] = {pack.bits.x, pack.bits.y, pack.bits.z, pack.bits.w};
-#pragma unroll
-  for (u32 k = 0; k < 4; k++) to_two_floats(words[k], v + 2 * k, static_cast<T *>(nullptr));
-}
-
-template <class T>
-__device__ __forceinline__ void store_pack(T *p, const float *v, u32 count, bool vector) {
-  T elements[WIDTH<T>];
-#pragma unroll
-  for (u32 k = 0; k < WIDTH<T>; k++) from_float(v[k], &elements[k]);
-  if (vector) {
-    uint4 bits;
-    memcpy(&bits, elements, sizeof(bits));
-    *reinterpret_cast<uint4 *>(p) = bits;
-    return;
-  }
-#pragma unroll
-  for (u32 k = 0; k < WIDTH<T>; k++)
-    if (k < count) p[k] = elements[k];
-}
 
 // This thread's place: its pixels are begin + row, then every rows-th one below end; its channels are those of pack
 // first + column, for first = 0, columns, 2 columns...
@@ -114,8 +61,7 @@ struct Place {
     active = row < rows;
     begin = blockIdx.x * shape.pixels_per_piece;
     end = min(begin + shape.pixels_per_piece, shape.pixels);
-    const size_t addresses = reinterpret_cast<size_t>(a) | reinterpret_cast<size_t>(b) | reinterpret_cast<size_t>(c);
-    vector = shape.channels % WIDTH<T> == 0 && addresses % 16 == 0;
+    vector = shape.channels % WIDTH<T> == 0 && aligned_packs(a, b, c);
   }
 
   __device__ __forceinline__ u32 count(const Shape &shape, u32 pack) const {
@@ -123,18 +69,19 @@ struct Place {
   }
 };
 
-// What the channels of a pack need: u = (x - mean) scale + bias.
+// What the channels of a pack need: u = (x - mean) scale + bias; the mean is that of x without the channel's shift.
 template <class T>
 struct ChannelConstants {
   float mean[WIDTH<T>], rstd[WIDTH<T>], weight[WIDTH<T>], scale[WIDTH<T>], bias[WIDTH<T>];
 
-  __device__ __forceinline__ ChannelConstants(const Shape &shape, const float *means, const float *rstds,
-                                              const void *weights, const void *biases, u32 pack, u32 count) {
+  __device__ __forceinline__ ChannelConstants(const Shape &shape, const float *shifts, const float *means,
+                                              const float *rstds, const void *weights, const void *biases, u32 pack,
+                                              u32 count) {
 #pragma unroll
     for (u32 k = 0; k < WIDTH<T>; k++) {
       const u32 channel = WIDTH<T> * pack + (k < count ? k : 0);
       const u32 group = blockIdx.y * shape.groups + shape.group_of(channel);
-      mean[k] = means[group];
+      mean[k] = means[group] - shape.shift_of(shifts, channel);
       rstd[k] = rstds[group];
       weight[k] = shape.parameter(weights, channel);
       scale[k] = rstd[k] * weight[k];
@@ -224,20 +171,24 @@ __device__ __forceinline__ double2 sum_of_pieces(const float2 *partial, const Sh
   return sum;
 }
 
-// mean[n][group], rstd[n][group]; one warp, blockIdx = (group, n). Means are relative to the group's first element, and
-// variance = mean of the channels' variances + variance of the channels' means.
+// mean[n][group], rstd[n][group], and xhat[n][channel], the mean of a channel's xhat; one warp, blockIdx = (group, n).
+// Means are relative to the group's first element, and variance = mean of the channels' variances + variance of the
+// channels' means.
 template <class T>
-__device__ __forceinline__ void statistics(const T *x, const float2 *partial, float *mean, float *rstd,
-                                           const Shape &shape) {
+__device__ __forceinline__ void statistics(const T *x, const float *shift, const float2 *partial, float *mean,
+                                           float *rstd, float *xhat, const Shape &shape) {
   const u32 width = shape.channels / shape.groups, first_channel = blockIdx.x * width;
   const double pixels = shape.pixels;
   x += static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
-  const double origin = to_float(x[first_channel]);
+  const auto first_of = [&](u32 channel) {
+    return static_cast<double>(to_float(x[channel])) + shape.shift_of(shift, channel);
+  };
+  const double origin = first_of(first_channel);
   double of_means = 0.0, of_squares = 0.0, within = 0.0;
   for (u32 i = threadIdx.x; i < width; i += 32) {
     const double2 sums = sum_of_pieces(partial, shape, first_channel + i);
     const double shifted = sums.x / pixels;
-    const double channel_mean = shifted + (to_float(x[first_channel + i]) - origin);
+    const double channel_mean = shifted + (first_of(first_channel + i) - origin);
     of_means += channel_mean;
     of_squares += channel_mean * channel_mean;
     within += sums.y / pixels - shifted * shifted;
@@ -245,24 +196,31 @@ __device__ __forceinline__ void statistics(const T *x, const float2 *partial, fl
   of_means = warp_sum(of_means) / width;
   of_squares = warp_sum(of_squares) / width;
   within = warp_sum(within) / width;
+  const double variance = within + (of_squares - of_means * of_means);
+  // NaN stays NaN; only rounding can make a variance negative
+  const double scale = 1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + shape.epsilon);
   if (threadIdx.x == 0) {
-    const double variance = within + (of_squares - of_means * of_means);
     mean[blockIdx.y * shape.groups + blockIdx.x] = static_cast<float>(origin + of_means);
-    // NaN stays NaN; only rounding can make a variance negative
-    rstd[blockIdx.y * shape.groups + blockIdx.x] =
-        static_cast<float>(1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + shape.epsilon));
+    rstd[blockIdx.y * shape.groups + blockIdx.x] = static_cast<float>(scale);
+  }
+  if (!xhat) return;
+  for (u32 i = threadIdx.x; i < width; i += 32) {
+    const u32 channel = first_channel + i;
+    const double channel_mean = sum_of_pieces(partial, shape, channel).x / pixels + (first_of(channel) - origin);
+    xhat[static_cast<size_t>(blockIdx.y) * shape.channels + channel] =
+        static_cast<float>((channel_mean - of_means) * scale);
   }
 }
 
 template <class T>
-__device__ __forceinline__ void forward(const T *x, const void *weight, const void *bias, const float *mean,
+__device__ __forceinline__ void forward(const T *x, const float *shift, const void *weight, const void *bias, const float *mean,
                                         const float *rstd, T *y, const Shape &shape) {
   const Place<T> place(shape, x, y);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   if (!place.active) return;
   for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
     const u32 count = place.count(shape, pack);
-    const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+    const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
     const size_t column = sample + WIDTH<T> * pack;
     for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT * place.rows) {
       Pack<T> packs[IN_FLIGHT];
@@ -297,7 +255,7 @@ __device__ __forceinline__ float grad_before_silu(float dy, float u, u32 silu) {
 
 // partial[n][piece][channel] = sums of du and du xhat.
 template <class T>
-__device__ __forceinline__ void backward_sums(const T *x, const T *dy, const void *weight, const void *bias,
+__device__ __forceinline__ void backward_sums(const T *x, const float *shift, const T *dy, const void *weight, const void *bias,
                                               const float *mean, const float *rstd, float2 *partial,
                                               const Shape &shape) {
   const Place<T> place(shape, x, dy);
@@ -307,7 +265,7 @@ __device__ __forceinline__ void backward_sums(const T *x, const T *dy, const voi
     float sum[WIDTH<T>] = {}, products[WIDTH<T>] = {};
     if (place.active && pack < place.packs) {
       const u32 count = place.count(shape, pack);
-      const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+      const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
       const size_t column = sample + WIDTH<T> * pack;
       for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT_OF_TWO * place.rows) {
         Pack<T> values[IN_FLIGHT_OF_TWO], grads[IN_FLIGHT_OF_TWO];
@@ -339,12 +297,15 @@ __device__ __forceinline__ void backward_sums(const T *x, const T *dy, const voi
   }
 }
 
-// channel_sums[n][channel] = a channel's sums over all pieces; group_means[n][group] = A/M, B/M. One warp, blockIdx =
-// (group, n).
+// channel_sums[n][channel] = a channel's sums over all pieces; group_means[n][group] = A/M, B/M; dshift[n][channel] where
+// there is one. One warp, blockIdx = (group, n).
 extern "C" __global__ void __launch_bounds__(32)
     group_norm_silu_backward_groups(const float2 *__restrict__ partial, const void *__restrict__ weight,
-                                    double2 *__restrict__ channel_sums, float2 *__restrict__ group_means, Shape shape) {
+                                    const float *__restrict__ rstd, const float *__restrict__ xhat,
+                                    double2 *__restrict__ channel_sums, float2 *__restrict__ group_means,
+                                    float *__restrict__ dshift, Shape shape) {
   const u32 width = shape.channels / shape.groups, first_channel = blockIdx.x * width;
+  const u32 group = blockIdx.y * shape.groups + blockIdx.x;
   double of_du = 0.0, of_products = 0.0;
   for (u32 i = threadIdx.x; i < width; i += 32) {
     const u32 channel = first_channel + i;
@@ -354,12 +315,16 @@ extern "C" __global__ void __launch_bounds__(32)
     of_du += w * sums.x;
     of_products += w * sums.y;
   }
-  of_du = warp_sum(of_du);
-  of_products = warp_sum(of_products);
-  if (threadIdx.x == 0) {
-    const double elements = static_cast<double>(shape.pixels) * width;
-    group_means[blockIdx.y * shape.groups + blockIdx.x] =
-        make_float2(static_cast<float>(of_du / elements), static_cast<float>(of_products / elements));
+  const double elements = static_cast<double>(shape.pixels) * width;
+  of_du = warp_sum(of_du) / elements;
+  of_products = warp_sum(of_products) / elements;
+  if (threadIdx.x == 0)
+    group_means[group] = make_float2(static_cast<float>(of_du), static_cast<float>(of_products));
+  if (!dshift) return;
+  for (u32 i = threadIdx.x; i < width; i += 32) {
+    const size_t at = static_cast<size_t>(blockIdx.y) * shape.channels + first_channel + i;
+    const double of_channel = shape.parameter(weight, first_channel + i) * channel_sums[at].x;
+    dshift[at] = static_cast<float>(rstd[group] * (of_channel - shape.pixels * (of_du + xhat[at] * of_products)));
   }
 }
 
@@ -380,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
 }
 
 template <class T>
-__device__ __forceinline__ void backward(const T *x, const T *dy, const void *weight, const void *bias,
+__device__ __forceinline__ void backward(const T *x, const float *shift, const T *dy, const void *weight, const void *bias,
                                          const float *mean, const float *rstd, const float2 *group_means, T *dx,
                                          const Shape &shape) {
   const Place<T> place(shape, x, dy, dx);
@@ -388,7 +353,7 @@ __device__ __forceinline__ void backward(const T *x, const T *dy, const void *we
   if (!place.active) return;
   for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
     const u32 count = place.count(shape, pack);
-    const ChannelConstants<T> c(shape, mean, rstd, weight, bias, pack, count);
+    const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
     float of_du[WIDTH<T>], of_products[WIDTH<T>];  // A/M, rstd B/M
 #pragma unroll
     for (u32 k = 0; k < WIDTH<T>; k++) {
@@ -426,32 +391,33 @@ __device__ __forceinline__ void backward(const T *x, const T *dy, const void *we
   }
 }
 
-#define GROUP_NORM_SILU(NAME, T)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, 3) \
-      group_norm_silu_sums_##NAME(const T *__restrict__ x, float2 *__restrict__ partial, Shape shape) {              \
-    forward_sums<T>(x, partial, shape);                                                                              \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(32)                                                                   \
-      group_norm_silu_statistics_##NAME(const T *__restrict__ x, const float2 *__restrict__ partial,                 \
-                                        float *__restrict__ mean, float *__restrict__ rstd, Shape shape) {           \
-    statistics<T>(x, partial, mean, rstd, shape);                                                                    \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_silu_forward_##NAME(                              \
-      const T *__restrict__ x, const void *__restrict__ weight, const void *__restrict__ bias,                       \
-      const float *__restrict__ mean, const float *__restrict__ rstd, T *__restrict__ y, Shape shape) {              \
-    forward<T>(x, weight, bias, mean, rstd, y, shape);                                                               \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_sums_##NAME(                        \
-      const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
-      const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
-      float2 *__restrict__ partial, Shape shape) {                                                                   \
-    backward_sums<T>(x, dy, weight, bias, mean, rstd, partial, shape);                                               \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_##NAME(                             \
-      const T *__restrict__ x, const T *__restrict__ dy, const void *__restrict__ weight,                            \
-      const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                 \
-      const float2 *__restrict__ group_means, T *__restrict__ dx, Shape shape) {                                     \
-    backward<T>(x, dy, weight, bias, mean, rstd, group_means, dx, shape);                                            \
+#define GROUP_NORM_SILU(NAME, T)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                            \
+      group_norm_silu_sums_##NAME(const T *__restrict__ x, float2 *__restrict__ partial, Shape shape) {               \
+    forward_sums<T>(x, partial, shape);                                                                               \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(32) group_norm_silu_statistics_##NAME(                                 \
+      const T *__restrict__ x, const float *__restrict__ shift, const float2 *__restrict__ partial,                   \
+      float *__restrict__ mean, float *__restrict__ rstd, float *__restrict__ xhat, Shape shape) {                    \
+    statistics<T>(x, shift, partial, mean, rstd, xhat, shape);                                                        \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_silu_forward_##NAME(                            \
+      const T *__restrict__ x, const float *__restrict__ shift, const void *__restrict__ weight,                      \
+      const void *__restrict__ bias, const float *__restrict__ mean, const float *__restrict__ rstd,                  \
+      T *__restrict__ y, Shape shape) {                                                                               \
+    forward<T>(x, shift, weight, bias, mean, rstd, y, shape);                                                         \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_sums_##NAME(                      \
+      const T *__restrict__ x, const float *__restrict__ shift, const T *__restrict__ dy,                             \
+      const void *__restrict__ weight, const void *__restrict__ bias, const float *__restrict__ mean,                 \
+      const float *__restrict__ rstd, float2 *__restrict__ partial, Shape shape) {                                    \
+    backward_sums<T>(x, shift, dy, weight, bias, mean, rstd, partial, shape);                                         \
+  }                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_silu_backward_##NAME(                           \
+      const T *__restrict__ x, const float *__restrict__ shift, const T *__restrict__ dy,                             \
+      const void *__restrict__ weight, const void *__restrict__ bias, const float *__restrict__ mean,                 \
+      const float *__restrict__ rstd, const float2 *__restrict__ group_means, T *__restrict__ dx, Shape shape) {      \
+    backward<T>(x, shift, dy, weight, bias, mean, rstd, group_means, dx, shape);                                      \
   }
 
 GROUP_NORM_SILU(f32, float)

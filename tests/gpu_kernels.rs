@@ -5,6 +5,8 @@
 mod adamw;
 #[path = "kernels/cases.rs"]
 mod cases;
+#[path = "kernels/geglu.rs"]
+mod geglu;
 #[path = "kernels/group_norm.rs"]
 mod group_norm;
 #[path = "kernels/transition.rs"]
@@ -65,6 +67,9 @@ fn kernels_agree_with_their_references() {
     adamw::steps::<f32>(&machines, &mut seen);
     adamw::steps::<bf16>(&machines, &mut seen);
     adamw::steps::<f16>(&machines, &mut seen);
+    geglu::both_passes::<f32>(&machines, 0.0, &mut seen);
+    geglu::both_passes::<bf16>(&machines, 3.9e-3, &mut seen);
+    geglu::both_passes::<f16>(&machines, 4.9e-4, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 0.5, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 100.0, &mut seen);
     group_norm::both_passes::<bf16, bf16>(&machines, 0.5, &mut seen);
@@ -89,9 +94,10 @@ fn what_is_not_finite_and_what_does_not_fit_is_seen() {
 }
 
 #[test]
-fn group_norm_silu_is_differentiable_in_libtorch() {
+fn operations_are_differentiable_in_libtorch() {
     let Some([machine, _]) = machines() else { return };
     let mut seen = Observed::default();
-    group_norm::autograd(machine, tch::Device::Cuda(0), &mut seen);
+    group_norm::autograd(machine.clone(), tch::Device::Cuda(0), &mut seen);
+    geglu::autograd(machine, tch::Device::Cuda(0), &mut seen);
     seen.print();
 }

@@ -8,6 +8,8 @@ mod adamw;
 mod cases;
 #[path = "kernels/emulated.rs"]
 mod emulated;
+#[path = "kernels/geglu.rs"]
+mod geglu;
 #[path = "kernels/group_norm.rs"]
 mod group_norm;
 #[path = "kernels/transition.rs"]
@@ -68,6 +70,18 @@ fn adamw_steps_to_the_bits_of_the_reference() {
     let mut seen = Observed::default();
     for_each_type!(&emulated::machines(), &mut seen, adamw::steps);
     adamw::norm_shows_what_is_not_finite(&emulated::machines());
+    seen.print();
+}
+
+#[test]
+fn geglu_goes_both_ways_as_libtorch_in_f64() {
+    let machines = emulated::machines();
+    let mut seen = Observed::default();
+    geglu::both_passes::<f32>(&machines, 0.0, &mut seen);
+    geglu::both_passes::<bf16>(&machines, 3.9e-3, &mut seen);
+    geglu::both_passes::<f16>(&machines, 4.9e-4, &mut seen);
+    let [machine, _] = machines;
+    geglu::autograd(machine, tch::Device::Cpu, &mut seen);
     seen.print();
 }
 

@@ -13,7 +13,7 @@ use super::{
     clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, SampleTerms, TERMS},
     cuda::{Gpu, Machine, Slice},
     ddim_step::{self, DeviceInputs, StepScalars},
-    group_norm_silu,
+    install,
     normal_rows::Rows,
     FlatBuffer,
 };
@@ -41,7 +41,7 @@ pub fn machine(device: Device) -> Result<Arc<dyn Machine>> {
 /// As [`Gpu::open`].
 pub fn prepare(device: Device) -> Result<()> {
     if device != Device::Cpu {
-        group_norm_silu::install(machine(device)?);
+        install(machine(device)?);
     }
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! Attention and the transformer blocks of the U-Net (diffusers' `Attention`, `BasicTransformerBlock`, `Transformer2DModel`).
 
 use anyhow::{ensure, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     flops,
     layers::{to_pixels, to_tokens, Conv2d, GroupNorm, LayerNorm, Linear},
     parameters::Builder,
 };
+use crate::kernels::geglu::geglu;
 
 /// softmax(q·kᵀ/√d)·v over `heads` heads; q, k, v of shape [B, tokens, heads·d]. Result [B, tokens of q, heads·d].
 pub fn multi_head(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, causal: bool) -> Tensor {
@@ -96,9 +97,19 @@ impl TransformerBlock {
         let n = self.norm1.forward(x);
         let x = self.attn1.forward(&n, &n) + x;
         let x = self.attn2.forward(&self.norm2.forward(&x), context) + x;
-        let hidden = self.ff_in.forward(&self.norm3.forward(&x)).chunk(2, -1);
-        self.ff_out.forward(&(&hidden[0] * hidden[1].gelu("none"))) + x
+        let hidden = self.ff_in.forward(&self.norm3.forward(&x));
+        self.ff_out.forward(&gated(&hidden)) + x
     }
+}
+
+/// a·gelu(b) of tokens [a | b].
+fn gated(hidden: &Tensor) -> Tensor {
+    if hidden.device() == Device::Cpu {
+        let halves = hidden.chunk(2, -1);
+        return &halves[0] * halves[1].gelu("none");
+    }
+    // as libtorch's own operations here: a failure ends the rank with the message
+    geglu(hidden).unwrap_or_else(|e| panic!("{e:#}"))
 }
 
 enum Projection {

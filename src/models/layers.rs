@@ -1,7 +1,7 @@
 //! The elementary layers, with PyTorch's parameter names and initial distributions.
 
 use anyhow::{ensure, Result};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     flops,
@@ -69,9 +69,33 @@ impl Conv2d {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let y = x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1);
+        self.convolve(x, Some(&self.bias))
+    }
+
+    /// Without the bias, which the caller adds where it costs no pass over memory.
+    pub fn forward_without_bias(&self, x: &Tensor) -> Tensor {
+        self.convolve(x, None)
+    }
+
+    fn convolve(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let y = x.conv2d(&self.weight, bias, self.stride, self.padding, 1, 1);
         flops::add(y.numel() as i64 * (self.weight.numel() as i64 / self.weight.size()[0]));
         y
+    }
+
+    /// A 1×1 convolution as a product of the tokens, plus `more` `[outputs]`: libraries add a bias of products, but not of
+    /// convolutions, without a pass of its own.
+    pub fn forward_as_product(&self, x: &Tensor, more: &Tensor) -> Tensor {
+        let s = x.size();
+        let outputs = self.weight.size()[0];
+        flops::add(x.numel() as i64 * outputs);
+        let y = to_tokens(x).linear(&self.weight.view([outputs, s[1]]), Some(&self.bias + more));
+        to_pixels(&y, &[s[0], outputs, s[2], s[3]])
+    }
+
+    /// `[outputs]`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
     }
 }
 
@@ -95,22 +119,31 @@ impl GroupNorm {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        self.normalise(x, false)
+        self.normalise(x, None, false)
     }
 
     /// SiLU of [`GroupNorm::forward`]; on a GPU in the same pass over memory.
     pub fn forward_silu(&self, x: &Tensor) -> Tensor {
-        self.normalise(x, true)
+        self.normalise(x, None, true)
+    }
+
+    /// As [`GroupNorm::forward_silu`], of x with `shift` `[B, C]` added to every pixel.
+    pub fn forward_shifted_silu(&self, x: &Tensor, shift: &Tensor) -> Tensor {
+        self.normalise(x, Some(shift), true)
     }
 
     /// On a GPU by our kernel, whose result is channels-last.
-    fn normalise(&self, x: &Tensor, silu: bool) -> Tensor {
+    fn normalise(&self, x: &Tensor, shift: Option<&Tensor>, silu: bool) -> Tensor {
         if x.device() == Device::Cpu {
+            let shifted = shift.map(|shift| x + shift.unsqueeze(-1).unsqueeze(-1));
+            let x = shifted.as_ref().unwrap_or(x);
             let y = x.group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true);
             return if silu { y.silu() } else { y };
         }
         // as libtorch's own operations here: a failure ends the rank with the message
-        group_norm_silu(x, &self.weight, &self.bias, self.groups, self.eps, silu).unwrap_or_else(|e| panic!("{e:#}"))
+        let shift = shift.map(|shift| shift.to_kind(Kind::Float).contiguous());
+        group_norm_silu(x, shift.as_ref(), &self.weight, &self.bias, self.groups, self.eps, silu)
+            .unwrap_or_else(|e| panic!("{e:#}"))
     }
 }
 

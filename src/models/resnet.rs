@@ -1,7 +1,7 @@
 //! ResNet blocks and resampling, as in diffusers' `ResnetBlock2D`, `Downsample2D`, `Upsample2D`.
 
 use anyhow::Result;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{
     layers::{Conv2d, GroupNorm, Linear},
@@ -44,14 +44,34 @@ impl ResnetBlock {
 
     /// x [B, inputs, H, W]; `time_activation` is silu(time embedding) [B, time_channels].
     pub fn forward(&self, x: &Tensor, time_activation: Option<&Tensor>) -> Tensor {
-        let mut h = self.conv1.forward(&self.norm1.forward_silu(x));
-        if let (Some(projection), Some(time)) = (&self.time_emb_proj, time_activation) {
-            h += projection.forward(time).unsqueeze(-1).unsqueeze(-1);
+        if x.device() != Device::Cpu {
+            return self.forward_with_few_passes(x, time_activation);
         }
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h));
+        let h = self.conv1.forward(&self.norm1.forward_silu(x));
+        let h = match (&self.time_emb_proj, time_activation) {
+            (Some(projection), Some(time)) => self.norm2.forward_shifted_silu(&h, &projection.forward(time)),
+            _ => self.norm2.forward_silu(&h),
+        };
+        let h = self.conv2.forward(&h);
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x) + h,
             None => x + h,
+        }
+    }
+
+    /// The same on a GPU: conv1's bias goes with the time embedding into the normalisation, conv2's with the shortcut's
+    /// into its product, so that no pass over memory is for a bias alone.
+    fn forward_with_few_passes(&self, x: &Tensor, time_activation: Option<&Tensor>) -> Tensor {
+        let h = self.conv1.forward_without_bias(&self.norm1.forward_silu(x));
+        let bias = self.conv1.bias().to_kind(Kind::Float);
+        let shift = match (&self.time_emb_proj, time_activation) {
+            (Some(projection), Some(time)) => projection.forward(time).to_kind(Kind::Float) + bias,
+            _ => bias.expand([h.size()[0], -1], false),
+        };
+        let h = self.norm2.forward_shifted_silu(&h, &shift);
+        match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward_as_product(x, self.conv2.bias()) + self.conv2.forward_without_bias(&h),
+            None => x + self.conv2.forward(&h),
         }
     }
 }

@@ -35,6 +35,7 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
+inline float erff(float v) { return std::erf(v); }
 using std::fmaf;
 using std::isnan;
 using std::min;

@@ -17,6 +17,7 @@ use crate::{
         clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, TERMS},
         cuda::{Machine, Slice},
         ddim_step::{launch_draw, launch_score, DeviceInputs, StepScalars},
+        geglu::geglu,
         group_norm_silu::group_norm_silu,
         normal_rows::Rows,
         on_device, FlatBuffer,
@@ -80,6 +81,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         lines.extend(bench.references()?);
     }
     lines.extend(bench.normalisation()?);
+    lines.extend(bench.activation()?);
     bench.report(&lines);
     Ok(())
 }
@@ -272,28 +274,49 @@ impl Bench<'_> {
             let last = |x: &Tensor| x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
             let ours: Vec<Tensor> = plain.iter().map(last).collect();
             lines.push(self.time(name("group_norm_silu"), 2 * width * elements, |set| {
-                group_norm_silu(&ours[set], &weight, &bias, 32, 1e-5, true).map(drop)
+                group_norm_silu(&ours[set], None, &weight, &bias, 32, 1e-5, true).map(drop)
             })?);
             lines.push(self.both_passes(name("group_norm and silu of libtorch, both passes"), &plain, |x| {
                 Ok(x.group_norm(32, Some(&weight), Some(&bias), 1e-5, true).silu())
             })?);
             lines.push(self.both_passes(name("group_norm_silu, both passes"), &ours, |x| {
-                group_norm_silu(x, &weight, &bias, 32, 1e-5, true)
+                group_norm_silu(x, None, &weight, &bias, 32, 1e-5, true)
             })?);
         }
         Ok(lines)
     }
 
-    /// Forward and backward: x, y, dy and dx move at least.
+    /// The gated activation at the U-Net's largest size: ours beside libtorch's two operations.
+    fn activation(&self) -> Result<Vec<Line>> {
+        if self.device == Device::Cpu {
+            return Ok(Vec::new());
+        }
+        let size = [2 * self.samples * 4096, 2 * 1280];
+        let hidden: Vec<Tensor> = (0..2).map(|_| self.normals(&size).to_kind(Kind::BFloat16)).collect();
+        let name = |what: &str| format!("{what}, {}x{}", size[0], size[1]);
+        let bytes = 3 * size[0] * size[1];
+        let of_libtorch = |h: &Tensor| {
+            let halves = h.chunk(2, -1);
+            Ok(&halves[0] * halves[1].gelu("none"))
+        };
+        Ok(vec![
+            self.time(name("gelu and product of libtorch"), bytes, |set| of_libtorch(&hidden[set % 2]).map(drop))?,
+            self.time(name("geglu"), bytes, |set| geglu(&hidden[set % 2]).map(drop))?,
+            self.both_passes(name("gelu and product of libtorch, both passes"), &hidden, of_libtorch)?,
+            self.both_passes(name("geglu, both passes"), &hidden, geglu)?,
+        ])
+    }
+
+    /// Forward and backward of the sum: x, y, dy and dx move, x twice; a pass over y and one over dy are for the sum.
     fn both_passes(&self, what: String, inputs: &[Tensor], f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Line> {
         let leaves: Vec<Tensor> = inputs.iter().map(|x| x.detach().set_requires_grad(true)).collect();
-        let bytes = 5 * 2 * inputs[0].numel() as i64;
+        let outputs = f(&inputs[0])?.numel();
+        let bytes = 2 * (3 * inputs[0].numel() + 2 * outputs) as i64;
         self.time(what, bytes, |set| {
+            let leaf = &leaves[set % leaves.len()];
             tch::with_grad(|| {
-                let y = f(&leaves[set])?;
-                // the inputs are as good a gradient as any
-                let value = (&y * &inputs[set]).sum(Kind::Float);
-                drop(Tensor::run_backward(&[value], &[&leaves[set]], false, false));
+                let value = f(leaf)?.sum(Kind::Float);
+                drop(Tensor::run_backward(&[value], &[leaf], false, false));
                 Ok(())
             })
         })

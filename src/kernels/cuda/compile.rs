@@ -32,14 +32,15 @@ macro_rules! source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../../cuda/common.cuh")),
+    ("pack.cuh", include_str!("../../../cuda/pack.cuh")),
     ("philox.cuh", include_str!("../../../cuda/philox.cuh")),
     ("transition.cuh", include_str!("../../../cuda/transition.cuh")),
 ];
 
 /// All kernels.
-pub const SOURCES: [Source; 5] = [
+pub const SOURCES: [Source; 6] = [
     source!("normal_rows", ["normal_rows", "philox_words"]),
     source!(
         "ddim_step",
@@ -63,6 +64,17 @@ pub const SOURCES: [Source; 5] = [
             "sum_of_squares_bf16",
             "sum_of_squares_f16",
             "sum_of_partials",
+        ]
+    ),
+    source!(
+        "geglu",
+        [
+            "geglu_forward_f32",
+            "geglu_forward_bf16",
+            "geglu_forward_f16",
+            "geglu_backward_f32",
+            "geglu_backward_bf16",
+            "geglu_backward_f16",
         ]
     ),
     source!(
