@@ -7,6 +7,7 @@ const SOURCES: &[&str] = &[
     "csrc/geglu.cpp",
     "csrc/gradient_hooks.cpp",
     "csrc/group_norm_silu.cpp",
+    "csrc/layer_norm.cpp",
     "csrc/recompute.cpp",
 ];
 

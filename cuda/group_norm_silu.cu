@@ -19,9 +19,7 @@
 // Statistics and group sums: one warp per sample and group. The exponential and the quotient of s(u) are the fast ones
 // (2 units in the last place and one more per unit of |u|): the exact ones take longer than the memory does.
 // Memory, bytes per element of size s: forward 3 s (x twice, y), backward 5 s (x and dy twice, dx).
-#include "pack.cuh"
-
-constexpr u32 THREADS = 256;
+#include "columns.cuh"
 
 // As `DeviceShape` in src/kernels/group_norm_silu.rs.
 struct Shape {
@@ -36,36 +34,13 @@ struct Shape {
   }
   __device__ __forceinline__ u32 group_of(u32 channel) const { return channel / (channels / groups); }
   __device__ __forceinline__ float parameter(const void *p, u32 channel) const {
-    if (parameter_kind == 0) return static_cast<const float *>(p)[channel];
-    if (parameter_kind == 1) return to_float(static_cast<const bf16 *>(p)[channel]);
-    return to_float(static_cast<const f16 *>(p)[channel]);
+    return load_parameter(p, parameter_kind, channel);
   }
-};
-
-// This thread's place: its pixels are begin + row, then every rows-th one below end; its channels are those of pack
-// first + column, for first = 0, columns, 2 columns...
-template <class T>
-struct Place {
-  u32 packs, columns, column, row, rows, begin, end;
-  bool active, vector;
-
-  // The pointers are those that packs are moved to and from.
-  __device__ explicit Place(const Shape &shape, const void *a, const void *b = nullptr, const void *c = nullptr) {
-    packs = (shape.channels + WIDTH<T> - 1) / WIDTH<T>;
-    // as few passes as possible, all of the same length
-    const u32 passes = (packs + THREADS - 1) / THREADS;
-    columns = (packs + passes - 1) / passes;
-    rows = THREADS / columns;
-    column = threadIdx.x % columns;
-    row = threadIdx.x / columns;
-    active = row < rows;
-    begin = blockIdx.x * shape.pixels_per_piece;
-    end = min(begin + shape.pixels_per_piece, shape.pixels);
-    vector = shape.channels % WIDTH<T> == 0 && aligned_packs(a, b, c);
-  }
-
-  __device__ __forceinline__ u32 count(const Shape &shape, u32 pack) const {
-    return min(WIDTH<T>, shape.channels - WIDTH<T> * pack);
+  // This thread's part of the block's piece.
+  template <class T>
+  __device__ __forceinline__ Place<T> place(const void *a, const void *b = nullptr, const void *c = nullptr) const {
+    const u32 begin = blockIdx.x * pixels_per_piece;
+    return Place<T>(channels, begin, min(begin + pixels_per_piece, pixels), aligned_packs(a, b, c));
   }
 };
 
@@ -92,27 +67,6 @@ struct ChannelConstants {
 
 __device__ __forceinline__ float sigmoid(float u) { return __fdividef(1.f, 1.f + __expf(-u)); }
 
-// Adds up the pairs of sums of the block's rows and writes those of channels WIDTH*first.. to out[channel].
-template <class T>
-__device__ __forceinline__ void write_channel_sums(const Shape &shape, const Place<T> &place, u32 first, const float *a,
-                                                   const float *b, float2 *out) {
-  __shared__ float2 sums[WIDTH<T> * THREADS];
-  const u32 width = WIDTH<T> * place.columns;
-  if (place.active)
-    for (u32 k = 0; k < WIDTH<T>; k++)
-      sums[place.row * width + WIDTH<T> * place.column + k] = make_float2(a[k], b[k]);
-  __syncthreads();
-  for (u32 i = threadIdx.x; i < width && WIDTH<T> * first + i < shape.channels; i += THREADS) {
-    float2 sum = sums[i];
-    for (u32 row = 1; row < place.rows; row++) {
-      sum.x += sums[row * width + i].x;
-      sum.y += sums[row * width + i].y;
-    }
-    out[WIDTH<T> * first + i] = sum;
-  }
-  __syncthreads();
-}
-
 __device__ __forceinline__ float2 *piece_of_block(const Shape &shape, float2 *partial) {
   return partial + (static_cast<size_t>(blockIdx.y) * shape.pieces + blockIdx.x) * shape.channels;
 }
@@ -123,13 +77,13 @@ constexpr u32 IN_FLIGHT = 4, IN_FLIGHT_OF_TWO = 2;
 // partial[n][piece][channel] = sums of (x - first) and (x - first)^2; first = the channel's first pixel.
 template <class T>
 __device__ __forceinline__ void forward_sums(const T *x, float2 *partial, const Shape &shape) {
-  const Place<T> place(shape, x);
+  const Place<T> place = shape.place<T>(x);
   x += static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   for (u32 first = 0; first < place.packs; first += place.columns) {
     const u32 pack = first + place.column;
     float sum[WIDTH<T>] = {}, squares[WIDTH<T>] = {};
     if (place.active && pack < place.packs) {
-      const u32 count = place.count(shape, pack);
+      const u32 count = place.count(pack);
       const T *column = x + WIDTH<T> * pack;
       float origin[WIDTH<T>];
       unpack(load_pack(column, count, place.vector), origin);
@@ -155,7 +109,7 @@ __device__ __forceinline__ void forward_sums(const T *x, float2 *partial, const 
         }
       }
     }
-    write_channel_sums<T>(shape, place, first, sum, squares, piece_of_block(shape, partial));
+    write_channel_sums<T>(place, first, sum, squares, piece_of_block(shape, partial));
   }
 }
 
@@ -215,11 +169,11 @@ __device__ __forceinline__ void statistics(const T *x, const float *shift, const
 template <class T>
 __device__ __forceinline__ void forward(const T *x, const float *shift, const void *weight, const void *bias, const float *mean,
                                         const float *rstd, T *y, const Shape &shape) {
-  const Place<T> place(shape, x, y);
+  const Place<T> place = shape.place<T>(x, y);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   if (!place.active) return;
   for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
-    const u32 count = place.count(shape, pack);
+    const u32 count = place.count(pack);
     const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
     const size_t column = sample + WIDTH<T> * pack;
     for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT * place.rows) {
@@ -258,13 +212,13 @@ template <class T>
 __device__ __forceinline__ void backward_sums(const T *x, const float *shift, const T *dy, const void *weight, const void *bias,
                                               const float *mean, const float *rstd, float2 *partial,
                                               const Shape &shape) {
-  const Place<T> place(shape, x, dy);
+  const Place<T> place = shape.place<T>(x, dy);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   for (u32 first = 0; first < place.packs; first += place.columns) {
     const u32 pack = first + place.column;
     float sum[WIDTH<T>] = {}, products[WIDTH<T>] = {};
     if (place.active && pack < place.packs) {
-      const u32 count = place.count(shape, pack);
+      const u32 count = place.count(pack);
       const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
       const size_t column = sample + WIDTH<T> * pack;
       for (u32 pixel = place.begin + place.row; pixel < place.end; pixel += IN_FLIGHT_OF_TWO * place.rows) {
@@ -293,7 +247,7 @@ __device__ __forceinline__ void backward_sums(const T *x, const float *shift, co
 #pragma unroll
       for (u32 k = 0; k < WIDTH<T>; k++) products[k] *= c.rstd[k];
     }
-    write_channel_sums<T>(shape, place, first, sum, products, piece_of_block(shape, partial));
+    write_channel_sums<T>(place, first, sum, products, piece_of_block(shape, partial));
   }
 }
 
@@ -348,11 +302,11 @@ template <class T>
 __device__ __forceinline__ void backward(const T *x, const float *shift, const T *dy, const void *weight, const void *bias,
                                          const float *mean, const float *rstd, const float2 *group_means, T *dx,
                                          const Shape &shape) {
-  const Place<T> place(shape, x, dy, dx);
+  const Place<T> place = shape.place<T>(x, dy, dx);
   const size_t sample = static_cast<size_t>(blockIdx.y) * shape.pixels * shape.channels;
   if (!place.active) return;
   for (u32 pack = place.column; pack < place.packs; pack += place.columns) {
-    const u32 count = place.count(shape, pack);
+    const u32 count = place.count(pack);
     const ChannelConstants<T> c(shape, shift, mean, rstd, weight, bias, pack, count);
     float of_du[WIDTH<T>], of_products[WIDTH<T>];  // A/M, rstd B/M
 #pragma unroll

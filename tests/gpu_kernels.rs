@@ -9,6 +9,8 @@ mod cases;
 mod geglu;
 #[path = "kernels/group_norm.rs"]
 mod group_norm;
+#[path = "kernels/layer_norm.rs"]
+mod layer_norm;
 #[path = "kernels/transition.rs"]
 mod transition;
 
@@ -70,6 +72,10 @@ fn kernels_agree_with_their_references() {
     geglu::both_passes::<f32>(&machines, 0.0, &mut seen);
     geglu::both_passes::<bf16>(&machines, 3.9e-3, &mut seen);
     geglu::both_passes::<f16>(&machines, 4.9e-4, &mut seen);
+    layer_norm::both_passes::<f32, f32>(&machines, 0.5, 0.0, &mut seen);
+    layer_norm::both_passes::<f32, f32>(&machines, 100.0, 0.0, &mut seen);
+    layer_norm::both_passes::<bf16, bf16>(&machines, 0.5, 3.9e-3, &mut seen);
+    layer_norm::both_passes::<f16, f16>(&machines, 0.5, 4.9e-4, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 0.5, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 100.0, &mut seen);
     group_norm::both_passes::<bf16, bf16>(&machines, 0.5, &mut seen);
@@ -98,6 +104,7 @@ fn operations_are_differentiable_in_libtorch() {
     let Some([machine, _]) = machines() else { return };
     let mut seen = Observed::default();
     group_norm::autograd(machine.clone(), tch::Device::Cuda(0), &mut seen);
-    geglu::autograd(machine, tch::Device::Cuda(0), &mut seen);
+    geglu::autograd(machine.clone(), tch::Device::Cuda(0), &mut seen);
+    layer_norm::autograd(machine, tch::Device::Cuda(0), &mut seen);
     seen.print();
 }

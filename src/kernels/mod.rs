@@ -15,6 +15,7 @@ pub mod cuda;
 pub mod ddim_step;
 pub mod geglu;
 pub mod group_norm_silu;
+pub mod layer_norm;
 pub mod normal_rows;
 pub mod on_device;
 mod operation;

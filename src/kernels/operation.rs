@@ -28,6 +28,7 @@ pub fn install(machine: Arc<dyn Machine>) {
     *MACHINE.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(machine);
     super::geglu::register();
     super::group_norm_silu::register();
+    super::layer_norm::register();
 }
 
 /// The installed machine, for `operation`.

@@ -8,7 +8,7 @@ use super::{
     lora::LoraPair,
     parameters::{Builder, Init},
 };
-use crate::kernels::group_norm_silu::group_norm_silu;
+use crate::kernels::{group_norm_silu::group_norm_silu, layer_norm};
 
 /// y = x·Wᵀ + b over the last dimension, plus a low-rank adapter where the builder was asked for one.
 pub struct Linear {
@@ -177,7 +177,11 @@ impl LayerNorm {
         })
     }
 
+    /// On a GPU by our kernel where the rows fit it.
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        if x.device() != Device::Cpu && layer_norm::fits(x) {
+            return layer_norm::layer_norm(x, &self.weight, &self.bias, self.eps).unwrap_or_else(|e| panic!("{e:#}"));
+        }
         x.layer_norm([*self.weight.size().last().unwrap_or(&0)], Some(&self.weight), Some(&self.bias), self.eps, true)
     }
 }
