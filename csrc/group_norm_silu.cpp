@@ -59,10 +59,11 @@ void run(Launcher launcher, Call &call, const at::Tensor &like) {
 
 class GroupNormSilu : public torch::autograd::Function<GroupNormSilu> {
  public:
-  static at::Tensor forward(torch::autograd::AutogradContext *ctx, const at::Tensor &x_any, const at::Tensor &shift,
-                            const at::Tensor &weight, const at::Tensor &bias, int64_t groups, double epsilon,
+  static at::Tensor forward(torch::autograd::AutogradContext *ctx, const at::Tensor &x_any,
+                            const std::optional<at::Tensor> &shift_or_none, const at::Tensor &weight, const at::Tensor &bias, int64_t groups, double epsilon,
                             bool silu) {
     const at::Tensor x = x_any.contiguous(at::MemoryFormat::ChannelsLast);
+    const at::Tensor shift = shift_or_none.value_or(at::Tensor());
     const at::Tensor y = at::empty_like(x, x.options(), at::MemoryFormat::ChannelsLast);
     const at::Tensor mean = at::empty({x.size(0), groups}, x.options().dtype(at::kFloat));
     const at::Tensor rstd = at::empty_like(mean);
@@ -128,9 +129,9 @@ at::Tensor *group_norm_silu_apply(const at::Tensor *x, const at::Tensor *shift, 
                                   const at::Tensor *bias, int64_t groups, double epsilon, int silu) {
   try {
     if (!launch_forward) throw std::runtime_error("group_norm_silu: no launcher is registered");
-    const at::Tensor none;
-    return new at::Tensor(
-        GroupNormSilu::apply(*x, shift ? *shift : none, *weight, *bias, groups, epsilon, silu != 0));
+    // an undefined tensor is no argument for apply
+    const std::optional<at::Tensor> shift_or_none = shift ? std::optional<at::Tensor>(*shift) : std::nullopt;
+    return new at::Tensor(GroupNormSilu::apply(*x, shift_or_none, *weight, *bias, groups, epsilon, silu != 0));
   } catch (const std::exception &e) {
     last_error = e.what();
     return nullptr;

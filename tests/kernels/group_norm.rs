@@ -149,21 +149,27 @@ pub fn autograd(machine: Arc<dyn Machine>, device: Device, seen: &mut Observed) 
     for (kind, parameter_kind, tolerance) in
         [(Kind::Float, Kind::Float, 2e-6), (Kind::BFloat16, Kind::BFloat16, 1e-2), (Kind::BFloat16, Kind::Float, 1e-2)]
     {
-        for silu in [false, true] {
+        for (silu, with_shift) in [(false, true), (true, true), (true, false)] {
             let x = leaf(&values, &size, kind);
             let [weight, bias] = [6, 7].map(|i| leaf(&normals(20, i), &[20], parameter_kind));
             let shift = leaf(&normals(60, 9), &[3, 20], Kind::Float);
             let oracle = [&x, &weight, &bias, &shift].map(|t| t.detach().to_kind(Kind::Double).set_requires_grad(true));
-            let y = op::group_norm_silu(&x, Some(&shift), &weight, &bias, 4, 1e-5, silu).unwrap();
+            let quiet =
+                tch::no_grad(|| op::group_norm_silu(&x, with_shift.then_some(&shift), &weight, &bias, 4, 1e-5, silu));
+            let y = op::group_norm_silu(&x, with_shift.then_some(&shift), &weight, &bias, 4, 1e-5, silu).unwrap();
             assert_eq!((y.size(), y.kind(), y.stride()[1]), (size.to_vec(), kind, 1), "channels-last, of x's type");
-            let shifted = &oracle[0] + oracle[3].unsqueeze(-1).unsqueeze(-1);
+            assert!(y.equal(&quiet.unwrap()), "with and without gradients");
+            let shifted =
+                if with_shift { &oracle[0] + oracle[3].unsqueeze(-1).unsqueeze(-1) } else { oracle[0].shallow_clone() };
             let normed = shifted.group_norm(4, Some(&oracle[1]), Some(&oracle[2]), 1e-5, false);
             let expected = if silu { normed.silu() } else { normed };
             let dy = Tensor::from_slice(&normals(2100, 8)).reshape(size).to_device(device).to_kind(kind);
             (y.to_kind(Kind::Float) * dy.to_kind(Kind::Float)).sum(Kind::Float).backward();
             (&expected * dy.to_kind(Kind::Double)).sum(Kind::Double).backward();
             let mut pairs = vec![(y.detach(), expected.detach())];
-            for (ours, theirs) in [&x, &weight, &bias, &shift].into_iter().zip(&oracle) {
+            for (ours, theirs) in
+                [&x, &weight, &bias, &shift].into_iter().zip(&oracle).take(3 + usize::from(with_shift))
+            {
                 assert_eq!(ours.grad().kind(), ours.kind());
                 pairs.push((ours.grad(), theirs.grad()));
             }

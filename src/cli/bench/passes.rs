@@ -99,7 +99,7 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     }
     tch::set_num_threads(args.threads);
     let bench = Bench::new(&args, comm, device).or_mistake()?;
-    let (seconds, flop) = match pass {
+    let measured = match pass {
         Pass::Unet => bench.measure(1.0, |i| {
             drop(tch::no_grad(|| bench.predict(i)));
             Ok(())
@@ -108,13 +108,22 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
         Pass::Update => bench.updates()?,
     };
     if comm.rank() == 0 {
-        bench.report(pass, comm.size(), seconds, flop)?;
+        bench.report(pass, comm.size(), measured)?;
     }
     drop(bench);
     if let Some(nccl) = nccl {
         nccl.close();
     }
     Ok(())
+}
+
+struct Measured {
+    /// Of every repeat.
+    seconds: Vec<f64>,
+    /// Operations of one.
+    flop: f64,
+    /// max |w − 1| before the first optimizer step, of updates.
+    drift: Option<f64>,
 }
 
 struct Bench<'a> {
@@ -191,7 +200,7 @@ impl<'a> Bench<'a> {
         sampler::roll_out(&self.pipeline.unet, self.recorded.as_ref(), steps, x_t, &self.conditioning(), noise)
     }
 
-    fn updates(&self) -> Result<(Vec<f64>, f64)> {
+    fn updates(&self) -> Result<Measured> {
         let mut step = self.steps[self.steps.len() / 2];
         step.index = 0;
         let advantage: Vec<f32> = (0..self.args.samples).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
@@ -207,19 +216,23 @@ impl<'a> Bench<'a> {
         let lanes = Lanes::new(self.comm.size(), self.comm)?;
         let mut sum = GradientSum::new(&params, Transport::default())?;
         let objective = Objective { clip_range: 1e-4, weight: 1.0, samples: self.args.samples * self.comm.size() };
-        self.measure(3.0, |repeat| {
+        let mut drift = None;
+        let measured = self.measure(3.0, |repeat| {
             let batch = &inputs[repeat % inputs.len()];
             let gradient = lanes.sum_gradients(&mut sum, self.comm, |_| {
-                Ok(lane_objective(&self.pipeline.unet, &step, batch, &objective)?.0)
+                let (value, seen) = lane_objective(&self.pipeline.unet, &step, batch, &objective)?;
+                drift.get_or_insert(seen.ratio_drift);
+                Ok(value)
             })?;
             optimizer.step(&mut params, &gradient)?;
             sum.recycle(gradient);
             Ok(())
-        })
+        })?;
+        Ok(Measured { drift, ..measured })
     }
 
-    /// Seconds of every measured repeat, and operations of one: `factor` times those of its forward passes.
-    fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<(Vec<f64>, f64)> {
+    /// Seconds of every repeat after the warm-up; the operations are `factor` times those of the forward passes.
+    fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<Measured> {
         let (mut seconds, mut flop) = (Vec::new(), 0.0);
         for repeat in 0..self.args.warm_up + self.args.repeats {
             let before = flops::counted();
@@ -229,10 +242,11 @@ impl<'a> Bench<'a> {
                 seconds.push(took);
             }
         }
-        Ok((seconds, flop))
+        Ok(Measured { seconds, flop, drift: None })
     }
 
-    fn report(&self, pass: Pass, ranks: usize, seconds: Vec<f64>, flop: f64) -> Result<()> {
+    fn report(&self, pass: Pass, ranks: usize, measured: Measured) -> Result<()> {
+        let Measured { seconds, flop, drift } = measured;
         let m = median(seconds.clone());
         let (samples, what) = (self.args.samples, format!("{pass:?}").to_lowercase());
         let (tflops, rate) = (flop / m / 1e12, samples as f64 / m);
@@ -244,7 +258,7 @@ impl<'a> Bench<'a> {
                 "what": what, "device": format!("{:?}", self.device), "ranks": ranks, "samples": samples,
                 "steps": self.args.steps, "bf16": self.args.bf16, "threads": self.args.threads, "seconds": seconds,
                 "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate, "rates": rates.to_json(),
-                "utilisation": utilisation, "cuda_graph": self.args.cuda_graph,
+                "utilisation": utilisation, "ratio_drift": drift, "cuda_graph": self.args.cuda_graph,
                 "gradient_checkpointing": self.args.gradient_checkpointing,
             });
             println!("{all}");
@@ -256,6 +270,9 @@ impl<'a> Bench<'a> {
              rank, {:.1} % of the matrix product",
             100.0 * utilisation
         );
+        if let Some(drift) = drift {
+            println!("ratio drift before the first step: {drift:.1e}");
+        }
         Ok(())
     }
 }
