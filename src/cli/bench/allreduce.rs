@@ -9,7 +9,10 @@ use tch::{Device, Kind, Tensor};
 use super::median;
 use crate::{
     cli::{device_args::DeviceArgs, Failure, OrMistake},
-    comm::{nccl::Nccl, Communicator, DeviceVector, Wire},
+    comm::{
+        nccl::{Nccl, PATIENCE},
+        Communicator, DeviceVector, Wire,
+    },
     device::{current_stream, stopwatch},
 };
 
@@ -62,7 +65,7 @@ fn buckets(length: usize, mib: usize) -> impl Iterator<Item = std::ops::Range<us
 }
 
 fn by_nccl(args: &Args, comm: &dyn Communicator, index: usize) -> Result<Vec<Line>> {
-    let nccl = Nccl::start(comm, index)?;
+    let nccl = Nccl::start(comm, index, Some(PATIENCE))?;
     let (length, device) = (args.parameters.unwrap_or(865_910_724), Device::Cuda(index));
     let mut lines = Vec::new();
     for (wire, name, kind) in [(Wire::F32, "f32", Kind::Float), (Wire::Bf16, "bf16", Kind::BFloat16)] {

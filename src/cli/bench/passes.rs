@@ -92,7 +92,7 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     };
     sound().or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, Some(nccl::PATIENCE)).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     if args.cuda_graph {
         device::ensure_gpu(device, "--cuda-graph").or_mistake()?;
