@@ -133,7 +133,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() == 0 {
         let (pages, key) = (files.pages(), files.study());
         let already = if state == State::Complete { " (they were there already)" } else { "" };
-        println!("{} queries for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
+        let queries = if study.queries.len() == 1 { "query" } else { "queries" };
+        println!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
         println!("give them that folder: they open its index.html, from disk or from any web server");
         println!("keep {}: it says which model is on which side", key.display());
         let out = args.out.display();

@@ -27,7 +27,8 @@
   function read() {
     try {
       const kept = JSON.parse(localStorage.getItem(KEY));
-      return kept && kept.session && kept.answers ? kept : null;
+      const whole = kept && typeof kept.session === "string" && typeof kept.rater === "string" && kept.answers;
+      return whole ? { ...kept, at: Number(kept.at) || 0 } : null;
     } catch {
       return null;
     }
