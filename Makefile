@@ -24,6 +24,8 @@ CARGO_FLAGS := --release --locked $(if $(HDF5_DIR),--no-default-features)
 TEST_PYTHON := export RLDIFF_TEST_PYTHON="$${RLDIFF_TEST_PYTHON:-$$(tools/setup-tests.sh)}"
 # a Slurm cluster of four virtual nodes, where root and the packages are at hand
 TEST_SLURM := tools/setup-slurm.sh
+# a browser for the pages of human-eval and report, in the same way
+TEST_BROWSER := tools/setup-browser.sh
 RANKS ?= 2
 ARGS ?=
 
@@ -47,13 +49,13 @@ docs: setup
 	@$(ENVIRONMENT) && RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps --document-private-items
 
 test: check-format build clippy docs
-	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && cargo test $(CARGO_FLAGS)
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && $(TEST_BROWSER) && cargo test $(CARGO_FLAGS)
 
 test-gpu: build
 	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels --test gpu -- --nocapture
 
 torture: build
-	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && cargo test $(CARGO_FLAGS) -- --include-ignored
+	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && $(TEST_BROWSER) && cargo test $(CARGO_FLAGS) -- --include-ignored
 
 parity: setup
 	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }

@@ -8,6 +8,7 @@ use crate::{
     comm::Communicator,
     config::Config,
     diffusion::schedule::Step,
+    image_statistics::{diversity, high_frequency_share},
     memory,
     models::pipeline::Pipeline,
     prompts::{self, Prompt},
@@ -26,6 +27,10 @@ pub struct TaskEvaluation {
     pub rewards: Vec<f32>,
     /// What the statistics are over: a value per sample, or per group where a reward judges groups.
     pub units: Vec<f64>,
+    /// Share of fine detail in every picture ([`high_frequency_share`]).
+    pub high_frequency: Vec<f64>,
+    /// How different the pictures of each prompt are ([`diversity`]); nothing where a prompt has one picture.
+    pub diversity: Vec<f64>,
     /// The first samples, for people.
     pub shown: Vec<Shown>,
 }
@@ -37,6 +42,20 @@ pub struct Shown {
     pub reward: f32,
 }
 
+/// How much is drawn of a task.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    prompts: usize,
+    /// Of each prompt.
+    images: usize,
+    /// Of the first samples, how many are kept for people, and of each prompt at most how many.
+    shown: usize,
+    shown_per_prompt: usize,
+}
+
+/// Pictures of a prompt that a small evaluation keeps.
+const SHOWN_PER_PROMPT: usize = 4;
+
 /// Should the evaluation be given up? The same answer on all ranks.
 pub type Stop<'a> = dyn Fn() -> Result<bool> + 'a;
 
@@ -46,6 +65,9 @@ struct ChunkResult {
     first: usize,
     /// Bits of the rewards: JSON has no NaN.
     rewards: Vec<u32>,
+    /// Bits of the share of every picture and of the diversity of every prompt.
+    high_frequency: Vec<u64>,
+    diversity: Vec<u64>,
     /// Width, height and RGB bytes of the pictures to show.
     pictures: Vec<(usize, usize, Vec<u8>)>,
 }
@@ -61,6 +83,40 @@ pub fn evaluate(
     comm: &dyn Communicator,
     stop: &Stop,
 ) -> Result<Option<Vec<TaskEvaluation>>> {
+    each_task(config, pipeline, steps, tasks, comm, stop, |task| {
+        let images = task.config.evaluation_images_per_prompt;
+        let prompts = task.config.evaluation_samples / images;
+        Extent { prompts, images, shown: config.evaluation.pictures, shown_per_prompt: images }
+    })
+}
+
+/// A small evaluation in the course of training: the first `evaluation.prompts` held-out prompts of every task with
+/// `evaluation.images` pictures each (a reward that judges groups gets its groups), always with the same noise.
+pub fn evaluate_few(
+    config: &Config,
+    pipeline: &Pipeline,
+    steps: &[Step],
+    tasks: &mut [Task],
+    comm: &dyn Communicator,
+) -> Result<Vec<TaskEvaluation>> {
+    let few = each_task(config, pipeline, steps, tasks, comm, &|| Ok(false), |task| {
+        task.reward.set_group(task.config.evaluation_images_per_prompt);
+        let images = if task.reward.group() > 1 { task.reward.group() } else { config.evaluation.images };
+        let prompts = config.evaluation.prompts;
+        Extent { prompts, images, shown: prompts * images, shown_per_prompt: SHOWN_PER_PROMPT }
+    })?;
+    Ok(few.expect("nothing stops it"))
+}
+
+fn each_task(
+    config: &Config,
+    pipeline: &Pipeline,
+    steps: &[Step],
+    tasks: &mut [Task],
+    comm: &dyn Communicator,
+    stop: &Stop,
+    extent: impl Fn(&mut Task) -> Extent,
+) -> Result<Option<Vec<TaskEvaluation>>> {
     let empty_prompt = pipeline.embed(&[""])?;
     let roller = Roller {
         pipeline,
@@ -70,22 +126,30 @@ pub fn evaluate(
         latent_shape: pipeline.latent_shape(),
         recorded: None,
     };
-    tasks.iter_mut().map(|task| evaluate_task(config, &roller, task, comm, stop)).collect()
+    tasks
+        .iter_mut()
+        .map(|task| {
+            let extent = extent(task);
+            evaluate_task(config, &roller, task, extent, comm, stop)
+        })
+        .collect()
 }
 
 fn evaluate_task(
     config: &Config,
     roller: &Roller,
     task: &mut Task,
+    extent: Extent,
     comm: &dyn Communicator,
     stop: &Stop,
 ) -> Result<Option<TaskEvaluation>> {
     let settings = &config.evaluation;
-    let (total, per_prompt) = (task.config.evaluation_samples, task.config.evaluation_images_per_prompt);
+    let (per_prompt, total) = (extent.images, extent.prompts * extent.images);
     let groups =
-        prompts::registry::evaluation_prompts(task.prompts.as_ref(), settings.seed, task.index, total / per_prompt);
+        prompts::registry::evaluation_prompts(task.prompts.as_ref(), settings.seed, task.index, extent.prompts);
     let prompt_of: Vec<Prompt> = (0..total).map(|sample| groups[sample / per_prompt].clone()).collect();
     let noise = NoiseOf { seed: settings.seed, iteration: u32::MAX, task: task.index };
+    let is_shown = |sample: usize| sample < extent.shown && sample % per_prompt < extent.shown_per_prompt;
 
     let chunk = CHUNK.next_multiple_of(per_prompt);
     let mut mine = Vec::new();
@@ -104,13 +168,20 @@ fn evaluate_task(
         let _stage = memory::stage(format!("evaluation of task {name}"), count, advice);
         let trajectory = roller.roll_out(&roller.conditioning(prompts)?, noise, first, count)?;
         let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts, first)?;
-        let shown = settings.pictures.saturating_sub(first).min(count);
+        let _no_grad = tch::no_grad_guard();
+        let mut of_prompts = Vec::new();
+        for prompt in (0..count).step_by(per_prompt).filter(|_| per_prompt > 1) {
+            of_prompts.push(diversity(&scored.images.narrow(0, prompt as i64, per_prompt as i64))?.to_bits());
+        }
         mine.push(ChunkResult {
             first,
             rewards: scored.scores.rewards.iter().map(|r| r.to_bits()).collect(),
-            pictures: (0..shown as i64)
+            high_frequency: high_frequency_share(&scored.images)?.into_iter().map(f64::to_bits).collect(),
+            diversity: of_prompts,
+            pictures: (0..count)
+                .filter(|i| is_shown(first + i))
                 .map(|i| {
-                    let picture = to_picture(&scored.images.get(i))?;
+                    let picture = to_picture(&scored.images.get(i as i64))?;
                     Ok((picture.width(), picture.height(), picture.rgb().to_vec()))
                 })
                 .collect::<Result<_>>()?,
@@ -123,20 +194,19 @@ fn evaluate_task(
     }
     chunks.sort_by_key(|c| c.first);
     let rewards: Vec<f32> = chunks.iter().flat_map(|c| c.rewards.iter().map(|&bits| f32::from_bits(bits))).collect();
-    let mut shown = Vec::new();
-    for chunk in chunks {
-        for (i, (width, height, rgb)) in chunk.pictures.into_iter().enumerate() {
-            let sample = chunk.first + i;
-            shown.push(Shown {
-                prompt: prompt_of[sample].text.clone(),
-                picture: Picture::new(width, height, rgb)?,
-                reward: rewards[sample],
-            });
-        }
-    }
+    let numbers = |of: fn(&ChunkResult) -> &[u64]| -> Vec<f64> {
+        chunks.iter().flat_map(|c| of(c).iter().map(|&bits| f64::from_bits(bits))).collect()
+    };
+    let (high_frequency, diversity) = (numbers(|c| &c.high_frequency), numbers(|c| &c.diversity));
+    let pictures = chunks.into_iter().flat_map(|chunk| chunk.pictures);
+    let shown = (0..total).filter(|&sample| is_shown(sample)).zip(pictures).map(|(sample, (width, height, rgb))| {
+        let (prompt, picture) = (prompt_of[sample].text.clone(), Picture::new(width, height, rgb)?);
+        Ok(Shown { prompt, picture, reward: rewards[sample] })
+    });
+    let shown = shown.collect::<Result<Vec<_>>>()?;
     let group = task.reward.group();
     let units = rewards.chunks(group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
-    Ok(Some(TaskEvaluation { task: task.config.name.clone(), rewards, units, shown }))
+    Ok(Some(TaskEvaluation { task: task.config.name.clone(), rewards, units, high_frequency, diversity, shown }))
 }
 
 /// An image f32 `[3, H, W]` in \[0, 1\] as a picture for people.

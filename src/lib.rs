@@ -18,7 +18,8 @@
 //!        ▼
 //!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
 //! ```
-//! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] at the end).
+//! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
+//! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
@@ -57,9 +58,12 @@ pub mod comm;
 pub mod config;
 pub mod device;
 pub mod diffusion;
+pub mod draw;
 pub mod evaluate;
 pub mod faults;
+pub mod human_eval;
 pub mod image_file;
+pub mod image_statistics;
 pub mod iteration_log;
 pub mod kernels;
 pub mod learner;
@@ -74,6 +78,7 @@ pub mod policy;
 pub mod prompts;
 pub mod random;
 pub mod replicas;
+pub mod report;
 pub mod rewards;
 pub mod run;
 pub mod signals;

@@ -59,6 +59,8 @@ pub enum Purpose {
     Sample = 12,
     /// The control reward that is pure noise.
     RandomReward = 13,
+    /// Which model stands on the left in a query of a human evaluation.
+    StudySides = 20,
 }
 
 /// Coordinates of a stream; see the module's counter layout.

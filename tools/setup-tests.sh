@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs, into a venv of its own, the Python packages that tests compare with: diffusers, transformers, h5py,
-# tensorboard. They use the libtorch wheel of tools/setup.sh; prints the path of the Python to use. And NVRTC with CUDA's
+# tensorboard; and selenium, which drives a browser. They use the libtorch wheel of tools/setup.sh; prints the path of the Python to use. And NVRTC with CUDA's
 # headers (230 MB), which compiles the kernels for a test; that needs no GPU.
 # Needs RLDIFF_VENV (the project's venv, already set up).
 set -euo pipefail
@@ -20,11 +20,11 @@ if [ ! -d "$torch_packages/torch" ]; then
     echo "set-up of tests: LIBTORCH is set, so there is no Python torch here; tests that compare with it are skipped" >&2
     exit 0
 fi
-echo "set-up of tests: installing diffusers, transformers, peft, h5py, tensorboard, NVRTC" >&2
+echo "set-up of tests: installing diffusers, transformers, peft, h5py, tensorboard, selenium, NVRTC" >&2
 python3 -m venv "$venv"
 install=("$venv/bin/pip" install --quiet --disable-pip-version-check)
 "${install[@]}" numpy h5py pillow safetensors psutil filelock typing-extensions sympy networkx jinja2 fsspec \
-    tensorboard transformers==4.57.6 diffusers==0.39.0
+    tensorboard "selenium>=4.20,<5" transformers==4.57.6 diffusers==0.39.0
 "${install[@]}" --no-deps peft==0.18.0 accelerate==1.12.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96
 
 # torch from the project's venv, last on the path

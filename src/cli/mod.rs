@@ -9,10 +9,13 @@ mod check;
 mod config_args;
 mod device_args;
 mod doctor;
+mod drawing_args;
 mod eval;
 mod export;
+mod human_eval;
 mod inspect;
 mod pretrain;
+mod report;
 mod sample;
 mod score;
 mod tokenize;
@@ -56,6 +59,10 @@ enum Command {
     Sample(sample::Args),
     /// Score models on the held-out prompts of a config's tasks.
     Eval(eval::Args),
+    /// Build pages on which people compare models, and count their answers.
+    HumanEval(human_eval::Args),
+    /// Write one page on a run, or on several side by side.
+    Report(report::Args),
     /// Judge image files by a reward.
     Score(score::Args),
     /// Write a checkpoint's model as a diffusers folder, or its adapters as a LoRA file.
@@ -168,6 +175,8 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
         Command::Eval(args) => eval::run(args, comm),
+        Command::HumanEval(args) => human_eval::run(args, comm),
+        Command::Report(args) => report::run(args, comm),
         Command::Score(args) => score::run(args, comm),
         Command::Export(args) => export::run(args, comm),
         Command::Pretrain(args) => pretrain::run(args, comm),

@@ -294,6 +294,13 @@ pub struct EvaluationConfig {
     pub seed: u64,
     /// Columns of the before/after sheet per task.
     pub pictures: usize,
+    /// Iterations between small evaluations in the course of training; 0 for none. There is one before the first
+    /// iteration and one after the last, too.
+    pub every: u64,
+    /// Held-out prompts of each task in these.
+    pub prompts: usize,
+    /// Pictures per prompt in these; a reward that judges groups gets its groups.
+    pub images: usize,
 }
 
 /// A reward with its prompt distribution.

@@ -64,6 +64,7 @@ impl Config {
             ensure!(w.prefetch <= 1024, "pretrain.data.prefetch = {} must be at most 1024", w.prefetch);
         }
         ensure!((0.0..1.0).contains(&self.ema.decay), "ema.decay must be in 0..1");
+        self.validate_evaluation()?;
 
         ensure!(!self.tasks.is_empty(), "there is no [[task]]");
         ensure!(self.tasks.len() < 256, "at most 255 tasks");
@@ -94,6 +95,17 @@ impl Config {
         ensure!((0.0..1.0).contains(&u.beta1) && (0.0..1.0).contains(&u.beta2), "update.beta1, beta2 must be in 0..1");
         ensure!(u.epsilon > 0.0 && u.weight_decay >= 0.0, "update.epsilon must be positive, weight_decay not negative");
         ensure!(u.max_grad_norm >= 0.0 && u.max_sensitivity >= 0.0, "update: limits must not be negative (0 for none)");
+        Ok(())
+    }
+
+    fn validate_evaluation(&self) -> Result<()> {
+        let e = &self.evaluation;
+        ensure!(
+            e.prompts > 0 && e.images > 1,
+            "evaluation.prompts = {} must be at least 1, evaluation.images = {} at least 2",
+            e.prompts,
+            e.images
+        );
         Ok(())
     }
 
@@ -224,6 +236,8 @@ mod tests {
             ("rollout.eta=0.0", "rollout.eta"),
             ("ema.decay=1.0", "ema.decay"),
             ("comm.bucket_mb=0.0", "comm.bucket_mb"),
+            ("evaluation.prompts=0", "evaluation.prompts = 0"),
+            ("evaluation.images=1", "evaluation.images = 1 at least 2"),
             ("task.parity.evaluation_samples=17", "evaluation_samples"),
         ] {
             let config = parse(EMBEDDED_JOINT, "joint", &[set.to_string()]).unwrap();

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{anyhow, bail, Context, Result};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use super::{
@@ -141,6 +142,22 @@ impl ModelFiles {
             }
         }
         Ok(files)
+    }
+
+    /// SHA-256 of names and contents of everything that was read.
+    pub fn digest(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for (path, bytes) in &self.texts {
+            hash.update(format!("{path} {}\n", bytes.len()));
+            hash.update(bytes);
+        }
+        for (component, tensors) in &self.weights {
+            for (name, tensor) in tensors {
+                hash.update(format!("{component} {name} {:?} {:?}\n", tensor.kind(), tensor.size()));
+                hash.update(tensor_bytes(tensor)?);
+            }
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     pub fn text(&self, path: &str) -> Result<&str> {

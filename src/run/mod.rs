@@ -1,5 +1,6 @@
 //! A whole training run: model in, Algorithm 1, what it leaves in its folder.
 
+mod course;
 pub mod footprint;
 mod recorder;
 mod results;
@@ -35,7 +36,7 @@ use crate::{
     replicas, signals,
     store::{self, Keep, SaveReport, Saver},
     stragglers::Stragglers,
-    telemetry::{can_be_folder, names, RunFiles, Summary},
+    telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
     train::Trainer,
     watch::{self, Limits, Watchdog},
 };
@@ -211,6 +212,10 @@ impl<'a> Run<'a> {
         let mut saver = Saver::new(&self.files.checkpoints(), keep);
         let mut stragglers = Stragglers::default();
 
+        let mut of_base = Metrics::default();
+        if self.done == 0 && course::is_due(config, 0) {
+            course::evaluate(&mut self.trainer, comm, &self.files, 0, &mut recorder, &mut of_base)?;
+        }
         for iteration in self.done..config.run.iterations {
             let (mut saved, mut stalled) = (None, Duration::ZERO);
             let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
@@ -224,12 +229,18 @@ impl<'a> Run<'a> {
                 Ok(())
             })?;
             let done = iteration + 1;
+            if iteration == 0 {
+                of_base.iter().for_each(|(name, value)| metrics.set(name, value));
+            }
             if first {
                 let seconds = metrics.get(names::SECONDS).unwrap_or(0.0);
                 let lines = stragglers.note(&self.trainer.stage_seconds, seconds, &hosts);
                 lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
             }
             self.trainer.check_weights(done)?;
+            if course::is_due(config, done) {
+                course::evaluate(&mut self.trainer, comm, &self.files, done, &mut recorder, &mut metrics)?;
+            }
             if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
                 replicas::compare(&self.trainer.learner.params.buffer().host(), done, &hosts, comm)?;
             }

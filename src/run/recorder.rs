@@ -1,10 +1,10 @@
 //! What rank 0 writes while the run goes on.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::{
     config::Config,
-    telemetry::{write_atomic, EventWriter, JsonlWriter, Metrics, Progress, RunFiles, Screen},
+    telemetry::{image_grid, write_atomic, EventWriter, JsonlWriter, Metrics, Progress, RunFiles, SampleSheet, Screen},
 };
 
 pub struct Recorder {
@@ -35,6 +35,14 @@ impl Recorder {
         self.events.metrics(metrics)?;
         self.progress.iteration(metrics);
         Ok(())
+    }
+
+    /// What a task's evaluation after `done` iterations drew, as a file and for TensorBoard.
+    pub fn samples(&mut self, files: &RunFiles, done: u64, task: &str, sheet: &SampleSheet) -> Result<()> {
+        let folder = files.samples(task);
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        sheet.save(&folder.join(SampleSheet::name(done)))?;
+        self.events.picture(done, &format!("samples/{task}"), &image_grid("", &sheet.rows)?)
     }
 
     /// Ends the progress display; the event file stays open for the pictures.

@@ -11,7 +11,7 @@ use crate::{
     comm::Communicator,
     config::{load, Config},
     store::{self, Checkpoint, Loaded},
-    telemetry::RunFiles,
+    telemetry::{RunFiles, SampleSheet},
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,19 +83,30 @@ fn first_difference(key: &str, before: &toml::Value, now: &toml::Value) -> Optio
 }
 
 /// Makes the results' folder what it was when the run had done `done` iterations at `checkpoint`. Where the checkpoint
-/// is another folder's, what is here is moved aside and that folder's metrics are taken over. Trajectories of later
-/// iterations go: the run will write them again, perhaps on fewer ranks. (Metrics are cut when they are opened.)
+/// is another folder's, what is here is moved aside and that folder's metrics and samples are taken over. Trajectories and
+/// samples of later iterations go: the run will write them again, perhaps on fewer ranks. (Metrics are cut when they are
+/// opened.)
 pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
     let here = fs::canonicalize(files.checkpoints()).ok();
     let there = checkpoint.parent().and_then(|folder| fs::canonicalize(folder).ok());
     if here.is_none() || here != there {
         move_aside(files.root())?;
         files.create()?;
-        let of_run = there.as_deref().and_then(Path::parent).map(|root| RunFiles::new(root).metrics());
-        if let Some(metrics) = of_run.filter(|path| path.is_file()) {
-            fs::copy(&metrics, files.metrics()).with_context(|| format!("cannot copy {}", metrics.display()))?;
+        let Some(of_run) = there.as_deref().and_then(Path::parent).map(RunFiles::new) else { return Ok(()) };
+        let copy = |from: &Path, to: &Path| {
+            fs::copy(from, to).map(drop).with_context(|| format!("cannot copy {}", from.display()))
+        };
+        if of_run.metrics().is_file() {
+            copy(&of_run.metrics(), &files.metrics())?;
+        }
+        for (task, _, path) in samples(&of_run)?.into_iter().filter(|(_, at, _)| *at <= done) {
+            fs::create_dir_all(files.samples(&task))?;
+            copy(&path, &files.samples(&task).join(path.file_name().unwrap_or_default()))?;
         }
         return Ok(());
+    }
+    for (_, _, path) in samples(files)?.into_iter().filter(|(_, at, _)| *at > done) {
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     let Ok(shards) = fs::read_dir(files.trajectories()) else { return Ok(()) };
     for entry in shards {
@@ -107,6 +118,18 @@ pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The sheets of samples of all tasks: task, iterations done, file.
+fn samples(files: &RunFiles) -> Result<Vec<(String, u64, PathBuf)>> {
+    let Ok(tasks) = fs::read_dir(files.samples("")) else { return Ok(Vec::new()) };
+    let mut all = Vec::new();
+    for task in tasks {
+        let task = task?.file_name().to_string_lossy().into_owned();
+        let sheets = SampleSheet::list(&files.samples(&task))?;
+        all.extend(sheets.into_iter().map(|(done, path)| (task.clone(), done, path)));
+    }
+    Ok(all)
 }
 
 /// Renames what an earlier run left, so that nothing is lost.

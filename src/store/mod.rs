@@ -4,7 +4,7 @@
 //! This is the only folder that names hdf5.
 
 pub mod checkpoint;
-mod digest;
+pub mod digest;
 mod h5;
 mod inspect;
 mod trajectory;

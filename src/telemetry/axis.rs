@@ -8,7 +8,7 @@ pub(super) fn tick_style() -> Style {
 }
 
 /// What an axis spans, and the numbers written on it: (value, text).
-pub(super) struct Axis {
+pub(crate) struct Axis {
     pub range: std::ops::Range<f64>,
     pub ticks: Vec<(f64, String)>,
 }
@@ -39,7 +39,7 @@ impl Axis {
         Axis { ticks: ticks.collect(), range }
     }
 
-    pub fn label_width(&self) -> usize {
+    pub(super) fn label_width(&self) -> usize {
         self.ticks.iter().map(|(_, text)| tick_style().width(text)).max().unwrap_or(0)
     }
 }

@@ -114,7 +114,7 @@ fn reward_series(history: &[Metrics], panel: &RewardPanel, color: RGBColor) -> V
     let name = names::reward_mean(&panel.task);
     let value = |metrics: &Metrics| metrics.get(&name).unwrap_or(f64::NAN);
     let points: Vec<_> = history.iter().map(|metrics| ((metrics.iteration + 1) as f64, value(metrics))).collect();
-    let window = (points.len() / 8).clamp(3, 50);
+    let window = mean_window(points.len());
     let averaged = running_mean(&points, window);
     let pale = RGBColor(pale(color.0), pale(color.1), pale(color.2));
     let line = |label: String, points, color, width, dashed| Line { label, points, color, width, dashed };
@@ -133,8 +133,13 @@ fn pale(channel: u8) -> u8 {
     255 - (255 - channel) / 2
 }
 
+/// Over how many points the running mean of `count` goes.
+pub(crate) fn mean_window(count: usize) -> usize {
+    (count / 8).clamp(3, 50)
+}
+
 /// The mean over the last `window` finite points, at the place of each finite point.
-fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
+pub(crate) fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
     let finite: Vec<_> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
     let mean = |end: usize| {
         let recent = &finite[(end + 1).saturating_sub(window)..=end];

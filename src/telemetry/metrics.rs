@@ -40,6 +40,13 @@ pub mod names {
     /// L_pre, mean over the pretraining steps of the iteration.
     pub const PRETRAINING_LOSS: &str = "pretraining_loss";
 
+    /// Mean reward of a task on the few prompts of the evaluations in the course of training.
+    pub const EVALUATION_REWARD: &str = "evaluation_reward";
+    /// Share of fine detail in those pictures (`image_statistics::high_frequency_share`), mean over pictures.
+    pub const HIGH_FREQUENCY: &str = "high_frequency";
+    /// How different the pictures of a prompt are (`image_statistics::diversity`), mean over prompts.
+    pub const DIVERSITY: &str = "diversity";
+
     /// Mean reward of `task` over its global batch.
     pub fn reward_mean(task: &str) -> String {
         of_task(task, "reward_mean")

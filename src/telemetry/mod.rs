@@ -7,6 +7,7 @@
 //! iteration ──► Metrics ──┬─► JsonlWriter   metrics.jsonl, every digit
 //!                         ├─► EventWriter   tensorboard/events.out.tfevents.*
 //!                         └─► Progress      bar on a terminal, aligned lines elsewhere
+//! evaluations ─► SampleSheet   samples/<task>/iteration-NNNNNN.png
 //! end of run ─► reward_curves.png · before_after.png · summary.json + the table on the screen
 //! ```
 
@@ -19,18 +20,23 @@ pub(crate) mod number;
 mod picture;
 mod progress;
 mod run_files;
+mod samples;
 mod screen;
 mod summary;
 mod tensorboard;
 mod text;
 
 pub use atomic_file::{write_atomic, write_atomic_with};
+pub(crate) use axis::Axis;
 pub use curves::{draw_reward_curves, plot_series, RewardPanel, Series};
+pub(crate) use curves::{mean_window, running_mean};
 pub use grid::{before_after_sheet, image_grid, BeforeAfter, Column, GridRow};
 pub use metrics::{names, read_metrics, JsonlWriter, Metrics};
+pub(crate) use picture::{encode_png, picture_size};
 pub use picture::{read_png, save_png, Picture};
 pub use progress::Progress;
 pub use run_files::{can_be_folder, RunFiles};
+pub use samples::SampleSheet;
 pub use screen::{init_logger, Screen};
 pub use summary::{Estimate, Summary, TaskSummary};
 pub use tensorboard::EventWriter;

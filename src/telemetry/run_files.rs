@@ -11,6 +11,7 @@ use anyhow::{bail, Context, Result};
 /// ├── config.toml          the resolved config
 /// ├── metrics.jsonl        one line per iteration
 /// ├── tensorboard/         the same for TensorBoard, with sample pictures
+/// ├── samples/<task>/      the same prompts and noise as training goes on, one file per evaluation
 /// ├── reward_curves.png
 /// ├── before_after.png     same noise: base above tuned
 /// ├── summary.json
@@ -53,6 +54,10 @@ impl RunFiles {
 
     pub fn tensorboard(&self) -> PathBuf {
         self.root.join("tensorboard")
+    }
+
+    pub fn samples(&self, task: &str) -> PathBuf {
+        self.root.join("samples").join(task)
     }
 
     pub fn reward_curves(&self) -> PathBuf {

@@ -1,6 +1,7 @@
 //! What the integration tests share: starting ranks, and time limits for everything that is started.
 #![allow(dead_code)] // each test target uses its part
 
+pub mod browser;
 pub mod runs;
 
 use std::io::{Read, Seek};
@@ -141,7 +142,7 @@ pub fn rldiff(ranks: usize, folder: &Path) -> Command {
 }
 
 /// Settings that make the embedded joint experiment small: a second of work per iteration.
-pub const SMALL: [&str; 16] = [
+pub const SMALL: [&str; 17] = [
     "run.iterations=2",
     "run.checkpoint_every=1",
     "run.keep_checkpoints=9",
@@ -149,6 +150,7 @@ pub const SMALL: [&str; 16] = [
     "update.timesteps=2",
     "pretrain.batch_per_lane=2",
     "evaluation.pictures=2",
+    "evaluation.every=0",
     "task.composition.samples=4",
     "task.composition.evaluation_samples=4",
     "pretrain.steps=1",

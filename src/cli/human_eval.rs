@@ -1,0 +1,209 @@
+//! `rldiff human-eval`: pages on which people compare models, and the count of their answers.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use anyhow::{ensure, Context, Result};
+
+use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMistake};
+use crate::{
+    comm::{agree, all_made, Communicator},
+    draw::{warn_of_cut_prompts, Drawing, Painter},
+    human_eval::{
+        pages::{State, StudyFiles},
+        study::{Model, Pairing, Study},
+        tally::Tally,
+        votes,
+    },
+    memory,
+    models::{folder::ModelFiles, pipeline::Pipeline},
+    run::{load_model, model_location},
+    telemetry::{can_be_folder, save_png, write_atomic},
+    text_file,
+};
+
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    build: BuildArgs,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Count the answers that raters have sent.
+    Tally(TallyArgs),
+}
+
+#[derive(clap::Args)]
+struct BuildArgs {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// A model to compare: `embedded`, a diffusers folder, or a run's folder (its tuned model). Two or more.
+    #[arg(long = "model", value_name = "DIR")]
+    models: Vec<String>,
+    /// Which models meet where there are more than two.
+    #[arg(long, value_enum, default_value_t = Pairing::All)]
+    pairing: Pairing,
+    /// What to draw for the questions on single pictures. May be given several times.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    prompts: Vec<String>,
+    /// File with one such prompt per line.
+    #[arg(long = "prompts", value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// What to draw for the question on sets of six pictures. May be given several times.
+    #[arg(long = "group-prompt", value_name = "TEXT")]
+    group_prompts: Vec<String>,
+    /// File with one such prompt per line.
+    #[arg(long = "group-prompts", value_name = "FILE")]
+    group_prompt_file: Option<PathBuf>,
+    /// Heading of the pages; raters read it.
+    #[arg(long, default_value = "Which picture is better?", value_name = "TEXT")]
+    title: String,
+    /// Raters that every query should have.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    raters: usize,
+    #[command(flatten)]
+    drawing: DrawingArgs,
+    /// Folder for the study: study.json, and pages/ for the raters.
+    #[arg(long, default_value = "human-eval", value_name = "DIR")]
+    out: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct TallyArgs {
+    /// The study's folder, or its study.json.
+    study: PathBuf,
+    /// Raters' files, or folders of them (every .json in it).
+    #[arg(required = true, value_name = "VOTES")]
+    votes: Vec<PathBuf>,
+    /// Also write the figures to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Also write the tables to this file.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    match args.command {
+        Some(Command::Tally(args)) if comm.rank() == 0 => tally(&args),
+        Some(Command::Tally(_)) => Ok(()),
+        None => build(&args.build, comm),
+    }
+}
+
+fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
+    let drawing = args.drawing.drawing();
+    // tried without the models first: that costs nothing
+    let plan = |digests: &[String]| plan(args, &drawing, digests);
+    let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
+    let prompts: BTreeSet<&str> = queries.iter().map(|query| query.prompt.as_str()).collect();
+    agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    tch::set_num_threads(1);
+
+    let (mut digests, mut size) = (Vec::new(), None);
+    for name in &args.models {
+        let files = ModelFiles::read_and_broadcast(&model_location(name), comm).or_mistake()?;
+        digests.push(files.digest().or_mistake()?);
+        let pipeline = Pipeline::from_files(files, device).or_mistake()?;
+        let own = Painter::new(&pipeline, name, &drawing).or_mistake()?.size();
+        same_size(name, own, *size.get_or_insert(own)).or_mistake()?;
+        if comm.rank() == 0 {
+            warn_of_cut_prompts(&pipeline, prompts.iter().copied().chain([drawing.negative.as_str()]))?;
+        }
+    }
+    let study = plan(&digests).or_mistake()?;
+    let files = StudyFiles::new(&args.out);
+    let state = all_made(comm, files.state(&study)).or_mistake()?;
+    // all ranks have looked before one of them changes anything
+    comm.barrier()?;
+    if state != State::Complete {
+        agree(comm, if comm.rank() == 0 { files.begin(&study) } else { Ok(()) })?;
+        for (index, model) in study.models.iter().enumerate() {
+            let pipeline = load_model(&model.name, comm, device)?;
+            agree(comm, draw(&files, &study, index, &Painter::new(&pipeline, &model.name, &drawing)?, comm))?;
+        }
+        let (height, width) = size.expect("there are models");
+        let written = || files.finish(&study, (width as usize, height as usize));
+        agree(comm, if comm.rank() == 0 { written() } else { Ok(()) })?;
+    }
+    if comm.rank() == 0 {
+        let (pages, key) = (files.pages(), files.study());
+        let already = if state == State::Complete { " (they were there already)" } else { "" };
+        let queries = if study.queries.len() == 1 { "query" } else { "queries" };
+        println!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
+        println!("give them that folder: they open its index.html, from disk or from any web server");
+        println!("keep {}: it says which model is on which side", key.display());
+        let out = args.out.display();
+        println!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
+    }
+    Ok(())
+}
+
+fn plan(args: &BuildArgs, drawing: &Drawing, digests: &[String]) -> Result<Study> {
+    drawing.validate()?;
+    let models = args.models.iter().zip(digests);
+    let models = models.map(|(name, digest)| Model { name: name.clone(), digest: digest.clone() }).collect();
+    let pair_prompts = prompts(&args.prompts, args.prompt_file.as_ref())?;
+    let group_prompts = prompts(&args.group_prompts, args.group_prompt_file.as_ref())?;
+    Study::plan(&args.title, models, args.pairing, &pair_prompts, &group_prompts, args.raters, drawing.clone())
+}
+
+fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<String>> {
+    let mut prompts = given.to_vec();
+    if let Some(path) = file {
+        let lines = text_file::lines(path)?;
+        ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
+        prompts.extend(lines.into_iter().map(|(_, line)| line));
+    }
+    Ok(prompts)
+}
+
+/// Raters would know the models by the size of their pictures.
+fn same_size(name: &str, own: (i64, i64), first: (i64, i64)) -> Result<()> {
+    ensure!(
+        own == first,
+        "{name} draws {}×{} pixels, the first model {}×{}: give --width and --height",
+        own.1,
+        own.0,
+        first.1,
+        first.0
+    );
+    Ok(())
+}
+
+/// Draws this rank's share of a model's pictures; those that are there already stay.
+fn draw(files: &StudyFiles, study: &Study, model: usize, painter: &Painter, comm: &dyn Communicator) -> Result<()> {
+    let _stage = memory::stage("drawing of a picture", 1, "make it smaller (--height, --width)");
+    let pictures = files.pictures(study, model).into_iter();
+    for (sample, picture) in pictures.skip(comm.rank()).step_by(comm.size()) {
+        if picture.files.iter().all(|file| file.exists()) {
+            continue;
+        }
+        let drawn = painter.picture(&picture.prompt, sample)?;
+        for file in &picture.files {
+            save_png(file, &drawn, &[])?;
+        }
+    }
+    Ok(())
+}
+
+fn tally(args: &TallyArgs) -> Result<(), Failure> {
+    let path = if args.study.is_dir() { StudyFiles::new(&args.study).study() } else { args.study.clone() };
+    let study = Study::read(&path).or_mistake()?;
+    let sessions = votes::read_all(&study, &args.votes).or_mistake()?;
+    let tally = Tally::of(&study, &sessions);
+    let markdown = tally.markdown();
+    if let Some(path) = &args.json {
+        let json = serde_json::to_vec_pretty(&tally).context("the tally as JSON")?;
+        write_atomic(path, &[&json[..], b"\n"].concat())?;
+    }
+    if let Some(path) = &args.markdown {
+        write_atomic(path, markdown.as_bytes())?;
+    }
+    print!("{markdown}");
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! `rldiff report`: a page on one run or several.
+
+use std::path::PathBuf;
+
+use super::{Failure, OrMistake};
+use crate::{comm::Communicator, report, telemetry::write_atomic};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Folder of a run; several are set side by side.
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// The page [default: report.html in the run's folder, or here for several runs].
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    if comm.rank() != 0 {
+        return Ok(());
+    }
+    let page = report::page(&args.runs).or_mistake()?;
+    let out = args.out.unwrap_or_else(|| match args.runs.as_slice() {
+        [run] => run.join("report.html"),
+        _ => PathBuf::from("report.html"),
+    });
+    write_atomic(&out, page.as_bytes())?;
+    println!("{}", out.display());
+    Ok(())
+}

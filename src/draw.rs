@@ -1,0 +1,121 @@
+//! Pictures from prompts by a model as it is: what `sample` and `human-eval` draw.
+
+use anyhow::{bail, ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::{
+    config::RolloutConfig,
+    diffusion::schedule::{Schedule, Step},
+    evaluate::to_picture,
+    models::pipeline::Pipeline,
+    prompts::Prompt,
+    task::{NoiseOf, Roller},
+    telemetry::Picture,
+};
+
+/// How pictures are drawn, by whatever model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drawing {
+    pub seed: u64,
+    /// DDIM steps.
+    pub steps: usize,
+    /// g; 1 for no guidance.
+    pub guidance_scale: f64,
+    /// Noise of the transitions: 0 is deterministic DDIM.
+    pub eta: f64,
+    /// What to steer away from.
+    pub negative: String,
+    /// In pixels; the model's own where there is none.
+    pub height: Option<i64>,
+    pub width: Option<i64>,
+}
+
+impl Drawing {
+    /// What is wrong whatever the model.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(self.steps > 0, "--steps must be at least 1");
+        ensure!((0.0..=1.0).contains(&self.eta), "--eta is in 0..=1");
+        ensure!(self.guidance_scale.is_finite(), "--guidance must be finite");
+        Ok(())
+    }
+}
+
+/// A model with everything set up to draw.
+pub struct Painter<'a> {
+    pipeline: &'a Pipeline,
+    steps: Vec<Step>,
+    rollout: RolloutConfig,
+    negative: Tensor,
+    latent_shape: [i64; 3],
+    noise: NoiseOf,
+}
+
+impl<'a> Painter<'a> {
+    /// `origin` names the model in errors.
+    pub fn new(pipeline: &'a Pipeline, origin: &str, drawing: &Drawing) -> Result<Self> {
+        let schedule = Schedule::of_model(&pipeline.scheduler)
+            .with_context(|| format!("{origin}: scheduler/scheduler_config.json"))?;
+        let rollout = RolloutConfig {
+            steps: drawing.steps,
+            eta: drawing.eta,
+            guidance_scale: drawing.guidance_scale,
+            cuda_graph: false,
+        };
+        Ok(Painter {
+            latent_shape: latent_shape(pipeline, drawing)?,
+            steps: schedule.steps(drawing.steps, drawing.eta)?,
+            negative: pipeline.embed(&[drawing.negative.as_str()])?,
+            noise: NoiseOf { seed: drawing.seed, iteration: u32::MAX, task: u8::MAX },
+            pipeline,
+            rollout,
+        })
+    }
+
+    /// Height and width of the pictures.
+    pub fn size(&self) -> (i64, i64) {
+        let factor = self.pipeline.vae.config.downscale();
+        (self.latent_shape[1] * factor, self.latent_shape[2] * factor)
+    }
+
+    /// The picture of `prompt` with noise number `sample`: drawn by itself, since libtorch's last bits depend on the
+    /// batch.
+    pub fn picture(&self, prompt: &str, sample: usize) -> Result<Picture> {
+        let roller = Roller {
+            pipeline: self.pipeline,
+            steps: &self.steps,
+            empty_prompt: &self.negative,
+            rollout: &self.rollout,
+            latent_shape: self.latent_shape,
+            recorded: None,
+        };
+        let conditioning = roller.conditioning(&[Prompt { text: prompt.to_owned(), objects: Vec::new() }])?;
+        let trajectory = roller.roll_out(&conditioning, self.noise, sample, 1)?;
+        to_picture(&tch::no_grad(|| self.pipeline.vae.decode_scaled(trajectory.x_0())).get(0))
+    }
+}
+
+/// Latents of the asked size.
+fn latent_shape(pipeline: &Pipeline, drawing: &Drawing) -> Result<[i64; 3]> {
+    let [channels, height, width] = pipeline.latent_shape();
+    let factor = pipeline.vae.config.downscale();
+    let side = |name: &str, wanted: Option<i64>, own: i64| match wanted {
+        None => Ok(own),
+        Some(pixels) if pixels > 0 && pixels % factor == 0 => Ok(pixels / factor),
+        Some(pixels) => bail!("--{name} {pixels} must be a positive multiple of {factor}"),
+    };
+    Ok([channels, side("height", drawing.height, height)?, side("width", drawing.width, width)?])
+}
+
+/// Says which texts are too long for the model.
+pub fn warn_of_cut_prompts<'t>(pipeline: &Pipeline, texts: impl Iterator<Item = &'t str>) -> Result<()> {
+    for text in texts {
+        let cut = pipeline.tokenizer.encode(text)?.cut;
+        if cut > 0 {
+            let beginning: String = text.chars().take(40).collect();
+            log::warn!("the prompt that begins {beginning:?} is too long: its last {cut} tokens are cut");
+        }
+    }
+    Ok(())
+}

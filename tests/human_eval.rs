@@ -1,0 +1,230 @@
+//! Human evaluation as its users do it: a study is built, answered in a real browser, and counted.
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use common::{browser::run_script, empty_folder, files_below, rldiff, run_within, runs, Finished};
+use serde_json::Value;
+
+/// For what draws a few small pictures; two seconds were observed.
+const LIMIT: Duration = Duration::from_secs(120);
+
+const BUILD: [&str; 16] = [
+    "human-eval",
+    "--model",
+    "embedded",
+    "--model",
+    "tuned",
+    "--prompt",
+    "a carrot next to a book",
+    "--prompt",
+    "a kite at the \"beach\" </script> & co",
+    "--group-prompt",
+    "a portrait of a nurse",
+    "--steps",
+    "2",
+    "--guidance",
+    "3",
+    "--eta=1",
+];
+
+/// A folder with a run `tuned`, whose model differs from the embedded one.
+fn folder_with_two_models(name: &str) -> PathBuf {
+    let folder = empty_folder(name);
+    runs::train(
+        1,
+        &folder.join("tuned"),
+        &["run.iterations=1", "update.learning_rate=0.001", "update.warmup_steps=0"],
+        &[],
+    );
+    folder
+}
+
+fn human_eval(ranks: usize, folder: &Path, arguments: &[&str]) -> Finished {
+    let mut command = rldiff(ranks, folder);
+    command.args(arguments);
+    run_within(command, LIMIT)
+}
+
+fn build(ranks: usize, folder: &Path, out: &str, more: &[&str]) -> Finished {
+    human_eval(ranks, folder, &[&BUILD[..], more, &["--out", out]].concat())
+}
+
+/// Files below `root` by their path in it.
+fn content(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    files_below(root).into_iter().map(|(path, bytes)| (path.strip_prefix(root).unwrap().to_path_buf(), bytes)).collect()
+}
+
+#[test]
+fn a_study_is_the_same_on_any_number_of_ranks_and_goes_on_where_it_was_interrupted() {
+    let folder = folder_with_two_models("human_eval_build");
+    let done = build(1, &folder, "one", &[]).expect_success("one rank");
+    assert!(done.stdout.contains("3 queries for 5 raters in one/pages"), "{}", done.stdout);
+    build(2, &folder, "two", &[]).expect_success("two ranks");
+    let one = content(&folder.join("one"));
+    assert!(one == content(&folder.join("two")), "one and two ranks: other files");
+    let pictures = one.iter().filter(|(path, _)| path.extension().is_some_and(|e| e == "png"));
+    assert_eq!(pictures.count(), 2 * 2 + 2 * 6);
+    // the models differ, so the pictures do; and nothing for the raters says which is which
+    let bytes = |name: &str| fs::read(folder.join("one/pages/images").join(name)).unwrap();
+    assert_ne!(bytes("pair-0001-left-1.png"), bytes("pair-0001-right-1.png"));
+    for (path, bytes) in &one {
+        let names = ["embedded", "tuned"].iter().any(|name| bytes.windows(name.len()).any(|w| w == name.as_bytes()));
+        assert_eq!(names, path.ends_with("study.json"), "{}", path.display());
+    }
+
+    // interrupted: some pictures and the pages are missing
+    fs::remove_file(folder.join("two/pages/index.html")).unwrap();
+    for name in ["pair-0002-right-1.png", "group-0001-left-4.png"] {
+        fs::remove_file(folder.join("two/pages/images").join(name)).unwrap();
+    }
+    build(1, &folder, "two", &[]).expect_success("gone on");
+    assert!(one == content(&folder.join("two")), "gone on: other files");
+    let again = build(1, &folder, "two", &[]).expect_success("again");
+    assert!(again.stdout.contains("they were there already"), "{}", again.stdout);
+
+    for (out, more, expected) in [
+        ("two", &["--seed", "9"][..], "error: two holds another study: give another --out\n"),
+        ("tuned", &[], "error: tuned is not empty: give another --out\n"),
+        ("x", &["--model", "nowhere"], "error: model folder nowhere does not exist\n"),
+        ("x", &["--model", "embedded"], "error: --model embedded is given twice\n"),
+        ("x", &["--prompts", "empty.txt"], "error: empty.txt holds no prompt\n"),
+        ("x", &["--width", "31"], "error: --width 31 must be a positive multiple of"),
+    ] {
+        fs::write(folder.join("empty.txt"), "\n\n").unwrap();
+        let refused = build(1, &folder, out, more);
+        assert_eq!(refused.status.code(), Some(2), "{more:?}: {}", refused.stderr);
+        // warnings of a prompt that is too long may come first
+        let lines: Vec<&str> = refused.stderr.lines().filter(|line| !line.starts_with("warn: ")).collect();
+        assert!(lines.len() == 1 && lines[0].starts_with(expected.trim_end()), "{}", refused.stderr);
+        assert!(!folder.join("x").exists());
+    }
+    let alone = human_eval(1, &folder, &["human-eval", "--model", "embedded", "--prompt", "x"]);
+    assert_eq!(alone.status.code(), Some(2));
+    assert!(alone.stderr.contains("two models or more"), "{}", alone.stderr);
+}
+
+/// A rater's session in the browser; false where there is none.
+fn answer(folder: &Path, url: &str, rater: &str, mode: &str, requests_start: &str) -> bool {
+    let downloads = folder.join(format!("downloads-{mode}"));
+    fs::create_dir(&downloads).unwrap();
+    let study = folder.join("study/study.json");
+    let arguments = [url, study.to_str().unwrap(), rater, mode, downloads.to_str().unwrap()];
+    if run_script("answer_study.py", arguments).is_none() {
+        return false;
+    }
+    let seen: Value = serde_json::from_slice(&fs::read(downloads.join("seen.json")).unwrap()).unwrap();
+    assert_eq!(seen["complaints"], serde_json::json!([]));
+    let requested = seen["requested"].as_array().unwrap();
+    assert!(requested.len() > 10, "{requested:?}");
+    for address in requested {
+        assert!(address.as_str().unwrap().starts_with(requests_start), "{address}");
+    }
+    true
+}
+
+#[test]
+fn raters_answer_in_a_browser_and_the_answers_are_counted() {
+    let folder = folder_with_two_models("human_eval_browser");
+    build(1, &folder, "study", &["--raters", "2"]).expect_success("build");
+    let pages = folder.join("study/pages");
+
+    // by keyboard from disk
+    let from_disk = format!("file://{}/", pages.display());
+    if !answer(&folder, &format!("{from_disk}index.html"), "anna b.", "keys", &from_disk) {
+        return;
+    }
+    // by touch on a phone from a static server
+    let server = StaticServer::start(&pages);
+    assert!(answer(&folder, &server.address, "bob", "pointer", &server.address));
+
+    let votes = folder.join("votes");
+    fs::create_dir(&votes).unwrap();
+    for mode in ["keys", "pointer"] {
+        let (path, bytes) = files_below(&folder.join(format!("downloads-{mode}")))
+            .into_iter()
+            .find(|(path, _)| path.file_name().unwrap().to_str().unwrap().starts_with("votes-"))
+            .unwrap();
+        fs::write(votes.join(path.file_name().unwrap()), bytes).unwrap();
+    }
+    let names: Vec<String> =
+        files_below(&votes).iter().map(|(path, _)| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+    assert!(names[0].starts_with("votes-anna-b-") && names[1].starts_with("votes-bob-"), "{names:?}");
+
+    let tally = ["human-eval", "tally", "study", "votes", "--json", "tally.json", "--markdown", "tally.md"];
+    let counted = human_eval(1, &folder, &tally).expect_success("tally");
+    assert_eq!(counted.stdout, fs::read_to_string(folder.join("tally.md")).unwrap());
+    assert!(counted.stdout.contains("2 raters, 3 queries, 14 answers.\nIn brackets"), "{}", counted.stdout);
+    let tally: Value = serde_json::from_slice(&fs::read(folder.join("tally.json")).unwrap()).unwrap();
+    let of = |question: &str| -> Value {
+        tally["comparisons"].as_array().unwrap().iter().find(|c| c["question"] == question).unwrap().clone()
+    };
+    // the rule by which the script answers
+    assert_eq!(of("alignment")["second_preferred"]["share"], 1.0);
+    assert_eq!(of("alignment")["second"], "tuned");
+    assert_eq!(of("fidelity")["both_bad"]["share"], 1.0);
+    assert_eq!(of("preference")["left_of_decided"]["share"], 1.0);
+    // always left is each model once: two queries, two raters who agree
+    assert_eq!(
+        (&of("preference")["second_of_decided"]["share"], &of("preference")["alpha"]),
+        (&0.5.into(), &1.0.into())
+    );
+    assert_eq!(of("diversity")["second_preferred"]["counted"], 2);
+    assert_eq!(tally["queries_with_fewer"], 0);
+
+    // what cannot be counted: twice the same session, another study's, a torn file
+    fs::copy(votes.join(&names[0]), votes.join("zz-copy.json")).unwrap();
+    let text = fs::read_to_string(votes.join(&names[1])).unwrap();
+    fs::write(votes.join("zy-torn.json"), &text[..text.len() / 2]).unwrap();
+    let id = tally["study"].as_str().unwrap();
+    fs::write(votes.join("zx-other.json"), text.replace(id, "00000000000000000000000000000000")).unwrap();
+    let refused = human_eval(1, &folder, &["human-eval", "tally", "study", "votes"]);
+    assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(2), ""));
+    let lines: Vec<&str> = refused.stderr.lines().collect();
+    assert_eq!(lines.len(), 3, "{}", refused.stderr);
+    assert!(lines[0].starts_with("error: votes/zx-other.json: belongs to the study 0000"), "{}", lines[0]);
+    assert!(lines[1].starts_with("error: votes/zy-torn.json: is no file of votes"), "{}", lines[1]);
+    assert_eq!(lines[2], format!("error: votes/zz-copy.json: is the same session as votes/{}", names[0]));
+}
+
+/// Python's own web server on a free port of the loopback.
+struct StaticServer {
+    process: std::process::Child,
+    address: String,
+}
+
+impl StaticServer {
+    fn start(folder: &Path) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let process = Command::new("python3")
+            .args(["-m", "http.server", "--bind", "127.0.0.1", &port.to_string(), "--directory"])
+            .arg(folder)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("python3 serves a folder");
+        let server = StaticServer { process, address: format!("http://127.0.0.1:{port}/") };
+        let connects = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+        assert!(
+            (0..200).any(|_| connects() || {
+                std::thread::sleep(Duration::from_millis(50));
+                false
+            }),
+            "no server"
+        );
+        server
+    }
+}
+
+impl Drop for StaticServer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
