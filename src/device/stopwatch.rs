@@ -68,7 +68,11 @@ mod tests {
 
     #[test]
     fn the_hosts_clock_sees_what_the_work_took_and_errors_pass() {
-        let took = seconds(Device::Cpu, || Ok(std::thread::sleep(Duration::from_millis(20)))).unwrap();
+        let nap = || {
+            std::thread::sleep(Duration::from_millis(20));
+            Ok(())
+        };
+        let took = seconds(Device::Cpu, nap).unwrap();
         assert!((0.02..10.0).contains(&took), "{took}");
         assert_eq!(seconds(Device::Cpu, || Err(anyhow!("broken"))).unwrap_err().to_string(), "broken");
     }
