@@ -1,12 +1,15 @@
 //! On a GPU: what the CPU does, within stated bounds; the ratio starts at 1; graphs and buckets change nothing. Without a
 //! GPU every test says so and passes; with RLDIFF_REQUIRE_GPU=1 that is a failure. `make test-gpu` runs them.
 //!
-//! No GPU has run these tests yet: the bounds are derived, not observed. Put what is observed beside them.
+//! Observed on an H100 and an H200: bench/runs/2026-11-26-gpu.
 
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use rldiff::{
-    comm::{nccl::Nccl, Communicator as _, DeviceVector, Local, Wire},
+    comm::{
+        nccl::{Nccl, PATIENCE},
+        Communicator as _, DeviceVector, Local, Wire,
+    },
     config::{load, Config},
     device::{self, Wanted},
     diffusion::{
@@ -99,7 +102,7 @@ const GUIDANCE_7: [&str; 3] = ["rollout.guidance_scale=7.0", "rollout.steps=10",
 
 /// Rounding errors of the U-Net's output are about 1e-6 of it in f32 (2^-24 times the root of the depth of its sums);
 /// guidance 7 multiplies those of the difference by up to 13, and the ten steps multiply an error in x_t by at most 2 to
-/// 3 together. Derived: 4e-5; the bound leaves a factor of 25 for another order of sums in convolutions.
+/// 3 together. Derived: 4e-5, observed: 1.1e-5; the bound leaves a factor of 25 for another order of sums in convolutions.
 const TRAJECTORY_BOUND: f64 = 1e-3;
 
 #[test]
@@ -121,7 +124,7 @@ fn trajectories_agree_with_the_cpu() {
 
 /// Same module, kernels, shapes: 0 where libtorch picks the same algorithm with and without autograd. A drift of the clip
 /// range would switch samples off before the first update; a tenth of it is what f32 may show, bf16 (8 bits of mantissa)
-/// the whole.
+/// the whole. Observed: exactly 0 in both.
 const DRIFT_BOUND: [(&str, f64); 2] = [("f32", 1e-5), ("bf16", 1e-4)];
 
 #[test]
@@ -162,6 +165,7 @@ fn replayed_graphs_give_the_same_trajectory() {
 }
 
 /// Sums over lanes on the GPU against the CPU's; the backward pass of f32 rounds as its forward pass does (see above).
+/// Observed: 2.3e-7.
 #[test]
 fn gradients_agree_with_the_cpu() {
     let Some((device, _alone)) = gpu() else { return };
@@ -195,7 +199,7 @@ fn gradients_agree_with_the_cpu() {
 fn nccl_sums_what_a_stream_is_still_making() {
     let Some((device, _alone)) = gpu() else { return };
     let Device::Cuda(index) = device else { unreachable!() };
-    let comm = Nccl::start(&Local, index).expect("NCCL");
+    let comm = Nccl::start(&Local, index, Some(PATIENCE)).expect("NCCL");
     let values = Tensor::ones([1 << 20], (Kind::Float, device));
     for _ in 0..20 {
         let mut values = values.shallow_clone();
