@@ -165,3 +165,81 @@ fn the_joint_run_with_its_three_networks() {
     let composition = value("composition/reward_mean");
     assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
 }
+
+/// `rldiff score` with each of the networks, on picture files of two sizes.
+#[test]
+fn score_judges_files_by_each_network() {
+    let folder = empty_folder("score-networks");
+    write_inputs(&folder);
+    reward_files::write_aesthetic(&folder, 24);
+    let images = folder.join("images");
+    fs::create_dir(&images).unwrap();
+    for (name, side) in [("a.png", 50), ("b.webp", 50), ("c.jpg", 77)] {
+        let shade = name.as_bytes()[0] as u32;
+        RgbImage::from_fn(side, 60, |x, y| Rgb([(x * 3 + shade) as u8, (y * 4) as u8, (x * y / 9) as u8]))
+            .save(images.join(name))
+            .unwrap();
+    }
+    let prompt = r#"{"text": "an apple next to a book", "objects": ["apple", "book"]}"#;
+    fs::write(folder.join("prompts"), prompt).unwrap();
+    for reward in [
+        "{ name = 'image_reward', weights = 'image_reward.safetensors', vocabulary = 'vocab.txt' }",
+        "{ name = 'aesthetic', clip = 'clip.safetensors', head = 'head.safetensors' }",
+        "{ name = 'composition', weights = 'unidet.safetensors', labels = 'labels.json', threshold = 0.1, top = 0, \
+         channel_order = 'rgb', short_side = 64, long_side = 90 }",
+    ] {
+        let mut command = rldiff(1, &folder);
+        command.args(["score", "--reward", reward, "--json", "out.json", "images", "prompts"]);
+        run_within(command, Duration::from_secs(120)).expect_success(reward);
+        let found: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("out.json")).unwrap()).unwrap();
+        let scores: Vec<f64> = (0..3).map(|i| found["images"][i]["reward"].as_f64().unwrap()).collect();
+        println!("{scores:?}");
+        assert!(scores[0] != scores[2], "{reward}: {scores:?}");
+    }
+    let mut command = rldiff(1, &folder);
+    let wrong = "{ name = 'aesthetic', clip = 'image_reward.safetensors', head = '' }";
+    command.args(["score", "--reward", wrong, "images", "prompts"]);
+    let done = run_within(command, Duration::from_secs(120));
+    assert!(done.status.code() == Some(2) && done.stderr.lines().count() == 1, "{}", done.stderr);
+    assert!(done.stderr.contains("image_reward.safetensors: neither visual_projection.weight nor"), "{}", done.stderr);
+}
+
+/// The two methods that differentiate through the reward, through ImageReward and through a sum with the aesthetic score.
+#[test]
+fn refl_and_draft_train_on_the_networks() {
+    let folder = empty_folder("differentiable-networks");
+    reward_files::write_image_reward(&folder, 25);
+    reward_files::write_aesthetic(&folder, 25);
+    let image_reward = "{ name = 'image_reward', weights = 'image_reward.safetensors', vocabulary = 'vocab.txt' }";
+    let aesthetic = "{ name = 'aesthetic', clip = 'clip.safetensors', head = 'head.safetensors' }";
+    let sum = format!(
+        "{{ name = 'sum', normalise = false, parts = [{{ weight = 1.0, reward = {image_reward} }}, \
+         {{ weight = 0.5, reward = {aesthetic} }}] }}"
+    );
+    for (method, reward) in [("refl", image_reward), ("draft", &sum)] {
+        let config = format!("{}/slurm/miniature-{method}.toml", env!("CARGO_MANIFEST_DIR"));
+        let reward = format!("task.preference.reward={reward}");
+        let settings = [
+            "run.iterations=2",
+            "run.lanes=2",
+            "rollout.steps=3",
+            "evaluation.every=0",
+            "evaluation.pictures=1",
+            "pretrain.batch_per_lane=1",
+            "task.preference.samples=4",
+            "task.composition.samples=2",
+            "task.parity.samples=32",
+            "task.preference.evaluation_samples=2",
+            "task.composition.evaluation_samples=2",
+            "task.parity.evaluation_samples=16",
+            reward.as_str(),
+        ];
+        let mut command = rldiff(1, &folder);
+        command.args(["train", &config]).args(set(&settings)).args(["--out", method]);
+        run_within(command, Duration::from_secs(240)).expect_success(method);
+        let metrics = read_metrics(&RunFiles::new(folder.join(method)).metrics()).unwrap();
+        let norm = metrics.last().unwrap().get("gradient_norm").unwrap();
+        println!("{method}: gradient norm {norm}");
+        assert!(norm.is_finite() && norm > 0.0);
+    }
+}

@@ -24,7 +24,7 @@ use anyhow::{Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{agree, all_made, Communicator},
+    comm::{agree, Communicator},
     config::EvalConfig,
     diffusion::schedule::Schedule,
     run::CannotWrite,
@@ -47,8 +47,8 @@ impl<'a> Evaluation<'a> {
     pub fn prepare(config: &'a EvalConfig, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Self> {
         config.validate()?;
         agree(comm, if comm.rank() == 0 { can_be_folder(out) } else { Ok(()) })?;
-        let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device));
-        let sets = all_made(comm, sets.collect::<Result<Vec<_>>>())?;
+        let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
+        let sets = sets.collect::<Result<Vec<_>>>()?;
         for model in &config.models {
             let tried = if comm.rank() == 0 { model::try_out(model) } else { Ok(()) };
             agree(comm, tried).with_context(|| format!("model {}", model.name))?;

@@ -16,7 +16,7 @@ use super::{
     CHUNK,
 };
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, all_made, Communicator},
     config::{EvalConfig, EvalSet, EvalSplit},
     evaluate::to_picture,
     image_statistics::{diversity, high_frequency_share},
@@ -42,11 +42,13 @@ pub struct Set {
 }
 
 impl Set {
+    /// A collective call.
+    ///
     /// # Errors
-    /// Prompts or metrics that cannot be had; no prompts.
-    pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device) -> Result<Self> {
+    /// Prompts or metrics that cannot be had; no prompts. The same on all ranks.
+    pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device, comm: &dyn Communicator) -> Result<Self> {
         let (name, index) = (&config.name, index as u8);
-        let source = prompts::build(&config.prompts).with_context(|| format!("set {name}: prompts"))?;
+        let source = prompts::build(&config.prompts, comm).with_context(|| format!("set {name}: prompts"))?;
         let split = match config.split {
             EvalSplit::HeldOut => Split::HeldOut,
             EvalSplit::Train => Split::Train,
@@ -74,7 +76,7 @@ impl Set {
             );
             Ok((metric.name.clone(), reward))
         });
-        let metrics = metrics.collect::<Result<Vec<_>>>()?;
+        let metrics = all_made(comm, metrics.collect::<Result<Vec<_>>>())?;
         let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
         Ok(Set { config: config.clone(), index, prompts, metrics })
     }
