@@ -8,11 +8,14 @@ use std::{
     fs::{self, File},
     io::Cursor,
     path::Path,
-    sync::Arc,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc,
+    },
     time::Duration,
 };
 
-use common::{empty_folder, reward_files, rldiff, run_within, runs::assert_same_run, set};
+use common::{descendants, empty_folder, reward_files, rldiff, run_within, runs::assert_same_run, set};
 use image::{ImageFormat, Rgb, RgbImage};
 use parquet::{
     data_type::{ByteArray, ByteArrayType, FloatType},
@@ -164,6 +167,63 @@ fn the_joint_run_with_its_three_networks() {
     assert_eq!(value("bad_rewards"), 0.0);
     let composition = value("composition/reward_mean");
     assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
+}
+
+/// Peak of the proportional memory of all ranks together while the joint run with this list goes on, in MB, and the
+/// seconds that it took.
+fn peak_with(folder: &Path, ranks: usize, list: &str) -> (u64, f64) {
+    let mut command = rldiff(ranks, folder);
+    let path = format!("task.preference.prompts.path={list}");
+    let settings = [&SIZES[..], &[&path, "run.lanes=4", "task.parity.samples=16"]].concat();
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/joint.toml")).args(set(&settings));
+    command.args(["--out", &format!("with-{list}")]);
+    let ended = Arc::new(AtomicBool::new(false));
+    let watcher = {
+        let ended = ended.clone();
+        std::thread::spawn(move || {
+            let mut peak = 0;
+            while !ended.load(Ordering::Relaxed) {
+                let of = |pid: &i32| -> Option<u64> {
+                    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+                    text.lines().find(|line| line.starts_with("Pss:"))?.split_whitespace().nth(1)?.parse().ok()
+                };
+                let own = std::process::id() as i32;
+                let all = descendants(own);
+                peak = peak.max(all.iter().filter(|pid| **pid != own).filter_map(of).sum::<u64>() / 1024);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            peak
+        })
+    };
+    let run = run_within(command, Duration::from_secs(280));
+    ended.store(true, Ordering::Relaxed);
+    let seconds = run.took.as_secs_f64();
+    run.expect_success(list);
+    (watcher.join().unwrap(), seconds)
+}
+
+/// As many prompts as DiffusionDB has, on a host with four ranks: what they add to the memory of all ranks together and
+/// to the time of a run.
+#[test]
+#[ignore = "writes 200 MB, reads them on four ranks"]
+fn a_million_and_a_half_prompts_on_a_host() {
+    let folder = empty_folder("many-prompts");
+    write_inputs(&folder);
+    let rows = 0..1_500_000u64;
+    let words =
+        |n: u64| (0..14u64).map(|k| format!(" {:x}", (n + 1) * (k * 7919 + 104_729) % 999_983)).collect::<String>();
+    write_parquet(
+        &folder.join("many.parquet"),
+        &[
+            Column::Text("prompt", rows.clone().map(|i| format!("prompt {i}{}", words(i))).collect()),
+            Column::Number("prompt_nsfw", rows.clone().map(|_| 0.01).collect()),
+            Column::Number("image_nsfw", rows.map(|_| 0.02).collect()),
+        ],
+    );
+    let (few, few_seconds) = peak_with(&folder, 4, "metadata.parquet");
+    let (many, many_seconds) = peak_with(&folder, 4, "many.parquet");
+    println!("4 ranks: {few} MB and {few_seconds:.1} s with 60 prompts, {many} MB and {many_seconds:.1} s with 1.5 M");
+    assert!(many - few < 1000 && many_seconds - few_seconds < 10.0);
 }
 
 /// `rldiff score` with each of the networks, on picture files of two sizes.
