@@ -148,7 +148,7 @@ fn gradients_reach_the_pictures() {
         }
         let direction = (&gradient / gradient.norm()).detach();
         let step = 0.05;
-        let at =
+        let mut at =
             |s: f64| tch::no_grad(|| reward(&(pictures.copy() + &direction * s)).sum(Kind::Double).double_value(&[]));
         let slope = (at(step) - at(-step)) / (2.0 * step);
         let wanted = gradient.norm().double_value(&[]);
@@ -185,7 +185,7 @@ fn networks_of_the_published_size() {
     files::save(&folder.join("clip.safetensors"), &files::random(&files::clip_hugging_face(files::VIT_L_14), 1));
     files::save(&folder.join("head.safetensors"), &files::random(&files::aesthetic_head(768, false), 1));
     let (pictures, prompts) = (files::pictures(4, 512, 512), prompts());
-    let mut judge = |name: &str, load: &dyn Fn() -> Box<dyn Reward>| {
+    let judge = |name: &str, load: &dyn Fn() -> Box<dyn Reward>| {
         let started = std::time::Instant::now();
         let mut reward = load();
         let loaded = started.elapsed().as_secs_f64();
