@@ -4,13 +4,16 @@ use std::{env, path::PathBuf};
 const SOURCES: &[&str] = &[
     "csrc/allocations.cpp",
     "csrc/cuda.cpp",
+    "csrc/geglu.cpp",
     "csrc/gradient_hooks.cpp",
     "csrc/group_norm_silu.cpp",
+    "csrc/layer_norm.cpp",
     "csrc/recompute.cpp",
 ];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=csrc/operation.h");
     for source in SOURCES {
         println!("cargo:rerun-if-changed={source}");
     }

@@ -39,6 +39,12 @@ __device__ __forceinline__ Quad load_vector(const float *p) {
   return {{w.x, w.y, w.z, w.w}};
 }
 
+// The two elements of a word; the low half comes first in memory. The last argument is their type.
+__device__ __forceinline__ void to_two_floats(u32 word, float *v, bf16 *) {
+  v[0] = __uint_as_float(word << 16);
+  v[1] = __uint_as_float(word & 0xffff0000u);
+}
+
 // The low half of a word comes first in memory.
 __device__ __forceinline__ Quad load_vector(const bf16 *p) {
   const uint2 w = *reinterpret_cast<const uint2 *>(p);
@@ -48,6 +54,11 @@ __device__ __forceinline__ Quad load_vector(const bf16 *p) {
 
 __device__ __forceinline__ float half_bits(u32 word) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+}
+
+__device__ __forceinline__ void to_two_floats(u32 word, float *v, f16 *) {
+  v[0] = half_bits(word & 0xffffu);
+  v[1] = half_bits(word >> 16);
 }
 
 __device__ __forceinline__ Quad load_vector(const f16 *p) {

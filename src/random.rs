@@ -106,6 +106,12 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The stream from word `4·block` on.
+    pub fn from_block(mut self, block: u32) -> Self {
+        (self.block, self.used) = (block, 4);
+        self
+    }
+
     fn next_block(&mut self) -> [u32; 4] {
         let c = &self.coordinates;
         let counter = [self.block, c.sample, c.iteration, c.tail()];

@@ -5,8 +5,12 @@
 mod adamw;
 #[path = "kernels/cases.rs"]
 mod cases;
+#[path = "kernels/geglu.rs"]
+mod geglu;
 #[path = "kernels/group_norm.rs"]
 mod group_norm;
+#[path = "kernels/layer_norm.rs"]
+mod layer_norm;
 #[path = "kernels/transition.rs"]
 mod transition;
 
@@ -14,6 +18,8 @@ use std::sync::{Arc, OnceLock};
 
 use cases::{Machines, Observed};
 use half::{bf16, f16};
+use rldiff::comm::Local;
+use rldiff::device::{self, Wanted};
 use rldiff::kernels::cuda::{Gpu, Machine};
 
 /// The first GPU, twice: two runs must give the same bits.
@@ -23,7 +29,8 @@ fn machines() -> Option<Machines> {
         let required = std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value == "1");
         match Gpu::count() {
             Ok(count) if count > 0 => {
-                // from here on a failure is a failure
+                // from here on a failure is a failure; libtorch is asked before its first tensor
+                device::choose(Wanted::Cuda, &Local).unwrap_or_else(|error| panic!("{error:#}"));
                 let gpu = Gpu::open(0).unwrap_or_else(|error| panic!("{error:#}"));
                 println!("device: {}, {:?}", gpu.name().unwrap(), gpu.architecture());
                 Some(gpu)
@@ -62,6 +69,13 @@ fn kernels_agree_with_their_references() {
     adamw::steps::<f32>(&machines, &mut seen);
     adamw::steps::<bf16>(&machines, &mut seen);
     adamw::steps::<f16>(&machines, &mut seen);
+    geglu::both_passes::<f32>(&machines, 0.0, &mut seen);
+    geglu::both_passes::<bf16>(&machines, 3.9e-3, &mut seen);
+    geglu::both_passes::<f16>(&machines, 4.9e-4, &mut seen);
+    layer_norm::both_passes::<f32, f32>(&machines, 0.5, 0.0, &mut seen);
+    layer_norm::both_passes::<f32, f32>(&machines, 100.0, 0.0, &mut seen);
+    layer_norm::both_passes::<bf16, bf16>(&machines, 0.5, 3.9e-3, &mut seen);
+    layer_norm::both_passes::<f16, f16>(&machines, 0.5, 4.9e-4, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 0.5, &mut seen);
     group_norm::both_passes::<f32, f32>(&machines, 100.0, &mut seen);
     group_norm::both_passes::<bf16, bf16>(&machines, 0.5, &mut seen);
@@ -86,13 +100,11 @@ fn what_is_not_finite_and_what_does_not_fit_is_seen() {
 }
 
 #[test]
-fn group_norm_silu_is_differentiable_in_libtorch() {
+fn operations_are_differentiable_in_libtorch() {
     let Some([machine, _]) = machines() else { return };
-    if !tch::Cuda::is_available() {
-        eprintln!("SKIPPED: the autograd node on a GPU: libtorch_cuda is not loaded");
-        return;
-    }
     let mut seen = Observed::default();
-    group_norm::autograd(machine, tch::Device::Cuda(0), &mut seen);
+    group_norm::autograd(machine.clone(), tch::Device::Cuda(0), &mut seen);
+    geglu::autograd(machine.clone(), tch::Device::Cuda(0), &mut seen);
+    layer_norm::autograd(machine, tch::Device::Cuda(0), &mut seen);
     seen.print();
 }

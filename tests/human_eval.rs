@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use common::{empty_folder, files_below, rldiff, run_within, runs, say, Finished};
+use common::{browser::run_script, empty_folder, files_below, rldiff, run_within, runs, Finished};
 use serde_json::Value;
 
 /// For what draws a few small pictures; two seconds were observed.
@@ -112,21 +112,13 @@ fn a_study_is_the_same_on_any_number_of_ranks_and_goes_on_where_it_was_interrupt
 
 /// A rater's session in the browser; false where there is none.
 fn answer(folder: &Path, url: &str, rater: &str, mode: &str, requests_start: &str) -> bool {
-    let Some(python) = std::env::var_os("RLDIFF_TEST_PYTHON").filter(|python| !python.is_empty()) else {
-        say("SKIPPED the pages in a browser: RLDIFF_TEST_PYTHON names no Python with selenium");
-        return false;
-    };
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/answer_study.py");
     let downloads = folder.join(format!("downloads-{mode}"));
     fs::create_dir(&downloads).unwrap();
-    let mut command = Command::new(python);
-    command.arg(script).arg(url).arg(folder.join("study/study.json")).args([rater, mode]).arg(&downloads);
-    let done = run_within(command, LIMIT);
-    if done.status.code() == Some(3) && done.stdout.starts_with("ABSENT") {
-        say(&format!("SKIPPED the pages in a browser: {}", done.stdout.trim()));
+    let study = folder.join("study/study.json");
+    let arguments = [url, study.to_str().unwrap(), rater, mode, downloads.to_str().unwrap()];
+    if run_script("answer_study.py", arguments).is_none() {
         return false;
     }
-    done.expect_success(&format!("session of {rater} at {url}"));
     let seen: Value = serde_json::from_slice(&fs::read(downloads.join("seen.json")).unwrap()).unwrap();
     assert_eq!(seen["complaints"], serde_json::json!([]));
     let requested = seen["requested"].as_array().unwrap();

@@ -2,12 +2,13 @@
 
 mod common;
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use common::{
+    browser::run_script,
     empty_folder, files_below, rldiff, run_within,
     runs::{assert_same_run, checkpoint, computed_lines, train, TINY},
-    say, Finished,
+    Finished,
 };
 use rldiff::telemetry::{names, read_metrics, RunFiles, SampleSheet};
 use serde_json::Value;
@@ -91,27 +92,8 @@ fn evaluations_have_the_same_bits_on_any_number_of_ranks_and_after_a_resume() {
 }
 
 fn tensorboard_has_the_samples(files: &RunFiles) {
-    const READER: &str = r#"
-import sys
-try:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-except ImportError as error:
-    sys.exit(print("ABSENT", error))
-events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0, "images": 0})
-events.Reload()
-for tag in events.Tags()["images"]:
-    print(tag, [image.step for image in events.Images(tag)])
-print([scalar.step for scalar in events.Scalars("parity/diversity")])
-"#;
-    let Some(python) = std::env::var_os("RLDIFF_TEST_PYTHON").filter(|python| !python.is_empty()) else {
-        return say("SKIPPED the samples in TensorBoard: RLDIFF_TEST_PYTHON names no Python with tensorboard");
-    };
-    let mut command = Command::new(python);
-    command.args(["-c", READER]).arg(files.tensorboard());
-    let text = run_within(command, LIMIT).expect_success("TensorBoard's reader").stdout;
-    if text.starts_with("ABSENT") {
-        return say(&format!("SKIPPED the samples in TensorBoard: {}", text.trim()));
-    }
+    let Some(read) = run_script("read_tensorboard.py", [files.tensorboard()]) else { return };
+    let text = read.stdout;
     let lines: Vec<&str> = text.lines().collect();
     for task in ["composition", "parity", "preference"] {
         assert!(lines.contains(&format!("samples/{task} [0, 2, 3]").as_str()), "{text}");
@@ -152,6 +134,16 @@ fn a_report_holds_everything_and_needs_nothing() {
         assert!(!words.contains("NaN") && page.ends_with("</html>\n"));
     }
 
+    // a run that is not done has neither summary nor sheet
+    fs::create_dir(folder.join("begun")).unwrap();
+    for file in ["config.toml", "metrics.jsonl"] {
+        fs::copy(a.root().join(file), folder.join("begun").join(file)).unwrap();
+    }
+    report(&folder, &["begun"]).expect_success("a run that is not done");
+    let begun = fs::read_to_string(folder.join("begun/report.html")).unwrap();
+    assert!(begun.contains("3 of 3 (not finished)") && !begun.contains("<section id=\"results\">"));
+    assert!(begun.contains("<section id=\"tricks\">") && begun.matches("<img").count() == 0);
+
     fs::create_dir(folder.join("fresh")).unwrap();
     fs::copy(a.config(), folder.join("fresh/config.toml")).unwrap();
     fs::write(folder.join("fresh/metrics.jsonl"), "").unwrap();
@@ -168,17 +160,10 @@ fn a_report_holds_everything_and_needs_nothing() {
 }
 
 fn look_at_it(folder: &Path, run: &RunFiles) {
-    let Some(python) = std::env::var_os("RLDIFF_TEST_PYTHON").filter(|python| !python.is_empty()) else {
-        return say("SKIPPED the report in a browser: RLDIFF_TEST_PYTHON names no Python with selenium");
-    };
     let page = run.root().join("report.html");
-    let mut command = Command::new(python);
-    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/read_report.py")).arg(&page).arg(folder);
-    let done = run_within(command, LIMIT);
-    if done.status.code() == Some(3) && done.stdout.starts_with("ABSENT") {
-        return say(&format!("SKIPPED the report in a browser: {}", done.stdout.trim()));
+    if run_script("read_report.py", [page.as_path(), folder]).is_none() {
+        return;
     }
-    done.expect_success("the report in a browser");
     let seen: Value = serde_json::from_slice(&fs::read(folder.join("seen.json")).unwrap()).unwrap();
     for screen in ["desk", "phone"] {
         assert_eq!(seen[screen]["complaints"], serde_json::json!([]));

@@ -54,8 +54,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         report.check("GPU works", agree(comm, torch_works(chosen)));
         if parts::open_nccl().is_ok() {
             let joined = match comm.size() {
-                1 => nccl::Nccl::start(&Local, index).map(Some),
-                _ => nccl::for_gradients(comm, chosen),
+                1 => nccl::Nccl::start(&Local, index, Some(nccl::PATIENCE)).map(Some),
+                _ => nccl::for_gradients(comm, chosen, Some(nccl::PATIENCE)),
             };
             let worked = joined.and_then(|joined| nccl_works(joined.context("no communicator")?, chosen));
             report.check("NCCL works", agree(comm, worked));

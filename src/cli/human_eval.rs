@@ -1,6 +1,6 @@
 //! `rldiff human-eval`: pages on which people compare models, and the count of their answers.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use anyhow::{ensure, Context, Result};
 
@@ -98,7 +98,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let drawing = args.drawing.drawing();
     // tried without the models first: that costs nothing
     let plan = |digests: &[String]| plan(args, &drawing, digests);
-    plan(&vec![String::new(); args.models.len()]).or_mistake()?;
+    let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
+    let prompts: BTreeSet<&str> = queries.iter().map(|query| query.prompt.as_str()).collect();
     agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
@@ -111,8 +112,7 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         let own = Painter::new(&pipeline, name, &drawing).or_mistake()?.size();
         same_size(name, own, *size.get_or_insert(own)).or_mistake()?;
         if comm.rank() == 0 {
-            let texts = args.prompts.iter().chain(&args.group_prompts).map(String::as_str);
-            warn_of_cut_prompts(&pipeline, texts.chain([drawing.negative.as_str()]))?;
+            warn_of_cut_prompts(&pipeline, prompts.iter().copied().chain([drawing.negative.as_str()]))?;
         }
     }
     let study = plan(&digests).or_mistake()?;
@@ -133,7 +133,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() == 0 {
         let (pages, key) = (files.pages(), files.study());
         let already = if state == State::Complete { " (they were there already)" } else { "" };
-        println!("{} queries for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
+        let queries = if study.queries.len() == 1 { "query" } else { "queries" };
+        println!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
         println!("give them that folder: they open its index.html, from disk or from any web server");
         println!("keep {}: it says which model is on which side", key.display());
         let out = args.out.display();
@@ -146,13 +147,9 @@ fn plan(args: &BuildArgs, drawing: &Drawing, digests: &[String]) -> Result<Study
     drawing.validate()?;
     let models = args.models.iter().zip(digests);
     let models = models.map(|(name, digest)| Model { name: name.clone(), digest: digest.clone() }).collect();
-    let prompts = prompts(&args.prompts, args.prompt_file.as_ref())?;
-    let group_prompts = prompts_of_groups(args)?;
-    Study::plan(&args.title, models, args.pairing, &prompts, &group_prompts, args.raters, drawing.clone())
-}
-
-fn prompts_of_groups(args: &BuildArgs) -> Result<Vec<String>> {
-    prompts(&args.group_prompts, args.group_prompt_file.as_ref())
+    let pair_prompts = prompts(&args.prompts, args.prompt_file.as_ref())?;
+    let group_prompts = prompts(&args.group_prompts, args.group_prompt_file.as_ref())?;
+    Study::plan(&args.title, models, args.pairing, &pair_prompts, &group_prompts, args.raters, drawing.clone())
 }
 
 fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<String>> {

@@ -28,8 +28,8 @@ use tch::Device;
 use super::{agree, Communicator, DeviceVector, Wire};
 use crate::device::parts;
 
-/// A sum, or the set-up, that takes longer than this ends the run.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// A sum, or the set-up, that takes longer than this ends the run where no other limit is given.
+pub const PATIENCE: Duration = Duration::from_secs(600);
 /// How often the watcher looks.
 const PULSE: Duration = Duration::from_millis(200);
 /// ncclSuccess and ncclInProgress.
@@ -118,6 +118,7 @@ struct Shared {
     /// Events behind started sums, with the time of their start; oldest first.
     running: Mutex<VecDeque<(sys::CUevent, Instant)>>,
     closed: AtomicBool,
+    patience: Option<Duration>,
     rank: usize,
 }
 
@@ -135,18 +136,19 @@ pub struct Nccl<'a> {
     device: sys::CUdevice,
 }
 
-/// The communicator for gradients on `device`: None where `comm` itself can do it (one rank, or the CPU). A collective
-/// call.
-pub fn for_gradients(comm: &dyn Communicator, device: Device) -> Result<Option<Nccl<'_>>> {
+/// The communicator for gradients on `device`: None where `comm` itself can do it (one rank, or the CPU). A sum, or the
+/// set-up, that takes longer than `patience` ends the run; None waits for ever. A collective call.
+pub fn for_gradients(comm: &dyn Communicator, device: Device, patience: Option<Duration>) -> Result<Option<Nccl<'_>>> {
     match device {
-        Device::Cuda(index) if comm.size() > 1 => Nccl::start(comm, index).map(Some),
+        Device::Cuda(index) if comm.size() > 1 => Nccl::start(comm, index, patience).map(Some),
         _ => Ok(None),
     }
 }
 
 impl<'a> Nccl<'a> {
-    /// Joins the ranks of `mpi`, each with its GPU `index`. A collective call; the error is the same on all ranks.
-    pub fn start(mpi: &'a dyn Communicator, index: usize) -> Result<Self> {
+    /// Joins the ranks of `mpi`, each with its GPU `index`; `patience` as in [`for_gradients`]. A collective call; the error
+    /// is the same on all ranks.
+    pub fn start(mpi: &'a dyn Communicator, index: usize, patience: Option<Duration>) -> Result<Self> {
         let mut id = ncclUniqueId { internal: [0; 128] };
         let prepared = (|| {
             let api = Api::open()?;
@@ -175,7 +177,7 @@ impl<'a> Nccl<'a> {
         id.internal.copy_from_slice(bytemuck::cast_slice(&bytes));
 
         let joined = Arc::new(AtomicBool::new(false));
-        watch_set_up(joined.clone(), mpi.rank());
+        watch_set_up(joined.clone(), mpi.rank(), patience);
         let mut comm: ncclComm_t = std::ptr::null_mut();
         // SAFETY: writes the communicator; id, size and rank are those of all ranks.
         let code = unsafe { (api.init_rank)(&mut comm, mpi.size() as c_int, id, mpi.rank() as c_int) };
@@ -189,6 +191,7 @@ impl<'a> Nccl<'a> {
             stream,
             running: Mutex::default(),
             closed: AtomicBool::new(false),
+            patience,
             rank: mpi.rank(),
         });
         let watched = shared.clone();
@@ -226,13 +229,14 @@ impl Nccl<'_> {
 }
 
 /// Ends the run if the ranks have not met after a long time.
-fn watch_set_up(joined: Arc<AtomicBool>, rank: usize) {
+fn watch_set_up(joined: Arc<AtomicBool>, rank: usize, patience: Option<Duration>) {
+    let Some(patience) = patience else { return };
     let begun = Instant::now();
     let watch = move || {
         while !joined.load(Ordering::Acquire) {
             std::thread::sleep(PULSE);
-            if begun.elapsed() > PATIENCE {
-                give_up(rank, &format!("the ranks did not meet within {} s", PATIENCE.as_secs()));
+            if begun.elapsed() > patience {
+                give_up(rank, &format!("the ranks did not meet within {} s", patience.as_secs()));
             }
         }
     };
@@ -261,8 +265,11 @@ impl Shared {
             if let Some(code) = broken {
                 self.take_down(&self.api.describe(code));
             }
-            if bound.is_ok() && self.oldest_running().is_some_and(|age| age > PATIENCE) {
-                self.take_down(&format!("a sum of gradients did not end within {} s", PATIENCE.as_secs()));
+            let oldest = if bound.is_ok() { self.oldest_running() } else { None };
+            if let (Some(age), Some(patience)) = (oldest, self.patience) {
+                if age > patience {
+                    self.take_down(&format!("a sum of gradients did not end within {} s", patience.as_secs()));
+                }
             }
         }
     }
@@ -400,8 +407,8 @@ mod tests {
 
     #[test]
     fn one_rank_and_the_cpu_need_no_nccl() {
-        assert!(for_gradients(&Local, Device::Cpu).unwrap().is_none());
-        assert!(for_gradients(&Local, Device::Cuda(0)).unwrap().is_none());
+        assert!(for_gradients(&Local, Device::Cpu, None).unwrap().is_none());
+        assert!(for_gradients(&Local, Device::Cuda(0), None).unwrap().is_none());
     }
 
     #[test]
@@ -411,7 +418,7 @@ mod tests {
         }
         let error = format!("{:#}", version().unwrap_err());
         assert!(error.contains("no NCCL") && error.contains("libnccl.so.2"), "{error}");
-        let error = format!("{:#}", Nccl::start(&Local, 0).err().expect("no NCCL"));
+        let error = format!("{:#}", Nccl::start(&Local, 0, None).err().expect("no NCCL"));
         assert!(error.contains("rank 0: no NCCL"), "{error}");
     }
 }

@@ -76,6 +76,13 @@ pub struct RunConfig {
     pub reward_limit: f64,
 }
 
+impl RunConfig {
+    /// `collective_limit`; None for never.
+    pub fn patience(&self) -> Option<std::time::Duration> {
+        (self.collective_limit > 0.0).then(|| std::time::Duration::from_secs_f64(self.collective_limit))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {

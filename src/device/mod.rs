@@ -4,6 +4,7 @@
 //! `torch_cuda.rs` is libtorch's side of it.
 
 pub mod parts;
+pub mod stopwatch;
 pub mod torch_cuda;
 
 use std::collections::BTreeSet;

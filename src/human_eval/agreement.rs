@@ -25,6 +25,18 @@ pub fn krippendorff_alpha<T: Ord + Copy>(units: &[Vec<T>]) -> Option<f64> {
     (n > 0.0 && totals.len() > 1).then(|| 1.0 - disagreeing / expected)
 }
 
+/// The share of pairs of answers to the same unit that are equal; `None` where there is no pair.
+pub fn equal_pairs<T: Ord>(units: &[Vec<T>]) -> Option<f64> {
+    let (mut equal, mut pairs) = (0, 0);
+    for unit in units {
+        for (i, answer) in unit.iter().enumerate() {
+            equal += unit[..i].iter().filter(|other| *other == answer).count();
+            pairs += i;
+        }
+    }
+    (pairs > 0).then(|| equal as f64 / pairs as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -38,6 +50,14 @@ mod tests {
             .collect();
         let alpha = krippendorff_alpha(&units).unwrap();
         assert!((alpha - 0.743).abs() < 5e-4, "{alpha}");
+    }
+
+    #[test]
+    fn pairs_are_counted() {
+        // 3 + 1 pairs, of which 1 + 1 are equal
+        assert_eq!(equal_pairs(&[vec![1, 2, 1], vec![5, 5], vec![3]]), Some(0.5));
+        assert_eq!(equal_pairs(&[vec![1, 1], vec![1, 1]]), Some(1.0));
+        assert_eq!(equal_pairs::<u8>(&[vec![1], vec![]]), None);
     }
 
     #[test]

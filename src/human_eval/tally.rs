@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Write};
 use serde::Serialize;
 
 use super::{
-    agreement::krippendorff_alpha,
+    agreement::{equal_pairs, krippendorff_alpha},
     interval::Share,
     questions::{Answer, Form, Question},
     study::{Query, Study},
@@ -54,6 +54,8 @@ pub struct Comparison {
     pub second_of_decided: Option<Share>,
     /// Share of the left side in those votes: ½ but for chance, unless raters favour a side.
     pub left_of_decided: Option<Share>,
+    /// Share of the pairs of votes on one query that are equal.
+    pub agreement: Option<f64>,
     /// Krippendorff's, over the four answers.
     pub alpha: Option<f64>,
 }
@@ -144,15 +146,16 @@ impl Tally {
             let _ = writeln!(text, "\n## {first} against {second}\n");
             let _ = writeln!(
                 text,
-                "| question | votes | {first} | {second} | both good | both bad | {second}, of those that prefer one | left, of those | alpha |"
+                "| question | votes | {first} | {second} | both good | both bad | {second}, of those that prefer one | left, of those | raters agree | alpha |"
             );
-            text.push_str("|---|---|---|---|---|---|---|---|---|\n");
+            text.push_str("|---|---|---|---|---|---|---|---|---|---|\n");
             for c in self.comparisons.iter().filter(|c| c.first == first && c.second == second) {
                 let shares = [c.first_preferred, c.second_preferred, c.both_good, c.both_bad];
                 let shares: Vec<String> =
                     shares.into_iter().chain([c.second_of_decided, c.left_of_decided]).map(percent).collect();
+                let agree = c.agreement.map_or("–".to_owned(), |share| format!("{:.0} %", 100.0 * share));
                 let alpha = c.alpha.map_or("–".to_owned(), |alpha| format!("{alpha:.2}").replace('-', "−"));
-                let _ = writeln!(text, "| {} | {} | {} | {alpha} |", c.title, c.votes, shares.join(" | "));
+                let _ = writeln!(text, "| {} | {} | {} | {agree} | {alpha} |", c.title, c.votes, shares.join(" | "));
             }
         }
         text.push_str("\n| rater | answers | median seconds per query |\n|---|---|---|\n");
@@ -162,7 +165,8 @@ impl Tally {
             let _ = writeln!(text, "| {name} | {} | {:.1} |", rater.answers, rater.median_seconds_per_query);
         }
         text.push_str(
-            "\nalpha is Krippendorff's (nominal): 1 where raters agree fully, 0 where they agree as by chance. \
+            "\nraters agree: share of the pairs of votes on one query that are equal. alpha is Krippendorff's (nominal): 1 where \
+             raters agree fully, 0 where they agree as by chance; it is not defined where all gave one and the same answer. \
              \"left\" is near 50 % where raters favour no side.\n",
         );
         text
@@ -219,6 +223,7 @@ impl Comparison {
             both_bad: share(count(&[Outcome::BothBad]), &all),
             second_of_decided: share(count(&[Outcome::Second]), &decided),
             left_of_decided: share(left, &decided),
+            agreement: equal_pairs(&outcomes),
             alpha: krippendorff_alpha(&outcomes),
         }
     }
@@ -274,7 +279,7 @@ mod tests {
         // model 1 is on the left in two of the four
         assert_eq!(alignment.left_of_decided.unwrap().share, 0.5);
         assert_eq!((fidelity.votes, shares(fidelity)), (12, [Some(0), Some(0), Some(0), Some(12)]));
-        assert_eq!((fidelity.second_of_decided, fidelity.alpha), (None, None));
+        assert_eq!((fidelity.second_of_decided, fidelity.agreement, fidelity.alpha), (None, Some(1.0), None));
         assert_eq!((preference.votes, shares(preference)), (0, [None; 4]));
         assert_eq!((diversity.votes, shares(diversity)), (3, [Some(0), Some(2), Some(1), Some(0)]));
         // one unit with 2 + 1: disagreeing 2, expected (9 − 5)/2 = 2
@@ -291,7 +296,7 @@ mod tests {
         assert!(text.contains("\n## model 0 against model 1\n"), "{text}");
         let row = "| fits the description | 12 | 0 % (0–49) | 100 % (51–100) | 0 % (0–49) | 0 % (0–49) | 100 % (51–100) | 50 % (";
         assert!(text.contains(row), "{text}");
-        assert!(text.contains("| overall preference | 0 | – | – | – | – | – | – | – |"), "{text}");
+        assert!(text.contains("| overall preference | 0 | – | – | – | – | – | – | – | – |"), "{text}");
         assert!(text.contains("| c\\|y | 9 | 1.5 |"), "{text}");
         let json = serde_json::to_value(tally()).unwrap();
         assert_eq!(json["comparisons"][0]["second_preferred"]["share"], 1.0);

@@ -13,11 +13,15 @@ pub mod buffer;
 pub mod clipped_surrogate;
 pub mod cuda;
 pub mod ddim_step;
+pub mod geglu;
 pub mod group_norm_silu;
+pub mod layer_norm;
 pub mod normal_rows;
 pub mod on_device;
+mod operation;
 
 pub use buffer::FlatBuffer;
+pub use operation::install;
 
 /// Partial sums kept side by side: fixes the order of a sum and lets it use vector registers.
 pub(crate) const LANES: usize = 8;

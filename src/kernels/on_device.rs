@@ -13,6 +13,7 @@ use super::{
     clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, SampleTerms, TERMS},
     cuda::{Gpu, Machine, Slice},
     ddim_step::{self, DeviceInputs, StepScalars},
+    install,
     normal_rows::Rows,
     FlatBuffer,
 };
@@ -32,6 +33,17 @@ pub fn machine(device: Device) -> Result<Arc<dyn Machine>> {
         }
     };
     Ok(gpu.on_stream(current_stream(index)? as u64))
+}
+
+/// Opens the kernels of `device` and lets networks use them; nothing to do on the CPU.
+///
+/// # Errors
+/// As [`Gpu::open`].
+pub fn prepare(device: Device) -> Result<()> {
+    if device != Device::Cpu {
+        install(machine(device)?);
+    }
+    Ok(())
 }
 
 /// The table of one flat vector of parameters.

@@ -1,13 +1,14 @@
 //! Attention and the transformer blocks of the U-Net (diffusers' `Attention`, `BasicTransformerBlock`, `Transformer2DModel`).
 
 use anyhow::{ensure, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     flops,
-    layers::{Conv2d, GroupNorm, LayerNorm, Linear},
+    layers::{to_pixels, to_tokens, Conv2d, GroupNorm, LayerNorm, Linear},
     parameters::Builder,
 };
+use crate::kernels::geglu::geglu;
 
 /// softmax(q·kᵀ/√d)·v over `heads` heads; q, k, v of shape [B, tokens, heads·d]. Result [B, tokens of q, heads·d].
 pub fn multi_head(q: &Tensor, k: &Tensor, v: &Tensor, heads: i64, causal: bool) -> Tensor {
@@ -97,9 +98,19 @@ impl TransformerBlock {
         let n = self.norm1.forward(x);
         let x = self.attn1.forward(&n, &n) + x;
         let x = self.attn2.forward(&self.norm2.forward(&x), context) + x;
-        let hidden = self.ff_in.forward(&self.norm3.forward(&x)).chunk(2, -1);
-        self.ff_out.forward(&(&hidden[0] * hidden[1].gelu("none"))) + x
+        let hidden = self.ff_in.forward(&self.norm3.forward(&x));
+        self.ff_out.forward(&gated(&hidden)) + x
     }
+}
+
+/// a·gelu(b) of tokens [a | b].
+fn gated(hidden: &Tensor) -> Tensor {
+    if hidden.device() == Device::Cpu {
+        let halves = hidden.chunk(2, -1);
+        return &halves[0] * halves[1].gelu("none");
+    }
+    // as libtorch's own operations here: a failure ends the rank with the message
+    geglu(hidden).unwrap_or_else(|e| panic!("{e:#}"))
 }
 
 enum Projection {
@@ -152,8 +163,6 @@ impl Transformer2d {
     /// x [B, C, H, W], context [B, M, context_channels] → [B, C, H, W].
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
         let s = x.size();
-        let to_tokens = |t: &Tensor| t.flatten(2, 3).transpose(1, 2).contiguous();
-        let to_pixels = |t: &Tensor| t.transpose(1, 2).contiguous().view([s[0], s[1], s[2], s[3]]);
 
         let normed = self.norm.forward(x);
         let mut tokens = match &self.proj_in {
@@ -164,8 +173,8 @@ impl Transformer2d {
             tokens = block.forward(&tokens, context);
         }
         let out = match &self.proj_out {
-            Projection::Linear(l) => to_pixels(&l.forward(&tokens)),
-            Projection::Conv(c) => c.forward(&to_pixels(&tokens)),
+            Projection::Linear(l) => to_pixels(&l.forward(&tokens), &s),
+            Projection::Conv(c) => c.forward(&to_pixels(&tokens, &s)),
         };
         out + x
     }

@@ -1,13 +1,13 @@
 //! Named parameters of a network: where they come from while it is built, and the flat buffer they are trained in.
 
-use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc, sync::Mutex};
 
 use anyhow::{bail, ensure, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::lora::{LoraPair, LoraSettings};
 use crate::kernels::FlatBuffer;
-use crate::random::{Coordinates, Purpose};
+use crate::random::{Coordinates, Purpose, Stream};
 
 /// How a parameter is drawn when no checkpoint gives it.
 #[derive(Clone, Copy, Debug)]
@@ -165,11 +165,21 @@ fn take(source: &mut Source, name: &str, shape: &[i64], init: Init, kind: Kind, 
             let Some(t) = tensors.remove(name) else { bail!("tensor {name} is missing") };
             ensure!(t.size() == shape, "tensor {name} has shape {:?}, the config asks for {shape:?}", t.size());
             ensure!(t.is_floating_point(), "tensor {name} has type {:?}, expected floating-point numbers", t.kind());
-            t.to_kind(kind).to_device(device)
+            placed(&t, kind, device)
         }
-        Source::Seeded(seed) => draw(*seed, name, shape, init).to_kind(kind).to_device(device),
+        Source::Seeded(seed) => placed(&draw(*seed, name, shape, init), kind, device),
         Source::ShapesOnly => Tensor::zeros(vec![1; shape.len()], (kind, device)).expand(shape, false),
     })
+}
+
+/// On a GPU the kernels of convolutions are channels-last, as their activations are: libraries would convert them in
+/// every call.
+fn placed(values: &Tensor, kind: Kind, device: Device) -> Tensor {
+    let placed = values.to_device(device).to_kind(kind);
+    match (device, placed.dim()) {
+        (Device::Cpu, _) | (_, 0..=3) => placed,
+        _ => placed.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]),
+    }
 }
 
 /// Initial values: a stream of its own for every parameter, told apart by a hash of the name (FNV-1a).
@@ -186,17 +196,33 @@ fn draw(seed: u64, name: &str, shape: &[i64], init: Init) -> Tensor {
     match init {
         Init::Zeros => Tensor::zeros(shape, options),
         Init::Ones => Tensor::ones(shape, options),
-        Init::Normal(std) => {
-            let mut values = vec![0f32; count];
-            at.stream().fill_normal(&mut values);
-            Tensor::from_slice(&values).view(shape) * std
-        }
+        Init::Normal(std) => drawn(at, count, |stream, out| stream.fill_normal(out)).view(shape) * std,
         Init::Uniform(bound) => {
-            let mut stream = at.stream();
-            let values: Vec<f32> = (0..count).map(|_| stream.between(-bound, bound) as f32).collect();
-            Tensor::from_slice(&values).view(shape)
+            let fill = |stream: &mut Stream, out: &mut [f32]| {
+                out.iter_mut().for_each(|value| *value = stream.between(-bound, bound) as f32);
+            };
+            drawn(at, count, fill).view(shape)
         }
     }
+}
+
+/// `count` numbers of a stream, one word each, by as many threads as libtorch uses.
+fn drawn(at: Coordinates, count: usize, fill: impl Fn(&mut Stream, &mut [f32]) + Sync) -> Tensor {
+    /// Numbers of a thread's piece; whole blocks of four words.
+    const PIECE: usize = 1 << 16;
+    let mut values = vec![0f32; count];
+    let pieces = Mutex::new(values.chunks_mut(PIECE).enumerate());
+    let work = || loop {
+        let piece = pieces.lock().expect("a panic ends the process").next();
+        let Some((i, out)) = piece else { break };
+        fill(&mut at.stream().from_block((i * PIECE / 4) as u32), out);
+    };
+    std::thread::scope(|scope| {
+        let helpers = count.div_ceil(PIECE).min(tch::get_num_threads().max(1) as usize).saturating_sub(1);
+        (0..helpers).for_each(|_| drop(scope.spawn(work)));
+        work();
+    });
+    Tensor::from_slice(&values)
 }
 
 /// Every parameter starts at a multiple of this many scalars (64 bytes of f32), so that the kernels of the CPU
@@ -365,6 +391,20 @@ mod tests {
         let loss = (&w * &w).sum(Kind::Float);
         let out = gradients_in(&flat, &Tensor::run_backward(&[loss], flat.leaves(), false, false));
         assert_eq!(out[..2], [2.0, 6.0]);
+    }
+
+    #[test]
+    fn threads_draw_the_numbers_of_one_stream() {
+        let at = Coordinates::new(3, Purpose::WeightInit);
+        let count = 3 * (1 << 16) + 7;
+        let mut expected = vec![0f32; count];
+        at.stream().fill_normal(&mut expected);
+        let normal = drawn(at, count, |stream, out| stream.fill_normal(out));
+        assert_eq!(Vec::<f32>::try_from(&normal).unwrap(), expected);
+        let mut stream = at.stream();
+        let expected: Vec<f32> = (0..count).map(|_| stream.uniform() as f32).collect();
+        let uniform = drawn(at, count, |stream, out| out.iter_mut().for_each(|v| *v = stream.uniform() as f32));
+        assert_eq!(Vec::<f32>::try_from(&uniform).unwrap(), expected);
     }
 
     #[test]

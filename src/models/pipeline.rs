@@ -18,7 +18,7 @@ use super::{
     vae::{Vae, VaeConfig},
     weights::{save_safetensors, write_safetensors},
 };
-use crate::telemetry::write_atomic;
+use crate::{kernels::on_device, telemetry::write_atomic};
 
 pub struct Pipeline {
     /// Where the networks lie, and what they take and give.
@@ -152,6 +152,7 @@ impl Pipeline {
         let tokenizer = Tokenizer::from_files(&files)?;
         ensure_they_fit(&tokenizer, &text_config, &unet_config, &vae_config).with_context(|| files.origin.clone())?;
 
+        on_device::prepare(device)?;
         let [text_source, unet_source, vae_source] = sources;
         let kind = Kind::Float;
         let origin = &files.origin;

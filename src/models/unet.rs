@@ -195,7 +195,7 @@ impl UNet {
                 x = sampler.forward(&x, size);
             }
         }
-        self.conv_out.forward(&self.conv_norm_out.forward(&x).silu()).to_kind(Kind::Float)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)).to_kind(Kind::Float)
     }
 }
 

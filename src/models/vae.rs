@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     attention::multi_head,
-    layers::{Conv2d, GroupNorm, Linear},
+    layers::{to_pixels, to_tokens, Conv2d, GroupNorm, Linear},
     parameters::Builder,
     resnet::{Downsample, ResnetBlock, Upsample},
     unet_config::{ensure_class, ensure_size, ensure_supported},
@@ -122,11 +122,10 @@ impl PixelAttention {
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        let s = x.size();
-        let tokens = self.group_norm.forward(x).flatten(2, 3).transpose(1, 2).contiguous();
+        let tokens = to_tokens(&self.group_norm.forward(x));
         let (q, k, v) = (self.to_q.forward(&tokens), self.to_k.forward(&tokens), self.to_v.forward(&tokens));
         let out = self.to_out.forward(&multi_head(&q, &k, &v, 1, false));
-        out.transpose(1, 2).contiguous().view([s[0], s[1], s[2], s[3]]) + x
+        to_pixels(&out, &x.size()) + x
     }
 }
 
@@ -160,7 +159,7 @@ struct Coder<Sampler> {
 
 impl<Sampler> Coder<Sampler> {
     fn head(&self, x: &Tensor) -> Tensor {
-        self.conv_out.forward(&self.conv_norm_out.forward(x).silu())
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(x))
     }
 }
 

@@ -36,7 +36,7 @@ pub fn image(picture: &Picture, alt: &str) -> Result<String> {
     Ok(image_of_png(&encode_png(picture, &[])?, (picture.width(), picture.height()), alt))
 }
 
-/// As [`image`], of a PNG file's bytes.
+/// As [`image()`], of a PNG file's bytes.
 pub fn image_of_png(png: &[u8], (width, height): (usize, usize), alt: &str) -> String {
     let small = if width < 128 { " class=\"small\"" } else { "" };
     format!(

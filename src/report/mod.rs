@@ -46,6 +46,6 @@ pub fn page(folders: &[PathBuf]) -> Result<String> {
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
          <link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <header><h1>{title}</h1><nav aria-label=\"Sections\">{links}</nav></header>\n<main>\n{body}</main>\n\
-         <div id=\"values\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+         <div id=\"values\" aria-live=\"polite\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
     ))
 }

@@ -218,19 +218,9 @@ fn samples(runs: &[RunData]) -> Result<String> {
     Ok(body)
 }
 
-/// Means of blocks, so that no side is longer than [`LARGEST`].
+/// So that no side is longer than [`LARGEST`].
 fn smaller(picture: &Picture) -> Picture {
-    let factor = picture.width().max(picture.height()).div_ceil(LARGEST);
-    if factor == 1 {
-        return picture.clone();
-    }
-    Picture::from_fn(picture.width() / factor, picture.height() / factor, |x, y| {
-        let mut sums = [0_usize; 3];
-        for pixel in (0..factor * factor).map(|k| picture.pixel(x * factor + k % factor, y * factor + k / factor)) {
-            sums.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += usize::from(value));
-        }
-        sums.map(|sum| ((sum + factor * factor / 2) / (factor * factor)) as u8)
-    })
+    picture.reduced(picture.width().max(picture.height()).div_ceil(LARGEST))
 }
 
 fn before_after(runs: &[RunData]) -> Result<String> {

@@ -114,7 +114,7 @@ pub fn chart(title: &str, unit: &str, x_name: &str, lines: &[Line]) -> String {
     let values: Vec<_> = lines
         .iter()
         .filter(|line| line.look != Look::Level)
-        .map(|line| json!({"label": hover_label(line), "color": line.color % 6, "points": finite(line)}))
+        .map(|line| json!({"label": hover_label(line), "color": line.color % 6, "points": rounded(&finite(line))}))
         .collect();
     let data = json!({"left": left, "width": width, "top": TOP, "height": height,
                       "x": [x.range.start, x.range.end], "xName": x_name, "lines": values});
@@ -129,6 +129,12 @@ pub fn chart(title: &str, unit: &str, x_name: &str, lines: &[Line]) -> String {
         escape(&description),
         escape(&data.to_string())
     )
+}
+
+/// To seven digits: more than anyone reads, and half the size.
+fn rounded(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let round = |value: f64| format!("{value:.6e}").parse().unwrap_or(value);
+    points.iter().map(|&(x, y)| (round(x), round(y))).collect()
 }
 
 fn hover_label(line: &Line) -> String {

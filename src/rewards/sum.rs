@@ -72,7 +72,7 @@ impl DifferentiableReward for Sum {
         let mut sum = Tensor::zeros([prompts.len() as i64], (tch::Kind::Float, images.device()));
         for (weight, name, reward) in &mut self.parts {
             let part = reward.differentiable().with_context(|| format!("part {name} is not differentiable"))?;
-            sum = sum + part.rewards(images, prompts)? * *weight;
+            sum += part.rewards(images, prompts)? * *weight;
         }
         Ok(sum)
     }

@@ -69,6 +69,20 @@ impl Picture {
         Picture::from_fn(self.width * factor, self.height * factor, |x, y| self.pixel(x / factor, y / factor))
     }
 
+    /// The mean of every square of `factor`² pixels as one pixel; what is left over at the right and below is cut off.
+    pub fn reduced(&self, factor: usize) -> Self {
+        let factor = factor.clamp(1, self.width.min(self.height));
+        let pixels = factor * factor;
+        Picture::from_fn(self.width / factor, self.height / factor, |x, y| {
+            let mut sums = [0; 3];
+            for k in 0..pixels {
+                let pixel = self.pixel(x * factor + k % factor, y * factor + k / factor);
+                sums.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += usize::from(value));
+            }
+            sums.map(|sum| ((sum + pixels / 2) / pixels) as u8)
+        })
+    }
+
     /// Copies `other` onto this picture with its top left corner at (`x`, `y`); what does not fit is cut off.
     pub(super) fn paste(&mut self, other: &Picture, x: usize, y: usize) {
         let columns = other.width.min(self.width.saturating_sub(x));
@@ -188,6 +202,18 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         let holds = |needle: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
         assert!(holds(b"tEXtprompt\0a red cube, caf\xe9") && holds(b"iTXtnote\0"));
+    }
+
+    #[test]
+    fn reducing_undoes_enlarging_and_takes_means() {
+        let picture = pattern(5, 4);
+        assert_eq!(picture.enlarged(3).reduced(3), picture);
+        assert_eq!(picture.reduced(1), picture);
+        // 0, 1, 2, 4 in red: 1.75 is rounded; the fifth column is cut off
+        let values = [[0, 9, 9], [1, 9, 9], [2, 9, 9], [4, 9, 9]];
+        let four = Picture::from_fn(5, 4, |x, y| values[(x % 2 + 2 * (y % 2)) % 4]);
+        assert_eq!(four.reduced(2), Picture::from_fn(2, 2, |_, _| [2, 9, 9]));
+        assert_eq!((four.reduced(99).width(), four.reduced(99).height()), (1, 1));
     }
 
     #[test]

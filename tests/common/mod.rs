@@ -1,6 +1,7 @@
 //! What the integration tests share: starting ranks, and time limits for everything that is started.
 #![allow(dead_code)] // each test target uses its part
 
+pub mod browser;
 pub mod reward_files;
 pub mod runs;
 

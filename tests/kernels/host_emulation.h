@@ -29,13 +29,18 @@ struct float2 { float x, y; };
 struct double2 { double x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
+inline float erff(float v) { return std::erf(v); }
+using std::fmaf;
 using std::isnan;
 using std::min;
+inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };

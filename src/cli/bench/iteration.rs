@@ -33,7 +33,7 @@ pub struct Args {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let config = args.config.load(comm).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(config.run.threads as i32);
     let mut trainer =

@@ -1,8 +1,11 @@
 //! `rldiff bench`: measurements, one file each.
 
+mod allreduce;
 mod iteration;
+mod kernels;
 mod model;
 mod passes;
+mod rates;
 mod scaling;
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
@@ -18,6 +21,10 @@ pub struct Args {
 enum What {
     /// Whole iterations of a config, stage by stage: median over the measured iterations.
     Iteration(iteration::Args),
+    /// Each CUDA kernel at SDv2's sizes; without a GPU the plain references at a small size.
+    Kernels(kernels::Args),
+    /// The sum of a gradient over the ranks.
+    Allreduce(allreduce::Args),
     /// The U-Net's forward pass, both halves of a guided prediction in one call.
     Unet(passes::Args),
     /// Whole roll-outs with their log-probabilities.
@@ -33,6 +40,8 @@ enum What {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     match args.what {
         What::Iteration(args) => iteration::run(args, comm),
+        What::Kernels(args) => kernels::run(args, comm),
+        What::Allreduce(args) => allreduce::run(args, comm),
         What::Unet(args) => passes::run(passes::Pass::Unet, args, comm),
         What::Rollout(args) => passes::run(passes::Pass::Rollout, args, comm),
         What::Update(args) => passes::run(passes::Pass::Update, args, comm),

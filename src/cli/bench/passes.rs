@@ -2,18 +2,19 @@
 //! rotating inputs. Seconds, operations per second (model operations: what gradient checkpointing computes again does not
 //! count), samples per second. `bench/compare.sh` sets the last two beside PyTorch with diffusers.
 
-use std::{path::PathBuf, time::Instant};
+use std::path::PathBuf;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::median;
+use super::{median, rates::Rates};
 use crate::{
     cli::{device_args::DeviceArgs, Failure, OrMistake},
     comm::{nccl, Communicator},
-    device,
+    device::{self, stopwatch},
     diffusion::{
+        recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
         schedule::{Schedule, Step},
     },
@@ -57,6 +58,9 @@ pub struct Args {
     bf16: bool,
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// The roll-out replays the U-Net's work as a CUDA graph.
+    #[arg(long)]
+    cuda_graph: bool,
     #[arg(long, default_value_t = 1, value_name = "N")]
     warm_up: usize,
     #[arg(long, default_value_t = 5, value_name = "N")]
@@ -88,11 +92,14 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     };
     sound().or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, Some(nccl::PATIENCE)).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
+    if args.cuda_graph {
+        device::ensure_gpu(device, "--cuda-graph").or_mistake()?;
+    }
     tch::set_num_threads(args.threads);
     let bench = Bench::new(&args, comm, device).or_mistake()?;
-    let (seconds, flop) = match pass {
+    let measured = match pass {
         Pass::Unet => bench.measure(1.0, |i| {
             drop(tch::no_grad(|| bench.predict(i)));
             Ok(())
@@ -101,13 +108,22 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
         Pass::Update => bench.updates()?,
     };
     if comm.rank() == 0 {
-        bench.report(pass, comm.size(), seconds, flop)?;
+        bench.report(pass, comm.size(), measured)?;
     }
     drop(bench);
     if let Some(nccl) = nccl {
         nccl.close();
     }
     Ok(())
+}
+
+struct Measured {
+    /// Of every repeat.
+    seconds: Vec<f64>,
+    /// Operations of one.
+    flop: f64,
+    /// max |w − 1| before the first optimizer step, of updates.
+    drift: Option<f64>,
 }
 
 struct Bench<'a> {
@@ -118,6 +134,9 @@ struct Bench<'a> {
     steps: Vec<Step>,
     cond: Tensor,
     uncond: Tensor,
+    starts: Vec<Tensor>,
+    /// Where the roll-out replays CUDA graphs.
+    recorded: Option<RecordedUNet>,
 }
 
 impl<'a> Bench<'a> {
@@ -138,31 +157,50 @@ impl<'a> Bench<'a> {
         let text = pipeline.embed(&["a portrait of a nurse", ""])?;
         let cond = text.narrow(0, 0, 1).expand([args.samples as i64, -1, -1], false);
         let uncond = text.narrow(0, 1, 1);
-        Ok(Bench { args, comm, device, steps: schedule.steps(args.steps, 1.0)?, cond, uncond, pipeline })
+        let starts = (0..4).map(|repeat| Bench::draw_start(args, &pipeline, repeat)).collect();
+        Ok(Bench {
+            args,
+            starts,
+            comm,
+            device,
+            steps: schedule.steps(args.steps, 1.0)?,
+            cond,
+            uncond,
+            recorded: args.cuda_graph.then(RecordedUNet::default),
+            pipeline,
+        })
     }
 
     fn conditioning(&self) -> Conditioning {
         Conditioning::new(&self.cond, &self.uncond, GUIDANCE_SCALE)
     }
 
-    fn noise(&self, purpose: Purpose, repeat: usize, step: usize) -> Tensor {
-        let at = Coordinates { iteration: repeat as u32, step: step as u16, ..Coordinates::new(1, purpose) };
-        let rows = random::normal_rows(at, 0, self.args.samples, &self.pipeline.latent_shape());
-        rows.to_device(self.device)
+    /// x_T of a repeat, drawn before any clock starts.
+    fn start(&self, repeat: usize) -> Tensor {
+        self.starts[repeat % self.starts.len()].shallow_clone()
+    }
+
+    fn draw_start(args: &Args, pipeline: &Pipeline, repeat: usize) -> Tensor {
+        let at = Coordinates { iteration: repeat as u32, ..Coordinates::new(1, Purpose::InitialLatent) };
+        random::normal_rows(at, 0, args.samples, &pipeline.latent_shape()).to_device(pipeline.device)
     }
 
     fn predict(&self, repeat: usize) -> Tensor {
-        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
+        let x_t = self.start(repeat);
         self.conditioning().predict(&self.pipeline.unet, &x_t, self.steps[self.steps.len() / 2].t).eps_cond
     }
 
     fn roll_out(&self, steps: &[Step], repeat: usize) -> Result<Trajectory> {
-        let x_t = self.noise(Purpose::InitialLatent, repeat, 0);
-        let z = |step| self.noise(Purpose::TransitionNoise, repeat, step);
-        sampler::roll_out(&self.pipeline.unet, None, steps, x_t, &self.conditioning(), z)
+        let x_t = self.start(repeat);
+        let noise = |step: usize| Coordinates {
+            iteration: repeat as u32,
+            step: step as u16,
+            ..Coordinates::new(1, Purpose::TransitionNoise)
+        };
+        sampler::roll_out(&self.pipeline.unet, self.recorded.as_ref(), steps, x_t, &self.conditioning(), noise)
     }
 
-    fn updates(&self) -> Result<(Vec<f64>, f64)> {
+    fn updates(&self) -> Result<Measured> {
         let mut step = self.steps[self.steps.len() / 2];
         step.index = 0;
         let advantage: Vec<f32> = (0..self.args.samples).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
@@ -178,54 +216,63 @@ impl<'a> Bench<'a> {
         let lanes = Lanes::new(self.comm.size(), self.comm)?;
         let mut sum = GradientSum::new(&params, Transport::default())?;
         let objective = Objective { clip_range: 1e-4, weight: 1.0, samples: self.args.samples * self.comm.size() };
-        self.measure(3.0, |repeat| {
+        let mut drift = None;
+        let measured = self.measure(3.0, |repeat| {
             let batch = &inputs[repeat % inputs.len()];
             let gradient = lanes.sum_gradients(&mut sum, self.comm, |_| {
-                Ok(lane_objective(&self.pipeline.unet, &step, batch, &objective)?.0)
+                let (value, seen) = lane_objective(&self.pipeline.unet, &step, batch, &objective)?;
+                drift.get_or_insert(seen.ratio_drift);
+                Ok(value)
             })?;
             optimizer.step(&mut params, &gradient)?;
             sum.recycle(gradient);
             Ok(())
-        })
+        })?;
+        Ok(Measured { drift, ..measured })
     }
 
-    /// Seconds of every measured repeat, and operations of one: `factor` times those of its forward passes.
-    fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<(Vec<f64>, f64)> {
+    /// Seconds of every repeat after the warm-up; the operations are `factor` times those of the forward passes.
+    fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<Measured> {
         let (mut seconds, mut flop) = (Vec::new(), 0.0);
         for repeat in 0..self.args.warm_up + self.args.repeats {
-            let (started, before) = (self.now()?, flops::counted());
-            work(repeat)?;
-            let elapsed = self.now()? - started;
+            let before = flops::counted();
+            let took = stopwatch::seconds(self.device, || work(repeat))?;
             flop = factor * (flops::counted() - before) as f64;
             if repeat >= self.args.warm_up {
-                seconds.push(elapsed.as_secs_f64());
+                seconds.push(took);
             }
         }
-        Ok((seconds, flop))
+        Ok(Measured { seconds, flop, drift: None })
     }
 
-    /// After all work that a GPU has been given.
-    fn now(&self) -> Result<Instant> {
-        if let Device::Cuda(index) = self.device {
-            device::synchronize(index)?;
-        }
-        Ok(Instant::now())
-    }
-
-    fn report(&self, pass: Pass, ranks: usize, seconds: Vec<f64>, flop: f64) -> Result<()> {
+    fn report(&self, pass: Pass, ranks: usize, measured: Measured) -> Result<()> {
+        let Measured { seconds, flop, drift } = measured;
         let m = median(seconds.clone());
         let (samples, what) = (self.args.samples, format!("{pass:?}").to_lowercase());
         let (tflops, rate) = (flop / m / 1e12, samples as f64 / m);
+        let kind = if self.args.bf16 { Kind::BFloat16 } else { Kind::Float };
+        let rates = Rates::measure(self.device, kind)?;
+        let utilisation = flop / m / rates.matrix;
         if self.args.json {
             let all = json!({
                 "what": what, "device": format!("{:?}", self.device), "ranks": ranks, "samples": samples,
                 "steps": self.args.steps, "bf16": self.args.bf16, "threads": self.args.threads, "seconds": seconds,
-                "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate,
+                "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate, "rates": rates.to_json(),
+                "utilisation": utilisation, "ratio_drift": drift, "cuda_graph": self.args.cuda_graph,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
             });
             println!("{all}");
             return Ok(());
         }
-        println!("{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per rank");
+        println!("{}", rates.describe());
+        println!(
+            "{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per \
+             rank, {:.1} % of the matrix product",
+            100.0 * utilisation
+        );
+        if let Some(drift) = drift {
+            println!("ratio drift before the first step: {drift:.1e}");
+        }
         Ok(())
     }
 }

@@ -12,6 +12,8 @@
   const KEY = `rldiff-human-eval:${study.id}`;
   /** Below this many pixels across, pictures are enlarged with hard edges. */
   const SMALL = 128;
+  /** Longer descriptions are set in smaller letters. */
+  const LONG = 90;
   const KINDS = { pair: "Two pictures of", group: "Two sets of six pictures of" };
 
   /** {rater, session, started, at, answers: {query: {question: {answer, seconds}}}} or null before the start. */
@@ -25,7 +27,8 @@
   function read() {
     try {
       const kept = JSON.parse(localStorage.getItem(KEY));
-      return kept && kept.session && kept.answers ? kept : null;
+      const whole = kept && typeof kept.session === "string" && typeof kept.rater === "string" && kept.answers;
+      return whole ? { ...kept, at: Number(kept.at) || 0 } : null;
     } catch {
       return null;
     }
@@ -119,6 +122,7 @@
     element("query").dataset.query = query.id;
     element("kind").textContent = `Query ${state.at + 1} of ${order.length}. ${KINDS[query.form]}`;
     element("prompt").textContent = `“${query.prompt}”`;
+    element("prompt").classList.toggle("long", query.prompt.length > LONG);
     element("pictures").replaceChildren(figure(query, "left", "Left"), figure(query, "right", "Right"));
     element("questions").replaceChildren(...questionsOf(query).map((question) => fieldset(query, question)));
     element("back").disabled = state.at === 0;

@@ -32,14 +32,16 @@ macro_rules! source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 5] = [
+    ("columns.cuh", include_str!("../../../cuda/columns.cuh")),
     ("common.cuh", include_str!("../../../cuda/common.cuh")),
+    ("pack.cuh", include_str!("../../../cuda/pack.cuh")),
     ("philox.cuh", include_str!("../../../cuda/philox.cuh")),
     ("transition.cuh", include_str!("../../../cuda/transition.cuh")),
 ];
 
 /// All kernels.
-pub const SOURCES: [Source; 5] = [
+pub const SOURCES: [Source; 7] = [
     source!("normal_rows", ["normal_rows", "philox_words"]),
     source!(
         "ddim_step",
@@ -63,6 +65,32 @@ pub const SOURCES: [Source; 5] = [
             "sum_of_squares_bf16",
             "sum_of_squares_f16",
             "sum_of_partials",
+        ]
+    ),
+    source!(
+        "geglu",
+        [
+            "geglu_forward_f32",
+            "geglu_forward_bf16",
+            "geglu_forward_f16",
+            "geglu_backward_f32",
+            "geglu_backward_bf16",
+            "geglu_backward_f16",
+        ]
+    ),
+    source!(
+        "layer_norm",
+        [
+            "layer_norm_forward_f32",
+            "layer_norm_forward_bf16",
+            "layer_norm_forward_f16",
+            "layer_norm_backward_f32",
+            "layer_norm_backward_bf16",
+            "layer_norm_backward_f16",
+            "layer_norm_backward_sums_f32",
+            "layer_norm_backward_sums_bf16",
+            "layer_norm_backward_sums_f16",
+            "layer_norm_backward_parameters",
         ]
     ),
     source!(

@@ -1,4 +1,5 @@
-//! Group normalisation (Wu and He), optionally followed by SiLU, of channels-last activations, forward and backward.
+//! Group normalisation (Wu and He), optionally followed by SiLU, of channels-last activations, forward and backward. On a
+//! device the activations may have a shift of every sample's channels `[N, C]` added first: x + shift for x below.
 //!
 //! ```text
 //! forward   x̂ = (x − mean)·rstd,   u = x̂·weight + bias,   y = u  or  u·s(u),   s(u) = 1/(1 + exp(−u))
@@ -13,7 +14,8 @@
 
 mod autograd;
 
-pub use autograd::{group_norm_silu, install};
+pub use autograd::group_norm_silu;
+pub(super) use autograd::register;
 
 use super::cuda::{arguments, ensure_apart, Element, Machine, Slice};
 use anyhow::{ensure, Result};
@@ -179,6 +181,8 @@ struct DeviceShape {
 pub struct DeviceInputs<'a> {
     /// f32, bf16 or f16, `[N, pixels, C]`.
     pub x: Slice<'a>,
+    /// f32 `[N, C]`, added to every pixel of x; None for none.
+    pub shift: Option<Slice<'a>>,
     /// f32, bf16 or f16, `[C]`.
     pub weight: Slice<'a>,
     /// As weight.
@@ -187,6 +191,8 @@ pub struct DeviceInputs<'a> {
     pub mean: Slice<'a>,
     /// As mean.
     pub rstd: Slice<'a>,
+    /// f32 `[N, C]`, mean of a channel's x̂: as mean; where a shift has one, it has a gradient.
+    pub channel_mean: Option<Slice<'a>>,
 }
 
 impl DeviceInputs<'_> {
@@ -199,6 +205,9 @@ impl DeviceInputs<'_> {
         self.bias.expect(shape.channels, self.weight.element(), "bias")?;
         self.mean.expect(shape.samples * shape.groups, Element::F32, "mean")?;
         self.rstd.expect(shape.samples * shape.groups, Element::F32, "rstd")?;
+        for (slice, name) in [(self.shift, "shift"), (self.channel_mean, "channel_mean")] {
+            slice.map_or(Ok(()), |slice| slice.expect(shape.samples * shape.channels, Element::F32, name))?;
+        }
         Ok(DeviceShape {
             pixels: shape.pixels as u32,
             channels: shape.channels as u32,
@@ -238,13 +247,18 @@ pub fn launch_forward(
     let device_shape = inputs.check(shape)?;
     y.expect(shape.elements(), inputs.x.element(), "y")?;
     workspace.expect(shape.partial_length(), Element::F32, "workspace")?;
-    ensure_apart(&[y, workspace, inputs.mean, inputs.rstd], &[inputs.x, inputs.weight, inputs.bias])?;
+    let mut written = vec![y, workspace, inputs.mean, inputs.rstd];
+    written.extend(inputs.channel_mean);
+    let mut read = vec![inputs.x, inputs.weight, inputs.bias];
+    read.extend(inputs.shift);
+    ensure_apart(&written, &read)?;
     if shape.elements() == 0 {
         return Ok(());
     }
     let variant = inputs.x.element().variant("x")?;
-    let DeviceInputs { x, weight, bias, mean, rstd } = inputs;
+    let DeviceInputs { x, weight, bias, mean, rstd, .. } = inputs;
     let [x, weight, bias, mean, rstd] = [x, weight, bias, mean, rstd].map(Slice::address);
+    let [shift, xhat] = [inputs.shift, inputs.channel_mean].map(|slice| slice.map_or(0, |slice| slice.address()));
     let (y, partial) = (y.address(), workspace.address());
     let by_piece = [device_shape.pieces, shape.samples as u32];
     let by_group = [shape.groups as u32, shape.samples as u32];
@@ -257,8 +271,8 @@ pub fn launch_forward(
     // SAFETY: types and order as in cuda/group_norm_silu.cu; lengths checked above
     unsafe {
         machine.launch(sums, by_piece, 256, arguments![x, partial, device_shape])?;
-        machine.launch(statistics, by_group, 32, arguments![x, partial, mean, rstd, device_shape])?;
-        machine.launch(forward, by_piece, 256, arguments![x, weight, bias, mean, rstd, y, device_shape])
+        machine.launch(statistics, by_group, 32, arguments![x, shift, partial, mean, rstd, xhat, device_shape])?;
+        machine.launch(forward, by_piece, 256, arguments![x, shift, weight, bias, mean, rstd, y, device_shape])
     }
 }
 
@@ -273,6 +287,8 @@ pub struct DeviceGradients<'a> {
     pub grad_weight: Slice<'a>,
     /// f32 `[C]`.
     pub grad_bias: Slice<'a>,
+    /// f32 `[N, C]`; None where nobody wants it.
+    pub grad_shift: Option<Slice<'a>>,
     /// [`backward_workspace`] bytes, as f64.
     pub workspace: Slice<'a>,
 }
@@ -288,14 +304,25 @@ pub fn launch_backward(
     shape: &Shape,
 ) -> Result<()> {
     let device_shape = inputs.check(shape)?;
-    let &DeviceGradients { grad_y, grad_x, grad_weight, grad_bias, workspace } = gradients;
+    let &DeviceGradients { grad_y, grad_x, grad_weight, grad_bias, grad_shift, workspace } = gradients;
     grad_y.expect(shape.elements(), inputs.x.element(), "grad_y")?;
     grad_x.expect(shape.elements(), inputs.x.element(), "grad_x")?;
     grad_weight.expect(shape.channels, Element::F32, "grad_weight")?;
     grad_bias.expect(shape.channels, Element::F32, "grad_bias")?;
     workspace.expect(backward_workspace(shape) / 8, Element::F64, "workspace")?;
-    let DeviceInputs { x, weight, bias, mean, rstd } = inputs;
-    ensure_apart(&[grad_x, grad_weight, grad_bias, workspace], &[*x, grad_y, *weight, *bias, *mean, *rstd])?;
+    let DeviceInputs { x, weight, bias, mean, rstd, .. } = inputs;
+    let mut written = vec![grad_x, grad_weight, grad_bias, workspace];
+    if let Some(grad_shift) = grad_shift {
+        grad_shift.expect(shape.samples * shape.channels, Element::F32, "grad_shift")?;
+        ensure!(inputs.channel_mean.is_some(), "the gradient of a shift needs channel_mean");
+        written.push(grad_shift);
+    }
+    let mut read = vec![*x, grad_y, *weight, *bias, *mean, *rstd];
+    read.extend(inputs.shift);
+    read.extend(inputs.channel_mean);
+    ensure_apart(&written, &read)?;
+    let [shift, xhat, grad_shift] =
+        [inputs.shift, inputs.channel_mean, grad_shift].map(|slice| slice.map_or(0, |slice| slice.address()));
     let variant = x.element().variant("x")?;
     let [x, weight, bias, mean, rstd] = [x, weight, bias, mean, rstd].map(Slice::address);
     let [dy, dx, grad_weight, grad_bias, channel_sums] =
@@ -316,11 +343,12 @@ pub fn launch_backward(
     // are as long as `backward_workspace` counts them
     unsafe {
         if shape.elements() > 0 {
-            let arguments = arguments![x, dy, weight, bias, mean, rstd, partial, device_shape];
+            let arguments = arguments![x, shift, dy, weight, bias, mean, rstd, partial, device_shape];
             machine.launch(sums, by_piece, 256, arguments)?;
-            let arguments = arguments![partial, weight, channel_sums, group_means, device_shape];
+            let arguments =
+                arguments![partial, weight, rstd, xhat, channel_sums, group_means, grad_shift, device_shape];
             machine.launch("group_norm_silu_backward_groups", by_group, 32, arguments)?;
-            let arguments = arguments![x, dy, weight, bias, mean, rstd, group_means, dx, device_shape];
+            let arguments = arguments![x, shift, dy, weight, bias, mean, rstd, group_means, dx, device_shape];
             machine.launch(backward, by_piece, 256, arguments)?;
         }
         // without samples or pixels the gradients of the parameters are 0

@@ -1,0 +1,349 @@
+//! `rldiff bench kernels`: each CUDA kernel at the size that SDv2 gives it, in bytes per second and percent of the
+//! device's measured copy rate. Where there is no GPU the plain references run at a small size.
+
+use std::sync::Arc;
+
+use anyhow::{ensure, Result};
+use serde_json::{json, Value};
+use tch::{Device, Kind, Tensor};
+
+use super::{median, rates::Rates};
+use crate::{
+    cli::{device_args::DeviceArgs, Failure, OrMistake},
+    comm::Communicator,
+    device::stopwatch,
+    kernels::{
+        adamw::{AdamW, Piece, Table},
+        clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, TERMS},
+        cuda::{Machine, Slice},
+        ddim_step::{launch_draw, launch_score, DeviceInputs, StepScalars},
+        geglu::geglu,
+        group_norm_silu::group_norm_silu,
+        normal_rows::Rows,
+        on_device, FlatBuffer,
+    },
+    random::{Coordinates, Purpose},
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Samples of a transition and rows of half as many guided pairs; SDv2's lane has 16.
+    #[arg(long, value_name = "N")]
+    samples: Option<i64>,
+    /// Scalars of the optimizer step; SDv2's U-Net has 866 million.
+    #[arg(long, value_name = "N")]
+    parameters: Option<i64>,
+    /// Launches of one measurement, on rotating inputs.
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    launches: usize,
+    #[arg(long, default_value_t = 7, value_name = "N")]
+    repeats: usize,
+    /// Print one JSON object with every measured value instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let sound = || -> Result<()> {
+        let sizes = [args.samples, args.parameters].into_iter().flatten().all(|size| size > 0);
+        ensure!(sizes && args.launches > 0 && args.repeats > 0, "every size and count must be at least 1");
+        Ok(())
+    };
+    sound().or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
+    if comm.rank() > 0 {
+        return Ok(());
+    }
+    let _no_grad = tch::no_grad_guard();
+    let on_gpu = device != Device::Cpu;
+    // what a transition of SDv2 holds, or a sixteenth of it
+    let (latent, samples, parameters) =
+        if on_gpu { ([4, 64, 64], 16, 865_910_724) } else { ([4, 16, 16], 8, 1_000_000) };
+    let bench = Bench {
+        device,
+        rates: Rates::measure(device, if on_gpu { Kind::BFloat16 } else { Kind::Float })?,
+        latent,
+        samples: args.samples.unwrap_or(samples),
+        parameters: args.parameters.unwrap_or(parameters),
+        args: &args,
+    };
+    let mut lines = Vec::new();
+    if on_gpu {
+        on_device::prepare(device)?;
+        let machine = on_device::machine(device)?;
+        lines.extend(bench.transitions(&machine, bench.samples)?);
+        // as many samples as fill the device
+        lines.extend(bench.transitions(&machine, 16 * bench.samples)?);
+        lines.extend(bench.optimizer(&machine)?);
+    } else {
+        lines.extend(bench.references()?);
+    }
+    lines.extend(bench.normalisation()?);
+    lines.extend(bench.activation()?);
+    bench.report(&lines);
+    Ok(())
+}
+
+/// Sets of inputs that a measurement goes through in turn: together more than a GPU's cache holds.
+const SETS: usize = 8;
+
+const STEP: StepScalars = StepScalars { c_x: 1.013, c_eps: -0.0831, sigma: 0.112, guidance_scale: 7.0 };
+const OBJECTIVE: Objective = Objective { clip_range: 1e-4, weight: 1.0, samples: 16 };
+
+struct Bench<'a> {
+    args: &'a Args,
+    device: Device,
+    rates: Rates,
+    latent: [i64; 3],
+    samples: i64,
+    parameters: i64,
+}
+
+/// The first three fields of a set.
+fn inputs<'a>(fields: &'a [Tensor], machine: &dyn Machine) -> Result<DeviceInputs<'a>> {
+    let [eps_uncond, eps_cond, x_t] = [0, 1, 2].map(|i| Slice::of(&fields[i], machine));
+    Ok(DeviceInputs { eps_uncond: eps_uncond?, eps_cond: eps_cond?, x_t: x_t? })
+}
+
+/// A measured operation.
+struct Line {
+    what: String,
+    /// Bytes that have to move: every input read once, every output written once.
+    bytes: f64,
+    /// Of one launch, each repeat.
+    seconds: Vec<f64>,
+}
+
+impl Bench<'_> {
+    /// Seconds of one of `launches`; `work` gets the number of its set of inputs.
+    fn time(&self, what: impl Into<String>, bytes: i64, mut work: impl FnMut(usize) -> Result<()>) -> Result<Line> {
+        let launches = self.args.launches;
+        let mut round = || (0..launches).try_for_each(|i| work(i % SETS));
+        round()?;
+        let seconds = (0..self.args.repeats)
+            .map(|_| Ok(stopwatch::seconds(self.device, &mut round)? / launches as f64))
+            .collect::<Result<_>>()?;
+        Ok(Line { what: what.into(), bytes: bytes as f64, seconds })
+    }
+
+    fn normals(&self, size: &[i64]) -> Tensor {
+        Tensor::randn(size, (Kind::Float, self.device))
+    }
+
+    /// The transition and the objective, on outputs in f32 as the U-Net gives them.
+    fn transitions(&self, machine: &Arc<dyn Machine>, samples: i64) -> Result<Vec<Line>> {
+        let [c, h, w] = self.latent;
+        let (size, elements) = ([samples, c, h, w], samples * c * h * w);
+        // eps_uncond, eps_cond, x_t, x_prev, grad_uncond, grad_cond; log_prob, log_prob_old, advantage; terms
+        let sets: Vec<(Vec<Tensor>, Vec<Tensor>, Tensor)> = (0..SETS)
+            .map(|_| {
+                let fields = (0..6).map(|_| self.normals(&size)).collect();
+                let rows = (0..3).map(|_| self.normals(&[samples])).collect();
+                (fields, rows, self.normals(&[samples * TERMS as i64]))
+            })
+            .collect();
+        let machine = machine.as_ref();
+        let first = Coordinates::new(1, Purpose::TransitionNoise);
+        let name = |what: &str| format!("{what}, {samples} samples of {c}x{h}x{w}");
+        let draw = self.time(name("ddim_step draw"), 16 * elements, |set| {
+            let (fields, rows, _) = &sets[set];
+            launch_draw(
+                machine,
+                &inputs(fields, machine)?,
+                Rows { first },
+                &STEP,
+                Slice::of(&fields[3], machine)?,
+                Slice::of(&rows[0], machine)?,
+            )
+        })?;
+        let score = self.time(name("ddim_step score"), 16 * elements, |set| {
+            let (fields, rows, _) = &sets[set];
+            launch_score(
+                machine,
+                &inputs(fields, machine)?,
+                Slice::of(&fields[3], machine)?,
+                &STEP,
+                Slice::of(&rows[0], machine)?,
+            )
+        })?;
+        let surrogate = self.time(name("clipped_surrogate"), 24 * elements, |set| {
+            let (fields, rows, terms) = &sets[set];
+            let stored = DeviceStored {
+                x_prev: Slice::of(&fields[3], machine)?,
+                log_prob_old: Slice::of(&rows[0], machine)?,
+                advantage: Slice::of(&rows[2], machine)?,
+            };
+            let out = DeviceGradients {
+                terms: Slice::of(terms, machine)?,
+                grad_uncond: Some(Slice::of(&fields[4], machine)?),
+                grad_cond: Slice::of(&fields[5], machine)?,
+            };
+            clipped_surrogate::launch(machine, &inputs(fields, machine)?, &stored, &STEP, &OBJECTIVE, &out)
+        })?;
+        Ok(vec![draw, score, surrogate])
+    }
+
+    fn optimizer(&self, machine: &Arc<dyn Machine>) -> Result<Vec<Line>> {
+        let n = self.parameters;
+        let [param, grad, exp_avg, exp_avg_sq] = [0; 4].map(|_| self.normals(&[n]).abs_());
+        let copy = Tensor::zeros([n], (Kind::BFloat16, self.device));
+        let piece = Piece {
+            param: Slice::of(&param, machine.as_ref())?,
+            grad: Slice::of(&grad, machine.as_ref())?,
+            exp_avg: Slice::of(&exp_avg, machine.as_ref())?,
+            exp_avg_sq: Slice::of(&exp_avg_sq, machine.as_ref())?,
+            copy: Some(Slice::of(&copy, machine.as_ref())?),
+        };
+        let table = Table::new(machine, &[piece])?;
+        let (settings, millions) = (AdamW::default(), n / 1_000_000);
+        let step = self.time(format!("adamw with bf16 copy, {millions} M parameters"), 30 * n, |_| {
+            table.step(&settings, 1, 1.0)
+        })?;
+        let norm =
+            self.time(format!("gradient norm, {millions} M parameters"), 4 * n, |_| table.sum_of_squares().map(drop))?;
+        Ok(vec![step, norm])
+    }
+
+    /// The plain implementations, which a run without a GPU uses.
+    fn references(&self) -> Result<Vec<Line>> {
+        let samples = self.samples as usize;
+        let elements = samples * self.latent.iter().product::<i64>() as usize;
+        let field = |i: u32| {
+            let mut values = vec![0f32; elements];
+            Coordinates { sample: i, ..Coordinates::new(1, Purpose::TransitionNoise) }
+                .stream()
+                .fill_normal(&mut values);
+            values
+        };
+        let [eps_uncond, eps_cond, x_t, noise] = [0, 1, 2, 3].map(field);
+        let (mut x_prev, mut log_prob) = (field(4), vec![0f32; samples]);
+        let (mut grad_uncond, mut grad_cond, advantage) = (field(5), field(6), vec![1f32; samples]);
+        let name = |what: &str| format!("{what} (reference), {samples} samples");
+        let draw = self.time(name("ddim_step draw"), 20 * elements as i64, |_| {
+            use crate::kernels::ddim_step::{reference, Given};
+            reference(&eps_uncond, &eps_cond, &x_t, Given::Draw(&noise), &STEP, &mut x_prev, &mut log_prob)
+        })?;
+        let surrogate = self.time(name("clipped_surrogate"), 24 * elements as i64, |_| {
+            clipped_surrogate::reference(
+                &eps_uncond,
+                &eps_cond,
+                &x_t,
+                &x_prev,
+                &log_prob,
+                &advantage,
+                &STEP,
+                &OBJECTIVE,
+                &mut grad_uncond,
+                &mut grad_cond,
+            )
+            .map(drop)
+        })?;
+        let n = self.parameters;
+        let [mut param, grad, mut exp_avg, mut exp_avg_sq] =
+            [0; 4].map(|_| FlatBuffer::from_slice(&vec![0.5f32; n as usize], self.device));
+        let step = self.time(format!("adamw (reference), {n} parameters"), 28 * n, |_| {
+            on_device::adamw_step(&mut param, &grad, &mut exp_avg, &mut exp_avg_sq, &AdamW::default(), 1, 1.0)
+        })?;
+        Ok(vec![draw, surrogate, step])
+    }
+
+    /// Group normalisation with SiLU at three of the U-Net's sizes: ours, channels-last, beside libtorch's two operations
+    /// on their own fast layout.
+    fn normalisation(&self) -> Result<Vec<Line>> {
+        let on_gpu = self.device != Device::Cpu;
+        let kind = if on_gpu { Kind::BFloat16 } else { Kind::Float };
+        let width = if on_gpu { 2 } else { 4 };
+        let rows = 2 * self.samples;
+        let shapes = if on_gpu { [[320, 64, 64], [640, 32, 32], [1280, 16, 16]] } else { [[32, 16, 16]; 3] };
+        let mut lines = Vec::new();
+        for [c, h, w] in shapes.into_iter().take(if on_gpu { 3 } else { 1 }) {
+            let size = [rows, c, h, w];
+            let elements: i64 = size.iter().product();
+            let plain: Vec<Tensor> = (0..SETS).map(|_| self.normals(&size).to_kind(kind)).collect();
+            let [weight, bias] = [0, 1].map(|_| self.normals(&[c]).to_kind(kind));
+            let name = |what: &str| format!("{what}, {rows}x{c}x{h}x{w}");
+            lines.push(self.time(name("group_norm and silu of libtorch"), 2 * width * elements, |set| {
+                drop(plain[set].group_norm(32, Some(&weight), Some(&bias), 1e-5, true).silu());
+                Ok(())
+            })?);
+            if !on_gpu {
+                continue;
+            }
+            let last = |x: &Tensor| x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
+            let ours: Vec<Tensor> = plain.iter().map(last).collect();
+            lines.push(self.time(name("group_norm_silu"), 2 * width * elements, |set| {
+                group_norm_silu(&ours[set], None, &weight, &bias, 32, 1e-5, true).map(drop)
+            })?);
+            lines.push(self.both_passes(name("group_norm and silu of libtorch, both passes"), &plain, |x| {
+                Ok(x.group_norm(32, Some(&weight), Some(&bias), 1e-5, true).silu())
+            })?);
+            lines.push(self.both_passes(name("group_norm_silu, both passes"), &ours, |x| {
+                group_norm_silu(x, None, &weight, &bias, 32, 1e-5, true)
+            })?);
+        }
+        Ok(lines)
+    }
+
+    /// The gated activation at the U-Net's largest size: ours beside libtorch's two operations.
+    fn activation(&self) -> Result<Vec<Line>> {
+        if self.device == Device::Cpu {
+            return Ok(Vec::new());
+        }
+        let size = [2 * self.samples * 4096, 2 * 1280];
+        let hidden: Vec<Tensor> = (0..2).map(|_| self.normals(&size).to_kind(Kind::BFloat16)).collect();
+        let name = |what: &str| format!("{what}, {}x{}", size[0], size[1]);
+        let bytes = 3 * size[0] * size[1];
+        let of_libtorch = |h: &Tensor| {
+            let halves = h.chunk(2, -1);
+            Ok(&halves[0] * halves[1].gelu("none"))
+        };
+        Ok(vec![
+            self.time(name("gelu and product of libtorch"), bytes, |set| of_libtorch(&hidden[set % 2]).map(drop))?,
+            self.time(name("geglu"), bytes, |set| geglu(&hidden[set % 2]).map(drop))?,
+            self.both_passes(name("gelu and product of libtorch, both passes"), &hidden, of_libtorch)?,
+            self.both_passes(name("geglu, both passes"), &hidden, geglu)?,
+        ])
+    }
+
+    /// Forward and backward of the sum: x, y, dy and dx move, x twice; a pass over y and one over dy are for the sum.
+    fn both_passes(&self, what: String, inputs: &[Tensor], f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Line> {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| x.detach().set_requires_grad(true)).collect();
+        let outputs = f(&inputs[0])?.numel();
+        let bytes = 2 * (3 * inputs[0].numel() + 2 * outputs) as i64;
+        self.time(what, bytes, |set| {
+            let leaf = &leaves[set % leaves.len()];
+            tch::with_grad(|| {
+                let value = f(leaf)?.sum(Kind::Float);
+                drop(Tensor::run_backward(&[value], &[leaf], false, false));
+                Ok(())
+            })
+        })
+    }
+
+    fn report(&self, lines: &[Line]) {
+        if self.args.json {
+            let all: Vec<Value> = lines
+                .iter()
+                .map(|line| json!({"what": line.what, "bytes": line.bytes, "seconds": line.seconds}))
+                .collect();
+            let device = format!("{:?}", self.device);
+            println!("{}", json!({"device": device, "rates": self.rates.to_json(), "kernels": all}));
+            return;
+        }
+        println!("{}", self.rates.describe());
+        println!("{:<64} {:>10} {:>9} {:>8}", "operation", "µs", "GB/s", "of copy");
+        for line in lines {
+            let m = median(line.seconds.clone());
+            let rate = line.bytes / m;
+            println!(
+                "{:<64} {:>10.1} {:>9.1} {:>6.1} %",
+                line.what,
+                m * 1e6,
+                rate / 1e9,
+                100.0 * rate / self.rates.copy
+            );
+        }
+    }
+}
