@@ -48,8 +48,9 @@
 //! | Eq. 7 clipped objective and its gradient | [`policy::surrogate`], [`kernels::clipped_surrogate`] |
 //! | Eq. 8 with the pretraining loss | [`policy::pretraining`], [`pairs`] |
 //! | Eq. 10 advantage | [`policy::advantage`] |
+//! | Eq. 11 preference | [`rewards::image_reward`] |
 //! | Eq. 12 statistical parity | [`rewards::parity`] |
-//! | Eq. 13 object composition | [`rewards::composition`] |
+//! | Eq. 13 object composition | [`rewards::composition`], [`rewards::unidet`] |
 //! | Algorithm 1 | [`train`] |
 //! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
