@@ -2,7 +2,7 @@
 //! Reinforcement Learning for Diffusion Models" (Zhang, Tzeng, Du, Kislyuk; arXiv 2401.12244), called "the paper" here.
 //!
 //! # The way of the data
-//! One iteration of Algorithm 1 ([`train::Trainer::iterate`]) does this for each task (a reward with its prompts):
+//! One iteration of Algorithm 1 ([`train::Trainer::iterate`] with [`methods::ours`]) does this for each task (a reward with its prompts):
 //! ```text
 //!  prompts ──► models::text_encoder ──┐
 //!  random (Philox) ──► x_T, z_t ──────┼─► diffusion::sampler ──► Trajectory: x_T … x_0, log_prob_old
@@ -18,6 +18,9 @@
 //!        ▼
 //!  policy::optimizer ──► new weights ──► … ──► pairs + policy::pretraining: the same for L_pre
 //! ```
+//! That is the paper's method; what its rivals do with the same parts is in [`methods`]. [`evaluation`] compares models on
+//! prompt sets, [`study`] trains and compares all of them.
+//!
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
@@ -48,9 +51,11 @@
 //! | Eq. 7 clipped objective and its gradient | [`policy::surrogate`], [`kernels::clipped_surrogate`] |
 //! | Eq. 8 with the pretraining loss | [`policy::pretraining`], [`pairs`] |
 //! | Eq. 10 advantage | [`policy::advantage`] |
+//! | Eq. 11 preference | [`rewards::image_reward`] |
 //! | Eq. 12 statistical parity | [`rewards::parity`] |
-//! | Eq. 13 object composition | [`rewards::composition`] |
-//! | Algorithm 1 | [`train`] |
+//! | Eq. 13 object composition | [`rewards::composition`], [`rewards::unidet`] |
+//! | Algorithm 1 | [`methods::ours`] in [`train`] |
+//! | ReFL, reward-weighted, RAFT, DRaFT-LV (Table 6) | [`methods`] |
 //! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
 pub mod caught_panics;

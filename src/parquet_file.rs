@@ -4,7 +4,7 @@
 
 use std::{fs::File, path::Path};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use parquet::{
     column::reader::{ColumnReader, ColumnReaderImpl},
     data_type::{BoolType, ByteArrayType, DataType, DoubleType, FloatType, Int32Type, Int64Type},
@@ -31,7 +31,10 @@ const CHUNK: usize = 8192;
 /// A file that is no parquet file or a broken one, lacks a column (those it has are listed), or has lists or other types in one.
 pub fn read(path: &Path, columns: &[&str], each: &mut dyn FnMut(u64, &[Cell]) -> Result<()>) -> Result<()> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    caught_panics::catch(|| read_rows(file, columns, each)).with_context(|| path.display().to_string())
+    let read = caught_panics::catch(|| read_rows(file, columns, each));
+    // names in a damaged file may hold ends of lines
+    let one_line = |e: anyhow::Error| anyhow!("{}", format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" "));
+    read.map_err(one_line).with_context(|| path.display().to_string())
 }
 
 fn read_rows(file: File, columns: &[&str], each: &mut dyn FnMut(u64, &[Cell]) -> Result<()>) -> Result<()> {

@@ -3,8 +3,11 @@
 //!
 //! Observed on an H100 and an H200: bench/runs/2026-11-26-gpu.
 
+mod common;
+
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
+use common::{empty_folder, reward_files};
 use rldiff::{
     comm::{
         nccl::{Nccl, PATIENCE},
@@ -24,6 +27,7 @@ use rldiff::{
         update::{lane_objective, LaneBatch},
     },
     prompts::Prompt,
+    rewards::registry::{build, Place},
     run::load_for_training,
     task::{NoiseOf, Roller},
     telemetry::names,
@@ -238,6 +242,53 @@ fn a_joint_run_follows_the_reward_curve_of_the_cpu() {
             let (a, b) = (mean(on_gpu), mean(on_cpu));
             println!("iteration {i}, {}: GPU {a:.4}, CPU {b:.4}, bound {bound:.4}", task.name);
             assert!((a - b).abs() <= bound, "iteration {i}, {}: {a} and {b}", task.name);
+        }
+    }
+}
+
+/// The networks of the rewards: scores and gradients of the CPU. All compute in f32.
+#[test]
+fn reward_networks_say_what_they_say_on_the_cpu() {
+    let Some((device, _alone)) = gpu() else { return };
+    let folder = empty_folder("gpu-rewards");
+    reward_files::write_image_reward(&folder, 31);
+    reward_files::write_aesthetic(&folder, 32);
+    reward_files::write_unidet(&folder, true, 33);
+    let at = |file: &str| folder.join(file).display().to_string();
+    let (weights, vocabulary) = (at("image_reward.safetensors"), at("vocab.txt"));
+    let preference = format!("{{ name = 'image_reward', weights = '{weights}', vocabulary = '{vocabulary}' }}");
+    let beauty =
+        format!("{{ name = 'aesthetic', clip = '{}', head = '{}' }}", at("clip.safetensors"), at("head.safetensors"));
+    let (weights, labels) = (at("unidet.safetensors"), at("labels.json"));
+    let objects = format!(
+        "{{ name = 'composition', weights = '{weights}', labels = '{labels}', threshold = 0.0001, top = 0, \
+         channel_order = 'as_trained', short_side = 128, long_side = 213 }}"
+    );
+    let pictures = reward_files::pictures(4, 64, 64);
+    let prompts = vec![Prompt { text: "an apple and a book".into(), objects: vec!["apple".into(), "book".into()] }; 4];
+    // sums in another order; a detection more or less where two boxes are nearly equal
+    for (reward, bound) in [(preference, 1e-3), (beauty, 1e-4), (objects, 1e-2)] {
+        let config = config(&[&format!("task.preference.reward={reward}")]).tasks;
+        let config = config.into_iter().find(|task| task.name == "preference").unwrap().reward;
+        let judge = |device: Device| {
+            let place = Place { task: "test", index: 0, seed: 1, device, group: 1 };
+            let mut reward = build(&config, place).unwrap();
+            let scores = Tensor::from_slice(&reward.score(&pictures, &prompts).unwrap().rewards);
+            let gradient = reward.differentiable().map(|reward| {
+                let leaf = pictures.to_device(device).set_requires_grad(true);
+                reward.rewards(&leaf, &prompts).unwrap().sum(Kind::Float).backward();
+                leaf.grad().to_device(Device::Cpu)
+            });
+            (scores, gradient)
+        };
+        let ((on_cpu, cpu_gradient), (on_gpu, gpu_gradient)) = (judge(Device::Cpu), judge(device));
+        let gap = (&on_gpu - &on_cpu).abs().max().double_value(&[]);
+        println!("{reward}: {gap:.1e} apart");
+        assert!(gap < bound, "{gap}");
+        if let (Some(cpu), Some(gpu)) = (cpu_gradient, gpu_gradient) {
+            let error = relative(&gpu, &cpu);
+            println!("gradient: relative error {error:.2e}");
+            assert!(error < 1e-3, "{error}");
         }
     }
 }

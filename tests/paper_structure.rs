@@ -8,11 +8,14 @@ use std::{
     fs::{self, File},
     io::Cursor,
     path::Path,
-    sync::Arc,
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Arc,
+    },
     time::Duration,
 };
 
-use common::{empty_folder, reward_files, rldiff, run_within, runs::assert_same_run, set};
+use common::{descendants, empty_folder, reward_files, rldiff, run_within, runs::assert_same_run, set};
 use image::{ImageFormat, Rgb, RgbImage};
 use parquet::{
     data_type::{ByteArray, ByteArrayType, FloatType},
@@ -164,4 +167,139 @@ fn the_joint_run_with_its_three_networks() {
     assert_eq!(value("bad_rewards"), 0.0);
     let composition = value("composition/reward_mean");
     assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
+}
+
+/// Peak of the proportional memory of all ranks together while the joint run with this list goes on, in MB, and the
+/// seconds that it took.
+fn peak_with(folder: &Path, ranks: usize, list: &str) -> (u64, f64) {
+    let mut command = rldiff(ranks, folder);
+    let path = format!("task.preference.prompts.path={list}");
+    let settings = [&SIZES[..], &[&path, "run.lanes=4", "task.parity.samples=16"]].concat();
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/joint.toml")).args(set(&settings));
+    command.args(["--out", &format!("with-{list}")]);
+    let ended = Arc::new(AtomicBool::new(false));
+    let watcher = {
+        let ended = ended.clone();
+        std::thread::spawn(move || {
+            let mut peak = 0;
+            while !ended.load(Ordering::Relaxed) {
+                let of = |pid: &i32| -> Option<u64> {
+                    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+                    text.lines().find(|line| line.starts_with("Pss:"))?.split_whitespace().nth(1)?.parse().ok()
+                };
+                let own = std::process::id() as i32;
+                let all = descendants(own);
+                peak = peak.max(all.iter().filter(|pid| **pid != own).filter_map(of).sum::<u64>() / 1024);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            peak
+        })
+    };
+    let run = run_within(command, Duration::from_secs(280));
+    ended.store(true, Ordering::Relaxed);
+    let seconds = run.took.as_secs_f64();
+    run.expect_success(list);
+    (watcher.join().unwrap(), seconds)
+}
+
+/// As many prompts as DiffusionDB has, on a host with four ranks: what they add to the memory of all ranks together and
+/// to the time of a run.
+#[test]
+#[ignore = "writes 200 MB, reads them on four ranks"]
+fn a_million_and_a_half_prompts_on_a_host() {
+    let folder = empty_folder("many-prompts");
+    write_inputs(&folder);
+    let rows = 0..1_500_000u64;
+    let words =
+        |n: u64| (0..14u64).map(|k| format!(" {:x}", (n + 1) * (k * 7919 + 104_729) % 999_983)).collect::<String>();
+    write_parquet(
+        &folder.join("many.parquet"),
+        &[
+            Column::Text("prompt", rows.clone().map(|i| format!("prompt {i}{}", words(i))).collect()),
+            Column::Number("prompt_nsfw", rows.clone().map(|_| 0.01).collect()),
+            Column::Number("image_nsfw", rows.map(|_| 0.02).collect()),
+        ],
+    );
+    let (few, few_seconds) = peak_with(&folder, 4, "metadata.parquet");
+    let (many, many_seconds) = peak_with(&folder, 4, "many.parquet");
+    println!("4 ranks: {few} MB and {few_seconds:.1} s with 60 prompts, {many} MB and {many_seconds:.1} s with 1.5 M");
+    assert!(many - few < 1000 && many_seconds - few_seconds < 10.0);
+}
+
+/// `rldiff score` with each of the networks, on picture files of two sizes.
+#[test]
+fn score_judges_files_by_each_network() {
+    let folder = empty_folder("score-networks");
+    write_inputs(&folder);
+    reward_files::write_aesthetic(&folder, 24);
+    let images = folder.join("images");
+    fs::create_dir(&images).unwrap();
+    for (name, side) in [("a.png", 50), ("b.webp", 50), ("c.jpg", 77)] {
+        let shade = name.as_bytes()[0] as u32;
+        RgbImage::from_fn(side, 60, |x, y| Rgb([(x * 3 + shade) as u8, (y * 4) as u8, (x * y / 9) as u8]))
+            .save(images.join(name))
+            .unwrap();
+    }
+    let prompt = r#"{"text": "an apple next to a book", "objects": ["apple", "book"]}"#;
+    fs::write(folder.join("prompts"), prompt).unwrap();
+    for reward in [
+        "{ name = 'image_reward', weights = 'image_reward.safetensors', vocabulary = 'vocab.txt' }",
+        "{ name = 'aesthetic', clip = 'clip.safetensors', head = 'head.safetensors' }",
+        "{ name = 'composition', weights = 'unidet.safetensors', labels = 'labels.json', threshold = 0.1, top = 0, \
+         channel_order = 'rgb', short_side = 64, long_side = 90 }",
+    ] {
+        let mut command = rldiff(1, &folder);
+        command.args(["score", "--reward", reward, "--json", "out.json", "images", "prompts"]);
+        run_within(command, Duration::from_secs(120)).expect_success(reward);
+        let found: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("out.json")).unwrap()).unwrap();
+        let scores: Vec<f64> = (0..3).map(|i| found["images"][i]["reward"].as_f64().unwrap()).collect();
+        println!("{scores:?}");
+        assert!(scores[0] != scores[2], "{reward}: {scores:?}");
+    }
+    let mut command = rldiff(1, &folder);
+    let wrong = "{ name = 'aesthetic', clip = 'image_reward.safetensors', head = '' }";
+    command.args(["score", "--reward", wrong, "images", "prompts"]);
+    let done = run_within(command, Duration::from_secs(120));
+    assert!(done.status.code() == Some(2) && done.stderr.lines().count() == 1, "{}", done.stderr);
+    assert!(done.stderr.contains("image_reward.safetensors: neither visual_projection.weight nor"), "{}", done.stderr);
+}
+
+/// The two methods that differentiate through the reward, through ImageReward and through a sum with the aesthetic score.
+#[test]
+fn refl_and_draft_train_on_the_networks() {
+    let folder = empty_folder("differentiable-networks");
+    reward_files::write_image_reward(&folder, 25);
+    reward_files::write_aesthetic(&folder, 25);
+    let image_reward = "{ name = 'image_reward', weights = 'image_reward.safetensors', vocabulary = 'vocab.txt' }";
+    let aesthetic = "{ name = 'aesthetic', clip = 'clip.safetensors', head = 'head.safetensors' }";
+    let sum = format!(
+        "{{ name = 'sum', normalise = false, parts = [{{ weight = 1.0, reward = {image_reward} }}, \
+         {{ weight = 0.5, reward = {aesthetic} }}] }}"
+    );
+    for (method, reward) in [("refl", image_reward), ("draft", &sum)] {
+        let config = format!("{}/slurm/miniature-{method}.toml", env!("CARGO_MANIFEST_DIR"));
+        let reward = format!("task.preference.reward={reward}");
+        let settings = [
+            "run.iterations=2",
+            "run.lanes=2",
+            "rollout.steps=3",
+            "evaluation.every=0",
+            "evaluation.pictures=1",
+            "pretrain.batch_per_lane=1",
+            "task.preference.samples=4",
+            "task.composition.samples=2",
+            "task.parity.samples=32",
+            "task.preference.evaluation_samples=2",
+            "task.composition.evaluation_samples=2",
+            "task.parity.evaluation_samples=16",
+            reward.as_str(),
+        ];
+        let mut command = rldiff(1, &folder);
+        command.args(["train", &config]).args(set(&settings)).args(["--out", method]);
+        run_within(command, Duration::from_secs(240)).expect_success(method);
+        let metrics = read_metrics(&RunFiles::new(folder.join(method)).metrics()).unwrap();
+        let norm = metrics.last().unwrap().get("gradient_norm").unwrap();
+        println!("{method}: gradient norm {norm}");
+        assert!(norm.is_finite() && norm > 0.0);
+    }
 }

@@ -148,7 +148,7 @@ fn gradients_reach_the_pictures() {
         }
         let direction = (&gradient / gradient.norm()).detach();
         let step = 0.05;
-        let at =
+        let mut at =
             |s: f64| tch::no_grad(|| reward(&(pictures.copy() + &direction * s)).sum(Kind::Double).double_value(&[]));
         let slope = (at(step) - at(-step)) / (2.0 * step);
         let wanted = gradient.norm().double_value(&[]);
@@ -169,6 +169,34 @@ fn published_files_have_these_tensors() {
     assert_eq!(shapes.len(), 3 + 2 + 24 * 16 + 2 + 1);
     let count: i64 = shapes.iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
     assert_eq!(count / 1_000_000, 303);
+}
+
+/// The published sizes with random weights: they load, and score a picture of 512 × 512.
+#[test]
+#[ignore = "writes files of 1.8 GB and 1.2 GB"]
+fn networks_of_the_published_size() {
+    let folder = empty_folder("full-size");
+    // 30,522 words, to which BLIP adds two
+    let mut words = files::vocabulary();
+    words.extend((words.len()..30_522).map(|i| format!("word{i}")));
+    std::fs::write(folder.join("vocab.txt"), words.join("\n")).unwrap();
+    let shapes = files::image_reward(files::VIT_L_16, files::BERT_BASE, [768, 1024, 128, 64, 16]);
+    files::save(&folder.join("image_reward.safetensors"), &files::random(&shapes, 1));
+    files::save(&folder.join("clip.safetensors"), &files::random(&files::clip_hugging_face(files::VIT_L_14), 1));
+    files::save(&folder.join("head.safetensors"), &files::random(&files::aesthetic_head(768, false), 1));
+    let (pictures, prompts) = (files::pictures(4, 512, 512), prompts());
+    let judge = |name: &str, load: &dyn Fn() -> Box<dyn Reward>| {
+        let started = std::time::Instant::now();
+        let mut reward = load();
+        let loaded = started.elapsed().as_secs_f64();
+        let scores = reward.score(&pictures, &prompts).unwrap().rewards;
+        let scored = started.elapsed().as_secs_f64() - loaded;
+        println!("{name}: loaded in {loaded:.1} s, 4 pictures in {scored:.1} s: {scores:?}");
+        assert!(scores.iter().all(|s| s.is_finite()) && scores[0] != scores[1]);
+    };
+    judge("image_reward", &|| Box::new(image_reward(&folder, "image_reward.safetensors").unwrap()));
+    judge("aesthetic", &|| Box::new(aesthetic(&folder, "clip.safetensors", "head.safetensors").unwrap()));
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 /// Wrong checkpoints: one line that names file and tensor.

@@ -157,6 +157,27 @@ fn published_files_have_these_tensors() {
     assert!((287_883_795 - 4 * r50).abs() < 300_000 && (483_254_220 - 4 * rs200).abs() < 1_500_000, "{r50} {rs200}");
 }
 
+/// The published sizes with random weights: they load, and look at a picture of 512 × 512 as one of 800 × 800.
+#[test]
+#[ignore = "writes files of 288 MB and 483 MB, looks for a minute"]
+fn networks_of_the_published_size() {
+    for (name, sizes) in [("R50", files::unidet_r50()), ("RS200", files::unidet_rs200())] {
+        let folder = empty_folder(&format!("unidet-{name}"));
+        files::save(&folder.join("unidet.safetensors"), &files::random(&files::unidet(&sizes), 9));
+        std::fs::write(folder.join("labels.json"), files::label_space()).unwrap();
+        let choices = UniDetSettings { short_side: 800, long_side: 1333, ..settings(&folder, "unidet.safetensors") };
+        let started = std::time::Instant::now();
+        let mut detector = UniDet::load(&choices, Device::Cpu).unwrap();
+        let loaded = started.elapsed().as_secs_f64();
+        let objects = ["apple", "book"].map(String::from).to_vec();
+        let found = detector.detect(&files::pictures(1, 512, 512), &[&objects]).unwrap();
+        let looked = started.elapsed().as_secs_f64() - loaded;
+        println!("{name}: loaded in {loaded:.1} s, a picture in {looked:.1} s: {found:?}");
+        assert!(found[0].iter().all(|d| (0.0..=1.0).contains(d)));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
 /// Objects by name, broken pictures, and mistakes in one line.
 #[test]
 fn names_and_mistakes() {

@@ -34,7 +34,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     faults::install(comm.rank()).or_mistake()?;
     let plan = plan(&args, comm).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, Some(nccl::PATIENCE)).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(plan.members[0].config.run.threads as i32);
     // again: MPI may have taken some for itself

@@ -91,7 +91,11 @@ fn curves(plan: &Plan) -> Result<String> {
         charts.push_str(&chart(&format!("{task}: a few held-out prompts"), "", "seconds of training", &evaluated));
         charts.push_str(&chart(&format!("{task}: sampled in training"), "", "iteration", &sampled));
     }
-    Ok(format!("<div class=\"charts\">{charts}</div>\n"))
+    Ok(format!(
+        "<p>A line for each seed. In the course of training a run draws as its own settings say (DRaFT without noise, ReFL's \
+         training without guidance where its settings say so), so curves of different methods begin at different heights; the \
+         tables compare all models with one sampler.</p>\n<div class=\"charts\">{charts}</div>\n"
+    ))
 }
 
 /// For each set its first prompts, a column for each run of the first seed.

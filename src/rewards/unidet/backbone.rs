@@ -65,7 +65,7 @@ impl BackboneSizes {
 /// The 3×3 convolution of a block.
 enum Middle {
     Conv(Conv),
-    Split(SplitAttention),
+    Split(Box<SplitAttention>),
 }
 
 struct Block {
@@ -89,7 +89,7 @@ impl Block {
             conv1: Conv::with_norm(&b.sub("conv1"), Shape::new(inputs, bottleneck, 1).stride(in_conv))?,
             middle: match family {
                 Family::ResNet => Middle::Conv(Conv::with_norm(&middle, Shape::new(bottleneck, bottleneck, 3))?),
-                Family::ResNeSt => Middle::Split(SplitAttention::new(&middle, bottleneck)?),
+                Family::ResNeSt => Middle::Split(Box::new(SplitAttention::new(&middle, bottleneck)?)),
             },
             conv3: Conv::with_norm(&b.sub("conv3"), Shape::new(bottleneck, outputs, 1))?,
             pool: if family == Family::ResNet { 1 } else { stride },
