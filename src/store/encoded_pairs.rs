@@ -278,7 +278,7 @@ mod tests {
     fn what_does_not_fit_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let failing = |wanted: &str| {
-            let e = format!("{:#}", PairIndex::read(folder.path()).err().expect("an error"));
+            let e = format!("{:#}", PairIndex::read(folder.path()).expect_err("an error"));
             assert!(e.contains(wanted) && !e.contains('\n'), "{e}");
         };
         failing("pairs-00000.h5 is missing: rldiff encode makes such shards");
