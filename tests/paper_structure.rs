@@ -154,7 +154,7 @@ fn the_joint_run_with_its_three_networks() {
         let done = run_within(command, Duration::from_secs(240)).expect_success("joint.toml");
         assert!(done.stderr.contains("4 pairs in 1 shards"), "{}", done.stderr);
     }
-    let files = [2, 1].map(|ranks| RunFiles::new(&folder.join(format!("ranks-{ranks}"))));
+    let files = [2, 1].map(|ranks| RunFiles::new(folder.join(format!("ranks-{ranks}"))));
     assert_same_run(&files[0], &files[1], 2);
     let metrics = read_metrics(&files[0].metrics()).unwrap();
     let last = metrics.last().unwrap();

@@ -12,7 +12,7 @@ use crate::{
     telemetry::write_atomic,
 };
 
-/// CONFIG is an evaluation ([eval], [[model]], [[set]]), or a training experiment, whose tasks are then the sets.
+/// CONFIG is an evaluation (tables eval, model, set), or a training experiment, whose tasks are then the sets.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -16,14 +16,14 @@ use crate::{
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The study ([study], [quick], [[run]]).
+    /// The study (tables study, quick, run).
     config: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,
     /// Folder for the results; a study that was cut off goes on there [default: runs/NAME].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// With the few iterations and prompts of [quick]: shows that everything works, says nothing about the methods.
+    /// With the few iterations and prompts of the table quick: shows that everything works, says nothing about the methods.
     #[arg(long)]
     quick: bool,
 }

@@ -15,7 +15,7 @@ use crate::{
     comm::{agree, all_made, Communicator},
     config::WebdatasetPairs,
     models::{pipeline::Pipeline, weights::tensor_bytes},
-    store::{self, EncodedPairs, PairReader, PairsHeader},
+    store::{self, EncodedPairs, PairIndex, PairReader, PairsHeader},
 };
 
 /// Pairs that go through the networks together.
@@ -139,22 +139,29 @@ fn decode(shards: &Shards, decoder: &Decoder, threads: usize, batch: &[u64]) -> 
     Ok(pairs)
 }
 
-/// The shards of `folder`, which the networks of `pipeline` must have made. A collective call.
+/// The shards of `folder`, which the networks of `pipeline` must have made. A collective call: rank 0 reads their headers.
 pub(super) fn open_for(pipeline: &Pipeline, comm: &dyn Communicator, folder: &Path) -> Result<PairReader> {
-    let reader = all_made(comm, PairReader::open(folder))?;
     let encoders = encoders_digest(pipeline, comm)?;
-    let header = reader.header();
-    ensure!(
-        header.encoders == encoders,
-        "{} was encoded by another VAE or text encoder than the run's model has",
-        folder.display()
-    );
-    let latents = pipeline.latent_shape().map(|side| side as usize);
-    ensure!(header.latent_shape == latents, "{}: latents {:?}", folder.display(), header.latent_shape);
-    if comm.rank() == 0 {
-        log::info!("{}: {} encoded pairs in {} shards", folder.display(), reader.len(), reader.shards());
-    }
-    Ok(reader)
+    let read = || -> Result<Vec<u8>> {
+        let index = PairIndex::read(folder)?;
+        ensure!(
+            index.header.encoders == encoders,
+            "{} was encoded by another VAE or text encoder than the run's model has",
+            folder.display()
+        );
+        let latents = pipeline.latent_shape().map(|side| side as usize);
+        ensure!(index.header.latent_shape == latents, "{}: latents {:?}", folder.display(), index.header.latent_shape);
+        log::info!("{}: {} encoded pairs in {} shards", folder.display(), index.len(), index.shards());
+        Ok(serde_json::to_vec(&index)?)
+    };
+    let mine = if comm.rank() == 0 { read() } else { Ok(Vec::new()) };
+    let text = mine.as_ref().err().map(|e| format!("{e:#}")).unwrap_or_default();
+    let mut error = text.into_bytes();
+    comm.broadcast_bytes(&mut error, 0)?;
+    ensure!(error.is_empty(), "{}", String::from_utf8_lossy(&error));
+    let mut bytes = mine?;
+    comm.broadcast_bytes(&mut bytes, 0)?;
+    Ok(PairReader::new(folder, serde_json::from_slice(&bytes).context("index of rank 0")?))
 }
 
 /// SHA-256 of the weights of VAE and text encoder, computed by rank 0.

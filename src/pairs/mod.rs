@@ -112,10 +112,10 @@ impl PairSource {
     /// z_0 f32 `[n, C, H, W]` and text f32 `[n, tokens, width]` of the lane's samples, as they were encoded.
     fn encoded(&self, reader: &PairReader, place: Place, device: Device) -> Result<(Tensor, Tensor)> {
         let (mut latents, mut texts) = (Vec::new(), Vec::<f32>::new());
-        let header = reader.header();
+        let header = &reader.index.header;
         for at in place.samples(Coordinates::new(self.seed, Purpose::PretrainPair), self.batch_per_lane) {
             let mut stream = at.stream();
-            let (z_0, text) = reader.read(stream.below(reader.len())).context("pretraining pairs")?;
+            let (z_0, text) = reader.read(stream.below(reader.index.len())).context("pretraining pairs")?;
             latents.extend(z_0);
             let without_caption = stream.uniform() < self.caption_dropout;
             texts.extend(if without_caption { &header.empty_text } else { &text });

@@ -158,4 +158,23 @@ mod tests {
         assert_eq!(prepared.finite, [true, false]);
         assert!(prepared.input.isfinite().all().int64_value(&[]) == 1);
     }
+
+    /// Published pictures, 512 × 512 to 224 × 224, against what Pillow made of them (data of the project, not shipped).
+    #[test]
+    fn published_pictures_as_pillow_resizes_them() {
+        let Some(data) = std::env::var_os("RLDIFF_TEST_DATA").map(std::path::PathBuf::from) else {
+            eprintln!("SKIPPED: RLDIFF_TEST_DATA does not name a folder with imagereward/1.webp");
+            return;
+        };
+        for number in [1, 2] {
+            let read = |file: String| {
+                let bytes = std::fs::read(data.join("imagereward").join(file)).unwrap();
+                crate::image_file::decode_whole(&bytes).unwrap()
+            };
+            let (picture, wanted) = (read(format!("{number}.webp")), read(format!("{number}_pil_bicubic_224.png")));
+            assert_eq!((picture.dimensions(), wanted.dimensions()), ((512, 512), (224, 224)));
+            let got = pil::resize(picture.as_raw(), [512, 512], [224, 224], Filter::Bicubic);
+            assert!(got == *wanted.as_raw(), "{number}.webp");
+        }
+    }
 }

@@ -56,6 +56,7 @@ impl Sizes {
         let at = &checkpoint.path;
         let grid = ((tokens - 1).max(0) as f64).sqrt() as i64;
         ensure!(grid > 0 && grid * grid == tokens - 1, "{at}: {tokens} positions are no square of patches and one");
+        ensure!(patch > 0, "{at}: patches of {patch} pixels");
         ensure!(width % HEAD == 0, "{at}: width {width} does not divide into heads of {HEAD}");
         let depth = checkpoint.blocks(&format!("{prefix}blocks"));
         Ok(Sizes { width, patch, side: grid * patch, depth, hidden })

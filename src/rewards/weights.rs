@@ -63,10 +63,12 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// One more than the largest N among the names `prefix.N.…`.
+    /// One more than the largest N among the names `prefix.N.…`; not more than there are tensors, so that a strange
+    /// name cannot ask for a network without end.
     pub fn blocks(&self, prefix: &str) -> i64 {
         let number = |name: &String| name.strip_prefix(prefix)?.strip_prefix('.')?.split('.').next()?.parse().ok();
-        self.tensors.keys().filter_map(number).max().map_or(0, |last: i64| last + 1)
+        let last: Option<i64> = self.tensors.keys().filter_map(number).max();
+        last.map_or(0, |last| last.clamp(0, self.tensors.len() as i64) + 1)
     }
 
     /// The network that `make` builds, in f32 and frozen, with the checkpoint's weights. `ignored` names are known and
@@ -94,6 +96,9 @@ impl Checkpoint {
                 false => format!("; {} are not known: {}", extra.len(), first_few(&extra)),
             };
             bail!("{}: {} of {} tensors are missing: {}{more}", at(), missing.len(), wanted.len(), first_few(&missing));
+        }
+        if let Some((name, shape)) = wanted.iter().find(|(_, shape)| shape.iter().any(|&side| side < 1)) {
+            bail!("{}: tensor {name} would have the shape {shape:?}", at());
         }
         if !extra.is_empty() {
             log::warn!("{}: {} tensors are not used: {}", at(), extra.len(), first_few(&extra));
@@ -145,6 +150,13 @@ mod tests {
     }
 
     #[test]
+    fn a_network_of_nothing_is_refused() {
+        let empty = checkpoint(&[("a.weight", &[2, 0]), ("a.bias", &[2])]);
+        let e = empty.build(Device::Cpu, |_| false, |b| Linear::new(&b.sub("a"), 0, 2)).err().unwrap();
+        assert!(format!("{e:#}").contains("tensor a.weight would have the shape [2, 0]"), "{e:#}");
+    }
+
+    #[test]
     fn what_is_missing_or_misshapen_is_named() {
         let layer = build(&[("a.weight", &[2, 3]), ("a.bias", &[2]), ("b", &[1])]).unwrap();
         let out = layer.forward(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)));
@@ -162,9 +174,9 @@ mod tests {
             let e = format!("{:#}", build(names).err().unwrap());
             assert!(e.contains(wanted) && e.starts_with("x.pt"), "{e}");
         }
-        let many = checkpoint(&[("l.2.w", &[1]), ("l.10.w", &[1, 2]), ("l.x", &[1])]);
-        assert_eq!((many.blocks("l"), many.blocks("k")), (11, 0));
-        assert!(many.shape::<1>("l.10.w").unwrap_err().to_string().contains("[1, 2]"));
+        let many = checkpoint(&[("l.2.w", &[1]), ("l.1.w", &[1, 2]), ("l.x", &[1]), ("m.99999999999.w", &[1])]);
+        assert_eq!((many.blocks("l"), many.blocks("k"), many.blocks("m")), (3, 0, 5));
+        assert!(many.shape::<1>("l.1.w").unwrap_err().to_string().contains("[1, 2]"));
         assert!(Checkpoint::read("none.pt").err().unwrap().to_string().contains("cannot read none.pt"));
     }
 }

@@ -13,10 +13,14 @@
 //! Attributes: `format`, `encoders` (text: SHA-256 of the networks that made it), `shard`, `shards` (u64), `first` (u64:
 //! number of the first pair of the data set that the shard was made of), `source` (text).
 
-use std::path::{Path, PathBuf};
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{bail, ensure, Context, Result};
 use half::f16;
+use serde::{Deserialize, Serialize};
 
 use super::h5;
 
@@ -31,7 +35,7 @@ pub struct EncodedPairs {
 }
 
 /// What all shards of a folder share, and which one it is.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PairsHeader {
     /// SHA-256 of VAE and text encoder.
     pub encoders: String,
@@ -77,17 +81,9 @@ pub fn write_pairs(folder: &Path, header: &PairsHeader, pairs: &EncodedPairs, ha
     })
 }
 
-/// An open shard.
-struct Shard {
-    path: PathBuf,
-    file: hdf5::File,
-    header: PairsHeader,
-    rows: usize,
-}
-
-/// Opens a shard and reads its header.
-fn open(path: &Path) -> Result<Shard> {
-    let read = || -> Result<Shard> {
+/// The header of a shard and how many pairs it holds.
+fn read_header(path: &Path) -> Result<(PairsHeader, u64)> {
+    let read = || -> Result<(PairsHeader, u64)> {
         let file = hdf5::File::open(path).context("it is no HDF5 file, or a broken one")?;
         let format = h5::read_text_attribute(&file, "format")?;
         ensure!(format == FORMAT, "it has the format {format:?}, {FORMAT:?} is wanted");
@@ -111,7 +107,7 @@ fn open(path: &Path) -> Result<Shard> {
             text_shape: [tokens, width],
             empty_text,
         };
-        Ok(Shard { path: path.to_path_buf(), file, header, rows })
+        Ok((header, rows as u64))
     };
     read().with_context(|| path.display().to_string())
 }
@@ -122,44 +118,40 @@ pub fn read_pairs_header(folder: &Path, shard: u64) -> Result<Option<PairsHeader
     if !path.exists() {
         return Ok(None);
     }
-    open(&path).map(|shard| Some(shard.header))
+    read_header(&path).map(|(header, _)| Some(header))
 }
 
-/// All shards of a folder.
-pub struct PairReader {
-    shards: Vec<Shard>,
-    /// The first pair of each shard, and how many there are in all.
+/// What the shards of a folder hold, without the pairs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PairIndex {
+    /// Of the first shard.
+    pub header: PairsHeader,
+    /// The number of each shard's first pair, and of all pairs at the end.
     starts: Vec<u64>,
 }
 
-impl PairReader {
+impl PairIndex {
     /// # Errors
     /// Names the shard that is missing, broken, or made by other networks than the first one.
-    pub fn open(folder: &Path) -> Result<PairReader> {
+    pub fn read(folder: &Path) -> Result<PairIndex> {
         let first = pairs_path(folder, 0);
         ensure!(first.exists(), "{} is missing: rldiff encode makes such shards", first.display());
-        let count = open(&first)?.header.shards;
-        let (mut shards, mut starts) = (Vec::new(), vec![0]);
-        for number in 0..count {
+        let (reference, _) = read_header(&first)?;
+        let mut starts = vec![0];
+        for number in 0..reference.shards {
             let path = pairs_path(folder, number);
-            ensure!(path.exists(), "{} is missing: the folder is to hold {count} shards", path.display());
-            let shard = open(&path)?;
-            let reference = shards.first().map_or(&shard.header, |first: &Shard| &first.header);
-            let expected = PairsHeader { shard: number, first: shard.header.first, ..reference.clone() };
-            ensure!(shard.header == expected, "{} does not belong to the folder's other shards", path.display());
-            starts.push(starts[number as usize] + shard.rows as u64);
-            shards.push(shard);
+            ensure!(path.exists(), "{} is missing: the folder is to hold {} shards", path.display(), reference.shards);
+            let (header, rows) = read_header(&path)?;
+            let expected = PairsHeader { shard: number, first: header.first, ..reference.clone() };
+            ensure!(header == expected, "{} does not belong to the folder's other shards", path.display());
+            starts.push(starts[number as usize] + rows);
         }
-        ensure!(starts[shards.len()] > 0, "{}: the shards hold no pair", folder.display());
-        Ok(PairReader { shards, starts })
-    }
-
-    pub fn header(&self) -> &PairsHeader {
-        &self.shards[0].header
+        ensure!(starts.last() > Some(&0), "{}: the shards hold no pair", folder.display());
+        Ok(PairIndex { header: reference, starts })
     }
 
     pub fn len(&self) -> u64 {
-        self.starts[self.shards.len()]
+        self.starts.last().copied().unwrap_or(0)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -167,7 +159,24 @@ impl PairReader {
     }
 
     pub fn shards(&self) -> usize {
-        self.shards.len()
+        self.starts.len() - 1
+    }
+}
+
+/// Shards that stay open; a data set has more than a process may keep.
+const OPEN: usize = 32;
+
+/// Pairs of a folder by their number.
+pub struct PairReader {
+    folder: PathBuf,
+    pub index: PairIndex,
+    /// The last ones used, the newest at the end.
+    open: RefCell<Vec<(usize, hdf5::File)>>,
+}
+
+impl PairReader {
+    pub fn new(folder: &Path, index: PairIndex) -> PairReader {
+        PairReader { folder: folder.to_path_buf(), index, open: RefCell::default() }
     }
 
     /// Latents and text of pair number `index`.
@@ -175,18 +184,36 @@ impl PairReader {
     /// # Errors
     /// A shard that cannot be read any more; it is named.
     pub fn read(&self, index: u64) -> Result<(Vec<f32>, Vec<f32>)> {
-        let number = self.starts.partition_point(|&start| start <= index) - 1;
-        let (shard, row) = (&self.shards[number], (index - self.starts[number]) as usize);
+        let starts = &self.index.starts;
+        let number = starts.partition_point(|&start| start <= index) - 1;
+        let row = (index - starts[number]) as usize;
+        let path = pairs_path(&self.folder, number as u64);
         let read = || -> Result<_> {
-            let dataset = shard.file.dataset("latents")?;
-            let mut latents = Vec::with_capacity(shard.header.latent_shape.iter().product());
-            for channel in 0..shard.header.latent_shape[0] {
+            let file = self.file(number, &path)?;
+            let dataset = file.dataset("latents")?;
+            let latent_shape = self.index.header.latent_shape;
+            let mut latents = Vec::with_capacity(latent_shape.iter().product());
+            for channel in 0..latent_shape[0] {
                 latents.extend(dataset.read_slice_2d::<f32, _>((row, channel, .., ..))?);
             }
-            let text = shard.file.dataset("text")?.read_slice_2d::<f32, _>((row, .., ..))?;
+            let text = file.dataset("text")?.read_slice_2d::<f32, _>((row, .., ..))?;
             Ok((latents, text.into_iter().collect()))
         };
-        read().with_context(|| format!("{}: pair {row}", shard.path.display()))
+        read().with_context(|| format!("{}: pair {row}", path.display()))
+    }
+
+    fn file(&self, number: usize, path: &Path) -> Result<hdf5::File> {
+        let mut open = self.open.borrow_mut();
+        let entry = match open.iter().position(|(other, _)| *other == number) {
+            Some(place) => open.remove(place),
+            None => (number, hdf5::File::open(path)?),
+        };
+        if open.len() == OPEN {
+            open.remove(0);
+        }
+        let file = entry.1.clone();
+        open.push(entry);
+        Ok(file)
     }
 }
 
@@ -219,8 +246,9 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             write_pairs(folder.path(), &header(0), &pairs(0, 3), half).unwrap();
             write_pairs(folder.path(), &header(1), &pairs(3, 2), half).unwrap();
-            let reader = PairReader::open(folder.path()).unwrap();
-            assert_eq!((reader.len(), reader.header()), (5, &header(0)));
+            let index = PairIndex::read(folder.path()).unwrap();
+            assert_eq!((index.len(), index.shards(), &index.header), (5, 2, &header(0)));
+            let reader = PairReader::new(folder.path(), index);
             for index in [4, 0, 2, 3, 1] {
                 let one = pairs(index as usize, 1);
                 assert_eq!(reader.read(index).unwrap(), (one.latents, one.text), "{index}");
@@ -230,11 +258,27 @@ mod tests {
         }
     }
 
+    /// More shards than stay open.
+    #[test]
+    fn shards_are_opened_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let shards = OPEN as u64 + 5;
+        for shard in 0..shards {
+            let header = PairsHeader { shards, first: shard, ..header(shard) };
+            write_pairs(folder.path(), &header, &pairs(shard as usize, 1), true).unwrap();
+        }
+        let reader = PairReader::new(folder.path(), PairIndex::read(folder.path()).unwrap());
+        for index in (0..shards).chain((0..shards).rev()) {
+            assert_eq!(reader.read(index).unwrap().1, pairs(index as usize, 1).text);
+            assert!(reader.open.borrow().len() <= OPEN);
+        }
+    }
+
     #[test]
     fn what_does_not_fit_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let failing = |wanted: &str| {
-            let e = format!("{:#}", PairReader::open(folder.path()).err().expect("an error"));
+            let e = format!("{:#}", PairIndex::read(folder.path()).expect_err("an error"));
             assert!(e.contains(wanted) && !e.contains('\n'), "{e}");
         };
         failing("pairs-00000.h5 is missing: rldiff encode makes such shards");

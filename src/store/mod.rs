@@ -14,7 +14,7 @@ pub use checkpoint::{
     load, load_latest, save, Checkpoint, CheckpointRef, Keep, Loaded, ParameterEntry, SaveReport, Saver,
 };
 pub use digest::state_digest;
-pub use encoded_pairs::{pairs_path, read_pairs_header, write_pairs, EncodedPairs, PairReader, PairsHeader};
+pub use encoded_pairs::{pairs_path, read_pairs_header, write_pairs, EncodedPairs, PairIndex, PairReader, PairsHeader};
 pub use inspect::{digest, find, inspect};
 pub use trajectory::{LatentPrecision, Latents, TrajectoryShard};
 

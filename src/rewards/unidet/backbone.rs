@@ -47,11 +47,14 @@ impl BackboneSizes {
             Family::ResNeSt => [width("stem.conv1_1")?, width("stem.conv1_3")?],
         };
         let stage = |i: usize| -> Result<Stage> {
-            Ok(Stage {
-                blocks: checkpoint.blocks(&format!("{b}.res{i}")),
-                bottleneck: width(&format!("res{i}.0.conv1"))?,
-                outputs: width(&format!("res{i}.0.conv3"))?,
-            })
+            let bottleneck = width(&format!("res{i}.0.conv1"))?;
+            ensure!(
+                family == Family::ResNet || bottleneck % RADIX == 0,
+                "{}: res{i} has {bottleneck} channels, they do not divide into {RADIX} splits",
+                checkpoint.path
+            );
+            let blocks = checkpoint.blocks(&format!("{b}.res{i}"));
+            Ok(Stage { blocks, bottleneck, outputs: width(&format!("res{i}.0.conv3"))? })
         };
         Ok(BackboneSizes { family, stem, stages: [stage(2)?, stage(3)?, stage(4)?, stage(5)?] })
     }

@@ -1,7 +1,7 @@
 //! Three cascaded heads (Cai and Vasconcelos, arXiv 1712.00726): each looks at the boxes of the one before it, moves them,
 //! and says how much they look like every class.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use tch::{Kind, Tensor};
 
 use super::{
@@ -40,6 +40,7 @@ impl HeadSizes {
             linears.push(checkpoint.shape::<2>(&format!("{head}.fc{}.weight", linears.len() + 1))?[0]);
         }
         let [outputs, _] = checkpoint.shape("roi_heads.box_predictor.0.cls_score.weight")?;
+        ensure!(outputs > 1, "{}: cls_score has {outputs} outputs", checkpoint.path);
         Ok(HeadSizes { convs, linears, classes: outputs - 1 })
     }
 }
