@@ -120,7 +120,7 @@ fn a_run_does_not_go_on_with_another_method() {
     let before = fs::read(out.join("config.toml")).unwrap();
     for (method, set, wanted) in [
         ("reward-weighted", "run.seed=1", "the checkpoint was made with another config"),
-        ("refl", "method.scale=1.0", "method.scale = 0.001, now 1"),
+        ("refl", "method.scale=1.0", "method.scale = 0.1, now 1"),
     ] {
         let done =
             run_within(command(method, 1, &out, &[&settings[..], &[set]].concat(), &["--resume", "auto"]), LIMIT);
