@@ -4,9 +4,10 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use crate::{
+    iteration_log::IterationLog,
     policy::pretraining::{sample_losses, Corruption},
     random::{Coordinates, Purpose},
-    train::LaneWork,
+    train::{LaneWork, Trainer, Update},
 };
 
 /// A lane's samples to train on.
@@ -45,13 +46,33 @@ pub(super) fn lane_value(work: &mut LaneWork, samples: &LaneSamples, factor: f64
     Ok((losses * &samples.weights).sum(Kind::Float) * factor)
 }
 
+/// `updates` optimizer steps of a task on samples of its lanes, this rank's in order, `per_lane` each, with new noise for
+/// every step. A collective call.
+pub(super) fn train(
+    trainer: &mut Trainer,
+    (task, iteration): (usize, u64),
+    log: &mut IterationLog,
+    samples: &[LaneSamples],
+    per_lane: usize,
+    factor: f64,
+    updates: usize,
+) -> Result<()> {
+    let (seed, first_lane) = (trainer.config.run.seed, trainer.lanes.mine().start);
+    for pass in 0..updates {
+        let at = Update { task, iteration, pass, per_lane, what: format!("update {pass}") };
+        let norm = trainer.optimize(&at, log, |work| {
+            let noise = NoiseAt { seed, iteration, pass, first: work.lane * per_lane };
+            lane_value(work, &samples[work.lane - first_lane], factor, &noise)
+        })?;
+        log.norm(norm);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        methods::testing::{config, errors_along_directions, gradient, in_lane, piece, trainer},
-        train::Trainer,
-    };
+    use crate::methods::testing::{config, errors_along_directions, gradient, in_lane, piece, trainer};
 
     #[test]
     fn it_is_the_weighted_loss_and_its_gradient_that_of_finite_differences() {

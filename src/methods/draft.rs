@@ -14,17 +14,15 @@ use anyhow::{Context, Result};
 use tch::Tensor;
 
 use super::{
-    bearing,
-    through_reward::{self, ThroughReward},
-    InTask, Method,
+    through_reward::{self, Course, ThroughReward},
+    Method,
 };
 use crate::{
     config::DraftConfig,
     diffusion::schedule::Step,
     iteration_log::IterationLog,
-    policy::advantage::batch_moments,
     random::{normal_rows, Coordinates, Purpose},
-    train::{LaneWork, Observe, Piece, RollOut, Trainer, Update},
+    train::{LaneWork, Observe, Piece, RollOut, Trainer},
 };
 
 pub struct Draft {
@@ -109,30 +107,17 @@ impl Method for Draft {
         log: &mut IterationLog,
         observe: &mut Observe,
     ) -> Result<()> {
-        let config = &trainer.config.tasks[task];
-        let seed = trainer.config.run.seed;
-        let without = trainer.steps.len() - self.settings.truncation;
-        let how = RollOut { unet: None, steps: without, guidance_scale: self.guidance_scale, at_once: usize::MAX };
-        let mut pieces = Vec::new();
-        trainer.roll_out(task, iteration, &how, log, |_, _, _, piece| {
-            pieces.push(piece);
-            Ok(())
-        })?;
-        observe(trainer, task, None, &(without..trainer.steps.len()).collect::<Vec<_>>())?;
-        let per_lane = config.samples / trainer.lanes.count;
-        let at = Update { task, iteration, pass: 0, per_lane, what: "the last steps".to_string() };
-        let (mut pieces, mut rewards) = (pieces.into_iter(), Vec::new());
-        let norm = trainer.optimize(&at, log, |work| {
-            let piece = pieces.next().context("a lane without samples")?;
-            let factor = config.weight / config.samples as f64;
-            let (value, judged) = self.lane_value(work, &piece, seed, iteration, factor)?;
-            rewards.extend(judged);
-            Ok(value)
-        })?;
-        log.norm(norm);
-        let moments = batch_moments(&trainer.gather(&rewards)?, &bearing(self.settings.max_bad_fraction));
-        log.rewards(&config.name, &moments.in_task(trainer, task)?, config.samples);
-        Ok(())
+        let (seed, steps) = (trainer.config.run.seed, trainer.steps.len());
+        let without = steps - self.settings.truncation;
+        let course = Course {
+            task,
+            iteration,
+            how: RollOut { unet: None, steps: without, guidance_scale: self.guidance_scale, at_once: usize::MAX },
+            chosen: (without..steps).collect(),
+            what: "the last steps".to_string(),
+            max_bad_fraction: self.settings.max_bad_fraction,
+        };
+        course.train(trainer, log, observe, |work, piece, factor| self.lane_value(work, piece, seed, iteration, factor))
     }
 }
 

@@ -31,9 +31,9 @@ use crate::{
     diffusion::schedule::Step,
     iteration_log::IterationLog,
     models::pipeline::Pipeline,
-    policy::advantage::AdvantageSettings,
+    policy::advantage::{batch_moments, AdvantageSettings, BatchMoments},
     task::Task,
-    train::{Observe, Trainer},
+    train::{GlobalRewards, Judged, Observe, Trainer},
 };
 
 /// What happens to a task in an iteration.
@@ -108,6 +108,21 @@ pub fn check_reward(config: &Config, task: &mut Task) -> Result<()> {
 /// How many rewards that are not finite a method bears.
 fn bearing(max_bad_fraction: f64) -> AdvantageSettings {
     AdvantageSettings { max_bad_fraction, ..AdvantageSettings::default() }
+}
+
+/// The global batch's rewards with their moments, which are logged. A collective call.
+fn judged_batch(
+    trainer: &Trainer,
+    task: usize,
+    judged: &Judged,
+    settings: &AdvantageSettings,
+    log: &mut IterationLog,
+) -> Result<(GlobalRewards, BatchMoments)> {
+    let config = &trainer.config.tasks[task];
+    let rewards = trainer.gather_rewards(task, judged, settings)?;
+    let moments = batch_moments(&rewards.plain, settings).in_task(trainer, task)?;
+    log.rewards(&config.name, &moments, config.samples);
+    Ok((rewards, moments))
 }
 
 /// This task in errors.

@@ -10,8 +10,8 @@ use tch::{Device, Tensor};
 
 use super::{
     bearing,
-    denoising::{lane_value, LaneSamples, NoiseAt},
-    InTask, Method,
+    denoising::{self, LaneSamples},
+    judged_batch, InTask, Method,
 };
 use crate::{
     comm::Communicator,
@@ -20,7 +20,7 @@ use crate::{
     models::pipeline::Pipeline,
     policy::advantage::batch_moments,
     telemetry::names,
-    train::{Observe, RollOut, Trainer, Update},
+    train::{Observe, RollOut, Trainer},
     watch,
 };
 
@@ -90,9 +90,7 @@ impl Method for Raft {
         observe(trainer, task, None, &[])?;
         let stage = watch::stage("advantage", &config.name);
         let settings = bearing(self.settings.max_bad_fraction);
-        let rewards = trainer.gather_rewards(task, &judged, &settings)?;
-        let moments = batch_moments(&rewards.plain, &settings).in_task(trainer, task)?;
-        log.rewards(&config.name, &moments, config.samples);
+        let (rewards, _) = judged_batch(trainer, task, &judged, &settings, log)?;
         let keep = config.samples / self.settings.accept_one_in;
         let kept = best(&rewards.compared, keep).in_task(trainer, task)?;
         let of_kept: Vec<f32> = kept.iter().map(|&i| rewards.plain[i]).collect();
@@ -124,16 +122,8 @@ impl Method for Raft {
             })
         });
         let samples = samples.collect::<Result<Vec<_>>>()?;
-        let (factor, seed) = (config.weight / keep as f64, trainer.config.run.seed);
-        for pass in 0..self.settings.updates {
-            let at = Update { task, iteration, pass, per_lane: kept_per_lane, what: format!("update {pass}") };
-            let norm = trainer.optimize(&at, log, |work| {
-                let noise = NoiseAt { seed, iteration, pass, first: work.lane * kept_per_lane };
-                lane_value(work, &samples[work.lane - mine.start], factor, &noise)
-            })?;
-            log.norm(norm);
-        }
-        Ok(())
+        let factor = config.weight / keep as f64;
+        denoising::train(trainer, (task, iteration), log, &samples, kept_per_lane, factor, self.settings.updates)
     }
 }
 

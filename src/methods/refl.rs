@@ -10,17 +10,19 @@
 //! that its rewards, which are about N(0, 1), are not all good enough. A sample whose reward is not finite adds nothing;
 //! N stays all samples of the batch.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tch::Tensor;
 
-use super::{bearing, through_reward, InTask, Method};
+use super::{
+    through_reward::{self, Course},
+    Method,
+};
 use crate::{
     config::ReflConfig,
     diffusion::{schedule::Step, transition::predict_x0},
     iteration_log::IterationLog,
-    policy::advantage::batch_moments,
     random::{Coordinates, Purpose},
-    train::{LaneWork, Observe, Piece, RollOut, Trainer, Update},
+    train::{LaneWork, Observe, Piece, RollOut, Trainer},
 };
 
 pub struct Refl {
@@ -58,31 +60,23 @@ impl Method for Refl {
         log: &mut IterationLog,
         observe: &mut Observe,
     ) -> Result<()> {
-        let config = &trainer.config.tasks[task];
-        let index =
-            self.choose_step(trainer.config.run.seed, iteration, trainer.tasks[task].index, trainer.steps.len());
-        let how =
-            RollOut { unet: None, steps: index, guidance_scale: self.settings.guidance_scale, at_once: usize::MAX };
-        let mut pieces = Vec::new();
-        trainer.roll_out(task, iteration, &how, log, |_, _, _, piece| {
-            pieces.push(piece);
-            Ok(())
-        })?;
-        observe(trainer, task, None, &[index])?;
-        let (step, mut rewards) = (trainer.steps[index], Vec::new());
-        let per_lane = config.samples / trainer.lanes.count;
-        let at = Update { task, iteration, pass: 0, per_lane, what: format!("timestep {}", step.t) };
-        let mut pieces = pieces.into_iter();
-        let norm = trainer.optimize(&at, log, |work| {
-            let piece = pieces.next().context("a lane without samples")?;
-            let (value, judged) = self.lane_value(work, &step, &piece, config.weight / config.samples as f64)?;
-            rewards.extend(judged);
-            Ok(value)
-        })?;
-        log.norm(norm);
-        let moments = batch_moments(&trainer.gather(&rewards)?, &bearing(self.settings.max_bad_fraction));
-        log.rewards(&config.name, &moments.in_task(trainer, task)?, config.samples);
-        Ok(())
+        let (seed, steps) = (trainer.config.run.seed, trainer.steps.len());
+        let index = self.choose_step(seed, iteration, trainer.tasks[task].index, steps);
+        let step = trainer.steps[index];
+        let course = Course {
+            task,
+            iteration,
+            how: RollOut {
+                unet: None,
+                steps: index,
+                guidance_scale: self.settings.guidance_scale,
+                at_once: usize::MAX,
+            },
+            chosen: vec![index],
+            what: format!("timestep {}", step.t),
+            max_bad_fraction: self.settings.max_bad_fraction,
+        };
+        course.train(trainer, log, observe, |work, piece, factor| self.lane_value(work, &step, piece, factor))
     }
 }
 

@@ -9,15 +9,14 @@ use tch::Tensor;
 
 use super::{
     bearing,
-    denoising::{lane_value, LaneSamples, NoiseAt},
-    InTask, Method,
+    denoising::{self, LaneSamples},
+    judged_batch, Method,
 };
 use crate::{
     config::RewardWeightedConfig,
     iteration_log::IterationLog,
     models::unet::UNet,
-    policy::advantage::batch_moments,
-    train::{Observe, RollOut, Trainer, Update},
+    train::{Observe, RollOut, Trainer},
     watch,
 };
 
@@ -65,9 +64,7 @@ impl Method for RewardWeighted {
         observe(trainer, task, None, &[])?;
         let stage = watch::stage("advantage", &config.name);
         let settings = bearing(self.settings.max_bad_fraction);
-        let rewards = trainer.gather_rewards(task, &judged, &settings)?;
-        let moments = batch_moments(&rewards.plain, &settings).in_task(trainer, task)?;
-        log.rewards(&config.name, &moments, config.samples);
+        let (rewards, moments) = judged_batch(trainer, task, &judged, &settings, log)?;
         let weights = min_max(&rewards.compared);
         drop(stage);
 
@@ -83,16 +80,7 @@ impl Method for RewardWeighted {
             })
             .collect();
         let factor = config.weight / (config.samples - moments.bad_count) as f64;
-        let seed = trainer.config.run.seed;
-        for pass in 0..self.settings.updates {
-            let at = Update { task, iteration, pass, per_lane, what: format!("update {pass}") };
-            let norm = trainer.optimize(&at, log, |work| {
-                let noise = NoiseAt { seed, iteration, pass, first: work.lane * per_lane };
-                lane_value(work, &samples[work.lane - first_lane], factor, &noise)
-            })?;
-            log.norm(norm);
-        }
-        Ok(())
+        denoising::train(trainer, (task, iteration), log, &samples, per_lane, factor, self.settings.updates)
     }
 }
 

@@ -7,11 +7,14 @@
 use anyhow::{ensure, Context, Result};
 use tch::{Device, Kind, Tensor};
 
+use super::{bearing, InTask};
 use crate::{
+    iteration_log::IterationLog,
     models::pipeline::Pipeline,
+    policy::advantage::batch_moments,
     prompts::{registry::draw, Prompt},
     task::Task,
-    train::LaneWork,
+    train::{LaneWork, Observe, Piece, RollOut, Trainer, Update},
     watch,
 };
 
@@ -76,6 +79,54 @@ impl ThroughReward {
     pub fn log(&self, work: &mut LaneWork) {
         let usable = self.rewards.iter().filter(|reward| reward.is_finite()).count();
         work.log.task_mean(&work.task.config.name, "loss", work.lane, self.loss_sum, usable);
+    }
+}
+
+/// A task's iteration of a method that follows the reward's gradient.
+pub(super) struct Course<'c> {
+    pub task: usize,
+    pub iteration: u64,
+    /// Up to where the samples are rolled out without gradients.
+    pub how: RollOut<'c>,
+    /// Indices of the steps that have gradients.
+    pub chosen: Vec<usize>,
+    /// As [`Update::what`].
+    pub what: String,
+    pub max_bad_fraction: f64,
+}
+
+impl Course<'_> {
+    /// Rolls out the task's samples, and takes one optimizer step by what `lane_value` makes of every lane: its objective,
+    /// a sum over samples times the factor given, and its rewards. A collective call.
+    pub fn train(
+        self,
+        trainer: &mut Trainer,
+        log: &mut IterationLog,
+        observe: &mut Observe,
+        mut lane_value: impl FnMut(&mut LaneWork, &Piece, f64) -> Result<(Tensor, Vec<f32>)>,
+    ) -> Result<()> {
+        let Course { task, iteration, .. } = self;
+        let config = &trainer.config.tasks[task];
+        let mut pieces = Vec::new();
+        trainer.roll_out(task, iteration, &self.how, log, |_, _, _, piece| {
+            pieces.push(piece);
+            Ok(())
+        })?;
+        observe(trainer, task, None, &self.chosen)?;
+        let per_lane = config.samples / trainer.lanes.count;
+        let at = Update { task, iteration, pass: 0, per_lane, what: self.what };
+        let (mut pieces, mut rewards) = (pieces.into_iter(), Vec::new());
+        let factor = config.weight / config.samples as f64;
+        let norm = trainer.optimize(&at, log, |work| {
+            let piece = pieces.next().context("a lane without samples")?;
+            let (value, judged) = lane_value(work, &piece, factor)?;
+            rewards.extend(judged);
+            Ok(value)
+        })?;
+        log.norm(norm);
+        let moments = batch_moments(&trainer.gather(&rewards)?, &bearing(self.max_bad_fraction));
+        log.rewards(&config.name, &moments.in_task(trainer, task)?, config.samples);
+        Ok(())
     }
 }
 

@@ -147,6 +147,11 @@ impl GroupNorm {
     }
 }
 
+/// The values of `[N, C, H, W]` with the channels next to each other in memory.
+pub fn channels_last(x: &Tensor) -> Tensor {
+    x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
+}
+
 /// Tokens `[B, H·W, C]` of pixels `[B, C, H, W]`; of channels-last pixels the same memory.
 pub fn to_tokens(pixels: &Tensor) -> Tensor {
     pixels.flatten(2, 3).transpose(1, 2).contiguous()

@@ -5,7 +5,10 @@ use std::{cell::RefCell, collections::BTreeMap, rc::Rc, sync::Mutex};
 use anyhow::{bail, ensure, Result};
 use tch::{Device, Kind, Tensor};
 
-use super::lora::{LoraPair, LoraSettings};
+use super::{
+    layers::channels_last,
+    lora::{LoraPair, LoraSettings},
+};
 use crate::kernels::FlatBuffer;
 use crate::random::{Coordinates, Purpose, Stream};
 
@@ -178,7 +181,7 @@ fn placed(values: &Tensor, kind: Kind, device: Device) -> Tensor {
     let placed = values.to_device(device).to_kind(kind);
     match (device, placed.dim()) {
         (Device::Cpu, _) | (_, 0..=3) => placed,
-        _ => placed.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]),
+        _ => channels_last(&placed),
     }
 }
 

@@ -2,12 +2,14 @@
 //! each channel minus its mean over its standard deviation. ImageReward and the aesthetic predictor share it.
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use tch::{no_grad, Device, Kind, Tensor};
 
 use super::{
+    check_batch,
     pil::{self, Filter},
-    rgb_bytes,
+    rgb_bytes, Scores,
 };
+use crate::prompts::Prompt;
 
 /// Red, green, blue, on the scale 0..1.
 const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
@@ -35,6 +37,33 @@ impl Prepared {
 }
 
 impl ClipInput {
+    /// The scores of a network on `device`; `judge` makes rewards f32 `[n]` of its input.
+    pub fn score(
+        self,
+        images: &Tensor,
+        prompts: &[Prompt],
+        device: Device,
+        judge: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Scores> {
+        check_batch(images, prompts)?;
+        let prepared = self.exact(images, device)?;
+        let rewards = no_grad(|| judge(&prepared.input))?.to_device(Device::Cpu);
+        Ok(Scores { rewards: prepared.mark(Vec::try_from(&rewards)?), ..Scores::default() })
+    }
+
+    /// The same, differentiable, where the images lie: apart from [`ClipInput::score`] as pictures that are not rounded to
+    /// bytes.
+    pub fn rewards(
+        self,
+        images: &Tensor,
+        prompts: &[Prompt],
+        device: Device,
+        judge: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        check_batch(images, prompts)?;
+        Ok(judge(&self.differentiable(&images.to_device(device)))?.to_device(images.device()))
+    }
+
     /// As the networks' own packages do it: pictures rounded to bytes, resized by Pillow (`Resize` and `CenterCrop` of
     /// torchvision on its images). `images` is f32 [n, 3, H, W] in [0, 1]; the result lies on `device`.
     pub fn exact(self, images: &Tensor, device: Device) -> Result<Prepared> {

@@ -22,6 +22,7 @@ use crate::{
         normal_rows::Rows,
         on_device, FlatBuffer,
     },
+    models::layers::channels_last,
     random::{Coordinates, Purpose},
 };
 
@@ -271,8 +272,7 @@ impl Bench<'_> {
             if !on_gpu {
                 continue;
             }
-            let last = |x: &Tensor| x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
-            let ours: Vec<Tensor> = plain.iter().map(last).collect();
+            let ours: Vec<Tensor> = plain.iter().map(channels_last).collect();
             lines.push(self.time(name("group_norm_silu"), 2 * width * elements, |set| {
                 group_norm_silu(&ours[set], None, &weight, &bias, 32, 1e-5, true).map(drop)
             })?);

@@ -11,10 +11,9 @@
 pub(super) mod clip;
 
 use anyhow::{ensure, Result};
-use tch::{no_grad, Device, Tensor};
+use tch::{Device, Tensor};
 
 use super::{
-    check_batch,
     clip_input::ClipInput,
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
@@ -91,6 +90,11 @@ impl Aesthetic {
         let head = head.build(device, |_| false, |b| ScoreHead::new(b, &head_sizes))?;
         Ok(Aesthetic { tower, head, input: ClipInput { side: sizes.side as usize }, device })
     }
+
+    /// Rewards of prepared pictures, f32 `[n]`.
+    fn judge(&self, input: &Tensor) -> Tensor {
+        self.head.forward(&self.tower.embed(input))
+    }
 }
 
 impl Reward for Aesthetic {
@@ -99,10 +103,7 @@ impl Reward for Aesthetic {
     }
 
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
-        check_batch(images, prompts)?;
-        let prepared = self.input.exact(images, self.device)?;
-        let rewards = no_grad(|| self.head.forward(&self.tower.embed(&prepared.input))).to_device(Device::Cpu);
-        Ok(Scores { rewards: prepared.mark(Vec::try_from(&rewards)?), ..Scores::default() })
+        self.input.score(images, prompts, self.device, |input| Ok(self.judge(input)))
     }
 
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
@@ -111,11 +112,8 @@ impl Reward for Aesthetic {
 }
 
 impl DifferentiableReward for Aesthetic {
-    /// Apart from [`Reward::score`] as pictures that are not rounded to bytes.
     fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
-        check_batch(images, prompts)?;
-        let input = self.input.differentiable(&images.to_device(self.device));
-        Ok(self.head.forward(&self.tower.embed(&input)).to_device(images.device()))
+        self.input.rewards(images, prompts, self.device, |input| Ok(self.judge(input)))
     }
 }
 

@@ -13,14 +13,13 @@ mod text;
 mod tokenizer;
 
 use anyhow::{ensure, Result};
-use tch::{no_grad, Device, Tensor};
+use tch::{Device, Tensor};
 
 use self::{
     text::{TextEncoder, TextSizes},
     tokenizer::{WordPiece, LENGTH},
 };
 use super::{
-    check_batch,
     clip_input::ClipInput,
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
@@ -114,10 +113,7 @@ impl Reward for ImageReward {
     }
 
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
-        check_batch(images, prompts)?;
-        let prepared = self.input.exact(images, self.device)?;
-        let rewards = no_grad(|| self.judge(&prepared.input, prompts))?.to_device(Device::Cpu);
-        Ok(Scores { rewards: prepared.mark(Vec::try_from(&rewards)?), ..Scores::default() })
+        self.input.score(images, prompts, self.device, |input| self.judge(input, prompts))
     }
 
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
@@ -126,10 +122,7 @@ impl Reward for ImageReward {
 }
 
 impl DifferentiableReward for ImageReward {
-    /// Apart from [`Reward::score`] as pictures that are not rounded to bytes.
     fn rewards(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Tensor> {
-        check_batch(images, prompts)?;
-        let input = self.input.differentiable(&images.to_device(self.device));
-        Ok(self.judge(&input, prompts)?.to_device(images.device()))
+        self.input.rewards(images, prompts, self.device, |input| self.judge(input, prompts))
     }
 }
