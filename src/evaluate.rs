@@ -165,7 +165,9 @@ fn evaluate_task(
         let count = chunk.min(total - first);
         let prompts = &prompt_of[first..first + count];
         let name = &task.config.name;
-        let advice = format!("lower task.{name}.evaluation_images_per_prompt if it is above {CHUNK}");
+        let advice = format!(
+            "lower model.decode_batch (0: no limit), and task.{name}.evaluation_images_per_prompt if it is above {CHUNK}"
+        );
         let _stage = memory::stage(format!("evaluation of task {name}"), count, advice);
         let trajectory = roller.roll_out(&roller.conditioning(prompts)?, noise, first, count)?;
         let scored = task.evaluate(roller.pipeline, trajectory.x_0(), prompts, first)?;

@@ -221,7 +221,8 @@ impl<'a> Trainer<'a> {
             let name = task.config.name.clone();
             spoil_log_probs(&piece.trajectory);
             let started = Instant::now();
-            let _stage = memory::stage(format!("reward of task {name}"), piece.prompts.len(), advice(&name));
+            let advice = format!("lower model.decode_batch (0: no limit), {}", advice(&name));
+            let _stage = memory::stage(format!("reward of task {name}"), piece.prompts.len(), advice);
             let scored = task.score(pipeline, piece.trajectory.x_0(), &piece.prompts, iteration, piece.first)?;
             log.spent("reward", started);
             log.diagnostics(&name, piece.lane, &scored.scores);

@@ -30,6 +30,8 @@ pub struct EvalSettings {
     pub threads: usize,
     /// What the U-Nets compute in.
     pub compute: Compute,
+    /// Pictures that the VAE decodes at once; 0 for all that are drawn at once.
+    pub decode_batch: usize,
     /// Prompts of each set on the sheet of pictures.
     pub pictures: usize,
     /// Every picture stays as a PNG file; false: those of the sheet alone.
@@ -121,6 +123,7 @@ impl EvalConfig {
                 seed: config.evaluation.seed,
                 threads: config.run.threads,
                 compute: Compute::F32,
+                decode_batch: config.model.decode_batch,
                 pictures: config.evaluation.pictures,
                 keep_images: false,
             },

@@ -94,6 +94,8 @@ pub struct ModelConfig {
     pub compute: Compute,
     /// Activations of the U-Net's blocks are computed again in the backward pass instead of kept.
     pub gradient_checkpointing: bool,
+    /// Pictures that the VAE decodes at once; 0 for all of a lane.
+    pub decode_batch: usize,
 }
 
 /// Number type of the U-Net's weights and activations. Latents, scheduler and log-probabilities are always f32, and so

@@ -61,7 +61,7 @@ impl<'a> Evaluation<'a> {
         let config = self.config;
         let mut results = Vec::new();
         for settings in &config.models {
-            let loaded = model::load(settings, config.eval.compute, comm, device)
+            let loaded = model::load(settings, &config.eval, comm, device)
                 .with_context(|| format!("model {}", settings.name))?;
             let pipeline = &loaded.pipeline;
             let schedule = Schedule::of_model(&pipeline.scheduler)?;

@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 
 use crate::{
     comm::{Communicator, Local},
-    config::{load, Compute, EvalModel},
+    config::{load, EvalModel, EvalSettings},
     learner::Learner,
     models::{
         folder::ModelFiles,
@@ -32,15 +32,21 @@ fn is_checkpoint(path: &str) -> bool {
 }
 
 /// Loads a model on every rank; rank 0 reads. A collective call.
-pub fn load(model: &EvalModel, compute: Compute, comm: &dyn Communicator, device: Device) -> Result<LoadedModel> {
-    let pipeline = match is_checkpoint(&model.path) {
+pub fn load(
+    model: &EvalModel,
+    settings: &EvalSettings,
+    comm: &dyn Communicator,
+    device: Device,
+) -> Result<LoadedModel> {
+    let mut pipeline = match is_checkpoint(&model.path) {
         true => of_checkpoint(model, comm, device)?,
         false => {
             let files = ModelFiles::read_and_broadcast(&model_location(&model.path), comm)?;
-            let how = Build { unet_kind: compute.kind(), lora: adapters(model)?, ..Build::default() };
+            let how = Build { unet_kind: settings.compute.kind(), lora: adapters(model)?, ..Build::default() };
             Pipeline::with(files, device, how)?
         }
     };
+    pipeline.vae.decode_batch = settings.decode_batch;
     let digest = digest(&pipeline)?;
     Ok(LoadedModel { pipeline, digest })
 }

@@ -222,7 +222,8 @@ fn draw_and_judge(
     let (name, per_prompt) = (set.config.name.clone(), set.config.images_per_prompt);
     let of_samples: Vec<Prompt> = (first..first + count).map(|i| set.prompts[i / per_prompt].clone()).collect();
     let noise = NoiseOf { seed: config.eval.seed, iteration: u32::MAX, task: set.index };
-    let advice = format!("lower images_per_prompt of the set if it is above {CHUNK}");
+    let advice =
+        format!("lower eval.decode_batch (0: no limit), and images_per_prompt of the set if it is above {CHUNK}");
     let _memory = memory::stage(format!("evaluation on {name}"), count, advice);
     let trajectory = roller.roll_out(&roller.conditioning(&of_samples)?, noise, first, count)?;
     let _no_grad = tch::no_grad_guard();

@@ -37,19 +37,21 @@ pub struct Pipeline {
     texts: BTreeMap<String, Vec<u8>>,
 }
 
-/// How the U-Net is built; the text encoder and the VAE are always f32.
+/// How the networks are built; the text encoder and the VAE are always f32.
 pub struct Build {
     /// Number type of its weights and activations: f32 or bf16. Latents and predictions are f32 in any case.
     pub unet_kind: Kind,
     /// Its blocks' activations are computed again in the backward pass instead of kept.
     pub gradient_checkpointing: bool,
+    /// Pictures that the VAE decodes at once; 0 for all it is given.
+    pub decode_batch: usize,
     /// Low-rank adapters, and where their values come from.
     pub lora: Option<(LoraSettings, Source)>,
 }
 
 impl Default for Build {
     fn default() -> Self {
-        Build { unet_kind: Kind::Float, gradient_checkpointing: false, lora: None }
+        Build { unet_kind: Kind::Float, gradient_checkpointing: false, decode_batch: 0, lora: None }
     }
 }
 
@@ -175,7 +177,9 @@ impl Pipeline {
                 settings.targets.join(" or ")
             );
         }
-        let (vae, vae_parameters) = build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
+        let (mut vae, vae_parameters) =
+            build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
+        vae.decode_batch = how.decode_batch;
         Ok(Pipeline {
             device,
             tokenizer,

@@ -218,7 +218,9 @@ mod tests {
         let files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
         let settings = LoraSettings { rank: 2, alpha: 2.0, targets: vec!["to_q".into(), "to_v".into()] };
         let lora = lora.then_some((settings, Source::Seeded(1)));
-        let pipeline = Pipeline::with(files, Device::Cpu, Build { unet_kind, gradient_checkpointing, lora }).unwrap();
+        let pipeline =
+            Pipeline::with(files, Device::Cpu, Build { unet_kind, gradient_checkpointing, lora, ..Build::default() })
+                .unwrap();
         let leaves: Vec<Tensor> =
             pipeline.trainable().entries.iter().map(|p| p.tensor.shallow_clone().set_requires_grad(true)).collect();
         let [c, h, w] = pipeline.latent_shape();

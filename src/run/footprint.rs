@@ -101,7 +101,7 @@ pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
         })?;
         Ok((flops, peak))
     };
-    let ((small, _), (large, decoded)) = (decode(side / 2)?, decode(side)?);
+    let (large, decoded) = decode(side)?;
     let mut kept_by_decoder = 0;
     if config.method.needs_gradient_of_reward() {
         let count = Allocations::begin();
@@ -110,9 +110,15 @@ pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
         kept_by_decoder = count.alive();
         drop(picture);
     }
-    // a·area + b·area² through both
-    let (area, quarter) = ((side * side) as f64, ((side / 2) * (side / 2)) as f64);
-    let b = (large / area - small / quarter) / (area - quarter);
+    // a·area + b·area² through the decoder's cost at this side and at half of it
+    let area = (side * side) as f64;
+    let b = match side / 2 {
+        0 => 0.0,
+        half => {
+            let quarter = (half * half) as f64;
+            (large / area - decode(half)?.0 / quarter) / (area - quarter)
+        }
+    };
     let a = large / area - b * area;
     let whole = (h * w) as f64;
     // activations of the U-Net are as wide as its numbers
@@ -206,6 +212,10 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
     let leaf = if pipeline.lora.is_some() { 4 } else { compute };
     let (rollout_rows, update_rows) = rows(config);
     let lane = config.tasks.iter().map(|t| t.samples / config.run.lanes).max().unwrap_or(0) as u64;
+    let at_once = |pictures: u64| match config.model.decode_batch as u64 {
+        0 => pictures,
+        limit => pictures.min(limit),
+    };
     let (pictures, decoded_with_gradient) = match &config.method {
         MethodConfig::Refl(refl) => (0, refl.decode_batch as u64),
         MethodConfig::Draft(draft) => (0, draft.decode_batch as u64),
@@ -221,7 +231,7 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
         gradients: trained * (leaf + 4 * (1 + partial_sums)),
         update: update_rows * (cost.kept_per_row + cost.working_per_row)
             + decoded_with_gradient * cost.decode_with_gradient,
-        rollout: (rollout_rows * cost.working_per_row).max(pictures * cost.decode_per_picture),
+        rollout: (rollout_rows * cost.working_per_row).max(at_once(pictures) * cost.decode_per_picture),
     }
 }
 

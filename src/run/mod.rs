@@ -91,7 +91,13 @@ pub fn build_for(config: &Config) -> Build {
             LoraSettings { rank: config.lora.rank, alpha: config.lora.alpha, targets: config.lora.targets.clone() };
         (settings, Source::Seeded(config.run.seed))
     });
-    Build { unet_kind: config.model.compute.kind(), gradient_checkpointing: config.model.gradient_checkpointing, lora }
+    let model = &config.model;
+    Build {
+        unet_kind: model.compute.kind(),
+        gradient_checkpointing: model.gradient_checkpointing,
+        decode_batch: model.decode_batch,
+        lora,
+    }
 }
 
 /// The context of an error that came from writing a run's files: disk full, read-only, an error of the device. The

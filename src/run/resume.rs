@@ -49,6 +49,9 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
+    // what a run that is out of memory changes; another decode_batch may change last bits
+    wanted.model.gradient_checkpointing = stored.model.gradient_checkpointing;
+    wanted.model.decode_batch = stored.model.decode_batch;
     wanted.comm.bucket_mb = stored.comm.bucket_mb;
     wanted.trajectories = stored.trajectories.clone();
     wanted.evaluation = stored.evaluation.clone();

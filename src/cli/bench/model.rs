@@ -127,6 +127,7 @@ fn measure(args: &Args) -> Result<Value> {
         unet_kind: if args.compute == Compute::F32 { Kind::Float } else { Kind::BFloat16 },
         gradient_checkpointing: !args.no_gradient_checkpointing,
         lora: (args.lora > 0).then_some((settings, Source::Seeded(SEED))),
+        ..Build::default()
     };
     let files = ModelFiles::read(&ModelLocation::Disk(args.out.clone()))?;
     let pipeline = Pipeline::with(files, Device::Cpu, how)?;
