@@ -4,7 +4,8 @@
     reward = { name = "command", command = ["python3", "examples/command_reward.py"], timeout_seconds = 60.0,
                start_timeout_seconds = 600.0, restarts = 3 }
 
-rldiff starts one of these per rank. Or one for all ranks, started by you, on a socket (HOST:PORT or unix:PATH):
+rldiff starts one of these per rank. Or one for all ranks, started by you, on a socket (HOST:PORT or unix:PATH) or by HTTP
+(http://HOST:PORT/):
 
     python3 examples/command_reward.py 127.0.0.1:7070
     reward = { name = "server", address = "127.0.0.1:7070", timeout_seconds = 60.0, start_timeout_seconds = 600.0,
@@ -12,6 +13,7 @@ rldiff starts one of these per rank. Or one for all ranks, started by you, on a 
 
 The protocol is described in src/rewards/protocol.rs.
 """
+import http.server
 import json
 import math
 import os
@@ -35,13 +37,17 @@ def converse(reward, requests, answers):
 
     answer({"rldiff_reward": 1})
     for line in requests:
-        header = json.loads(line)
-        height, width = header["height"], header["width"]
-        size = height * width * 3
-        pictures = [(read(requests, size), height, width) for _ in range(header["count"])]
-        scores = [None if s is None else float(s) for s in reward(pictures, header["prompts"], header["ids"])]
-        scores = [None if s is None or not math.isfinite(s) else s for s in scores]
-        answer({"batch": header["batch"], "scores": scores})
+        answer(judge(reward, line, requests))
+
+
+def judge(reward, line, requests):
+    """The answer to the batch whose first line is `line` and whose pictures follow on `requests`."""
+    header = json.loads(line)
+    height, width = header["height"], header["width"]
+    pictures = [(read(requests, height * width * 3), height, width) for _ in range(header["count"])]
+    scores = [None if s is None else float(s) for s in reward(pictures, header["prompts"], header["ids"])]
+    scores = [None if s is None or not math.isfinite(s) else s for s in scores]
+    return {"batch": header["batch"], "scores": scores}
 
 
 def read(stream, size):
@@ -71,11 +77,34 @@ def listen(reward, address):
         def handle(self):
             converse(in_turn, self.rfile, self.wfile)
 
-    local = address.startswith("unix:")
-    base = socketserver.ThreadingUnixStreamServer if local else socketserver.ThreadingTCPServer
+    class Requests(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.answer({"rldiff_reward": 1})
+
+        def do_POST(self):
+            self.answer(judge(in_turn, self.rfile.readline(), self.rfile))
+
+        def answer(self, value):
+            body = json.dumps(value, allow_nan=False).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        base, place, handler = socketserver.ThreadingUnixStreamServer, rest, Connection
+    else:
+        host, _, port = (rest.strip("/") if kind == "http" else address).rpartition(":")
+        base, place = socketserver.ThreadingTCPServer, (host, int(port))
+        handler = Requests if kind == "http" else Connection
     base.allow_reuse_address = base.daemon_threads = True
-    host, _, port = address.rpartition(":")
-    with base(port if local else (host, int(port)), Connection) as server:
+    with base(place, handler) as server:
         server.serve_forever()
 
 

@@ -44,6 +44,7 @@ impl Task {
         let prompts = prompts.with_context(|| format!("task {}: prompts", config.name))?;
         let reward = all_made(comm, rewards::registry::build(&config.reward, place));
         let reward = reward.with_context(|| format!("task {}: reward", config.name))?;
+        reward.check_objects(&prompts.objects()).with_context(|| format!("task {}", config.name))?;
         Ok(Task { config: config.clone(), index, prompts, reward })
     }
 

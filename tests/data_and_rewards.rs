@@ -6,6 +6,7 @@ mod common;
 use std::{
     fs,
     io::Cursor,
+    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -81,22 +82,29 @@ fn a_reward_server_is_shared_by_the_ranks() {
     }
     let folder = empty_folder("reward-server");
     let socket = format!("unix:{}", folder.join("s").display());
+    // a port that was free a moment ago
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let by_http = format!("http://{port}/");
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/command_reward.py");
-    let start = || Ended(Command::new("python3").arg(&example).arg(&socket).spawn().unwrap());
-    let reward = format!(
-        "task.preference.reward={{ name = \"server\", address = {socket:?}, timeout_seconds = 30.0, \
-         start_timeout_seconds = 30.0, restarts = 1 }}"
-    );
-    let server = start();
-    train(2, &folder, "two", &[&reward]).expect_success("2 ranks");
+    let start = |address: &str| Ended(Command::new("python3").arg(&example).arg(address).spawn().unwrap());
+    let reward = |address: &str| {
+        format!(
+            "task.preference.reward={{ name = \"server\", address = {address:?}, timeout_seconds = 30.0, \
+             start_timeout_seconds = 30.0, restarts = 1 }}"
+        )
+    };
+    let server = start(&socket);
+    train(2, &folder, "two", &[&reward(&socket)]).expect_success("2 ranks");
     drop(server);
     let _ = fs::remove_file(folder.join("s"));
-    let _server = start();
-    train(1, &folder, "one", &[&reward]).expect_success("1 rank");
+    let _servers = [start(&socket), start(&by_http)];
+    train(1, &folder, "one", &[&reward(&socket)]).expect_success("1 rank");
+    train(2, &folder, "http", &[&reward(&by_http)]).expect_success("2 ranks by HTTP");
     train(1, &folder, "process", &[&format!("task.preference.reward={}", python_reward(0))]).expect_success("process");
     let two = last_metrics(&folder.join("two"));
-    assert_eq!(two, last_metrics(&folder.join("one")));
-    assert_eq!(two, last_metrics(&folder.join("process")));
+    for other in ["one", "http", "process"] {
+        assert_eq!(two, last_metrics(&folder.join(other)), "{other}");
+    }
 }
 
 /// A process that is ended with the test.

@@ -169,6 +169,44 @@ fn the_joint_run_with_its_three_networks() {
     assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
 }
 
+/// `rldiff check` opens what the run will open: it counts the rewards' networks, decodes a first batch of pairs, and notices a
+/// detector that does not know the prompts' objects.
+#[test]
+fn check_opens_what_the_run_needs() {
+    let folder = empty_folder("paper-check");
+    write_inputs(&folder);
+    let check = |extra: &[&str]| {
+        let mut command = rldiff(1, &folder);
+        command.args(["check", concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/joint.toml")]);
+        command.args(set(&[&SIZES[..], extra].concat()));
+        run_within(command, Duration::from_secs(120))
+    };
+    let sound = check(&[]).expect_success("check");
+    let line =
+        |name: &str| sound.stdout.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
+    println!("{}\n{}", line("weights of rewards"), line("pretraining pairs"));
+    assert!(!line("weights of rewards").ends_with(" 0 B"), "{}", sound.stdout);
+    assert!(line("pretraining pairs").ends_with("4 in shards; a first batch was decoded"), "{}", sound.stdout);
+    let mistake = |extra: &str, wanted: &str| {
+        let done = check(&[extra]);
+        assert!(done.status.code() == Some(2) && done.stderr.lines().count() == 1, "{}", done.stderr);
+        assert!(done.stderr.contains(wanted), "{}", done.stderr);
+    };
+    let space = fs::read_to_string(folder.join("labels.json")).unwrap();
+    let first = rldiff::prompts::paper::objects()[0].clone();
+    fs::write(folder.join("other.json"), space.replace(&first, "flying saucer")).unwrap();
+    mistake(
+        "task.composition.reward.labels=other.json",
+        &format!("other.json: no class for 1 of the prompts' 532 objects: {first:?}"),
+    );
+    mistake(
+        "task.composition.prompts={ source = 'text', path = 'vocab.txt', held_out = 1, split_seed = 1, key = '', drop_words = '' }",
+        "these name none",
+    );
+    fs::write(folder.join("pairs/00000.tar"), b"no archive").unwrap();
+    mistake("run.seed=2", "00000.tar");
+}
+
 /// Peak of the proportional memory of all ranks together while the joint run with this list goes on, in MB, and the
 /// seconds that it took.
 fn peak_with(folder: &Path, ranks: usize, list: &str) -> (u64, f64) {

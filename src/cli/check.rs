@@ -12,6 +12,7 @@ use crate::{
     diffusion::schedule::Schedule,
     methods,
     models::{architectures::Architecture, pipeline::Pipeline},
+    pairs,
     policy::lanes::divisors,
     prompts::Split,
     run::{build_for, footprint, load_for_training, model_location},
@@ -74,6 +75,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
         ),
     );
 
+    let mut of_rewards = 0;
     for (index, task) in config.tasks.iter().enumerate() {
         let use_ = match task.train {
             true => format!(
@@ -89,6 +91,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
                 if task.config.train {
                     methods::check_reward(config, &mut task)?;
                 }
+                of_rewards += task.reward.weight_bytes();
                 let (train, held_out) = (task.prompts.len(Split::Train), task.prompts.len(Split::HeldOut));
                 format!("{train} prompts to train on, {held_out} held out")
             }
@@ -101,6 +104,12 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
             format!("{use_}; {} evaluation samples; {what}", task.evaluation_samples),
         );
     }
+    let pairs = match pairs::try_out(config, &pipeline) {
+        Ok(pairs) => pairs,
+        Err(e) if planning => format!("not on this machine: {e:#}"),
+        Err(e) => return Err(e),
+    };
+    report.line("pretraining pairs", pairs);
     report.line("samples per iteration", derived.samples_per_iteration.to_string());
     let optimizer_steps = derived.optimizer_steps_per_iteration;
     let in_all = optimizer_steps as u64 * config.run.iterations;
@@ -108,7 +117,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     let steps: Vec<String> = steps.iter().map(|s| format!("{} ({:.1})", s.t, s.sensitivity())).collect();
     report.line("timesteps (sensitivity)", steps.join(", "));
     report.line("numbers of ranks", ranks(config.run.lanes));
-    footprint_lines(config, &pipeline, args.gpu_memory, &mut report)?;
+    footprint_lines(config, &pipeline, of_rewards, args.gpu_memory, &mut report)?;
     Ok(report.lines.join("\n"))
 }
 
@@ -158,7 +167,14 @@ fn ranks(lanes: usize) -> String {
     }
 }
 
-fn footprint_lines(config: &Config, pipeline: &Pipeline, gpu_memory: f64, report: &mut Report) -> Result<()> {
+/// `of_rewards` bytes are the weights of the rewards' networks that could be loaded here.
+fn footprint_lines(
+    config: &Config,
+    pipeline: &Pipeline,
+    of_rewards: u64,
+    gpu_memory: f64,
+    report: &mut Report,
+) -> Result<()> {
     let cost = footprint::measure(pipeline.architecture(), config)?;
     let flop = |value: f64| si(value, "FLOP");
     report.line(
@@ -177,6 +193,9 @@ fn footprint_lines(config: &Config, pipeline: &Pipeline, gpu_memory: f64, report
     let bytes = |value: u64| si(value as f64, "B");
     let m = footprint::memory(config, pipeline, &cost, 1);
     report.line("weights", bytes(m.weights));
+    if of_rewards > 0 {
+        report.line("weights of rewards", bytes(of_rewards));
+    }
     report.line("optimizer", bytes(m.optimizer));
     report.line("gradients", bytes(m.gradients));
     let checkpointing = if config.model.gradient_checkpointing { "with" } else { "without" };
@@ -185,7 +204,7 @@ fn footprint_lines(config: &Config, pipeline: &Pipeline, gpu_memory: f64, report
         format!("update {} ({checkpointing} gradient checkpointing), roll-out {}", bytes(m.update), bytes(m.rollout)),
     );
     for (name, lanes) in [("one lane per rank", 1), ("all lanes on one rank", config.run.lanes)] {
-        let total = footprint::memory(config, pipeline, &cost, lanes).total();
+        let total = footprint::memory(config, pipeline, &cost, lanes).total() + of_rewards;
         let fits = if total as f64 <= gpu_memory * 1e9 { "fits" } else { "does not fit" };
         report.line(name, format!("{} of memory: {fits} in {}", bytes(total), si(gpu_memory * 1e9, "B")));
     }

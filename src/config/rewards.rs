@@ -117,11 +117,11 @@ pub struct CommandReward {
     pub restarts: usize,
 }
 
-/// A server of the same protocol on a socket.
+/// A server of the same protocol on a socket or by HTTP.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServerReward {
-    /// `HOST:PORT`, or `unix:` and the path of a local socket.
+    /// `HOST:PORT`, `unix:` and the path of a local socket, or `http://HOST:PORT/PATH`.
     pub address: String,
     /// How long a batch may take.
     pub timeout_seconds: f64,

@@ -154,8 +154,13 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
             validate_timeouts(c.timeout_seconds, c.start_timeout_seconds)?;
         }
         RewardConfig::Server(s) => {
-            let named = s.address.strip_prefix("unix:").map_or(s.address.contains(':'), |path| !path.is_empty());
-            ensure!(named, "address = {:?} must be HOST:PORT or unix:PATH", s.address);
+            let named = match s.address.split_once(':') {
+                Some(("unix", path)) => !path.is_empty(),
+                Some(("http", rest)) => rest.trim_start_matches('/').len() > 1 && rest.starts_with("//"),
+                Some((host, port)) => !host.is_empty() && !port.contains('/'),
+                None => false,
+            };
+            ensure!(named, "address = {:?} must be HOST:PORT, unix:PATH or http://HOST:PORT/PATH", s.address);
             validate_timeouts(s.timeout_seconds, s.start_timeout_seconds)?;
         }
         RewardConfig::Composition(u) => {

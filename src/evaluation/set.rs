@@ -63,10 +63,12 @@ impl Set {
             "set {name}: count = {count}, there are {there} prompts"
         );
         let place = Place { task: name, index, seed, device, group: config.images_per_prompt };
+        let objects = source.objects();
         let metrics = config.metrics.iter().map(|metric| {
             let mut reward =
                 build(&metric.reward, place).with_context(|| format!("set {name}: metric {}", metric.name))?;
             reward.set_group(config.images_per_prompt);
+            reward.check_objects(&objects).with_context(|| format!("set {name}: metric {}", metric.name))?;
             ensure!(
                 config.images_per_prompt % reward.group() == 0,
                 "set {name}: metric {} judges {} pictures of a prompt together, images_per_prompt = {}",

@@ -155,6 +155,11 @@ impl Loader {
         Ok(Loader { shared, jobs, at, order, prefetch: settings.prefetch, ahead: VecDeque::new() })
     }
 
+    /// Pairs in all shards.
+    pub fn pairs(&self) -> u64 {
+        self.shared.shards.len()
+    }
+
     /// The batch of `place`; the ones after it are started before this one is waited for.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use self::{
     shards::Shards,
 };
 use crate::{
-    comm::{all_made, Communicator},
+    comm::{all_made, Communicator, Local},
     config::{Config, PairData, PretrainMode},
     diffusion::schedule::Schedule,
     miniature,
@@ -153,6 +153,27 @@ impl PairSource {
         let at = Corruption::draw(at, self.batch_per_lane, &z_0.size()[1..], schedule.alpha_bar().len());
         Ok(pretraining::loss(&pipeline.unet, schedule, &z_0, &text, &at))
     }
+}
+
+/// Opens a config's pairs and reads the first batch of lane 0; what there is, in words.
+///
+/// # Errors
+/// As a run has them: shards that cannot be used or read, pairs that cannot be decoded.
+pub fn try_out(config: &Config, pipeline: &Pipeline) -> Result<String> {
+    let source = PairSource::new(config, &Local, pipeline, 0..1)?;
+    let place = Place { iteration: 0, slot: slots(config).first().copied().unwrap_or(0), lane: 0 };
+    Ok(match &source.data {
+        Data::None => "none: pretrain.mode is \"off\"".to_string(),
+        Data::Miniature => format!("{MINIATURE_PAIRS} of the miniature's world"),
+        Data::Encoded(reader) => {
+            let _ = source.encoded(reader, place, Device::Cpu)?;
+            format!("{} encoded pairs in {} shards; a first batch was read", reader.index.len(), reader.index.shards())
+        }
+        Data::Webdataset(loader) => {
+            let _ = source.pairs(place)?;
+            format!("{} in shards; a first batch was decoded", loader.borrow().pairs())
+        }
+    })
 }
 
 /// The slot of pass `pass` over task number `task` where L_pre is part of every policy gradient.

@@ -71,6 +71,10 @@ impl PromptSource for Compositions {
         let text = text(first, RELATIONS[(index % relations) as usize], second);
         Prompt { text, objects: vec![first.to_owned(), second.to_owned()] }
     }
+
+    fn objects(&self) -> Vec<String> {
+        self.trained.iter().chain(&self.held_out).cloned().collect()
+    }
 }
 
 fn at(names: &[String], index: u64) -> &str {

@@ -41,6 +41,10 @@ pub trait PromptSource {
     fn len(&self, split: Split) -> u64;
     /// The prompt at `index` in `0..len(split)`.
     fn prompt(&self, split: Split, index: u64) -> Prompt;
+    /// Every object that its prompts name, once; none where they name none.
+    fn objects(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Errors when a name is empty or occurs twice within or between the two lists; `what` names the kind of thing.

@@ -1,6 +1,8 @@
 //! Prompts that put an object in a place, "an apple in snow": the miniature world's stand-in for the free prompts on
 //! which the paper trains human preference.
 
+use std::collections::BTreeSet;
+
 use anyhow::{bail, Result};
 
 use super::article::with_article;
@@ -56,6 +58,11 @@ impl PromptSource for Places {
         let (object, place) = &self.part(split)[index as usize];
         Prompt { text: text(object, place), objects: vec![object.clone()] }
     }
+
+    fn objects(&self) -> Vec<String> {
+        let all: BTreeSet<&String> = self.trained.iter().chain(&self.held_out).map(|(object, _)| object).collect();
+        all.into_iter().cloned().collect()
+    }
 }
 
 #[cfg(test)]
@@ -73,6 +80,7 @@ mod tests {
             texts.extend((0..source.len(split)).map(|index| source.prompt(split, index).text));
         }
         assert_eq!(texts.len(), 6);
+        assert_eq!(source.objects(), ["apple", "ball", "kite"]);
         assert!(texts.contains("an apple in snow"));
         assert_eq!(source.prompt(Split::HeldOut, 0).text, "a ball on sand");
     }

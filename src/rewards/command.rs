@@ -11,7 +11,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::protocol::{wait_until_ready, External, Lines, Link, Program};
+use super::{
+    lines::{wait_until_ready, Lines, Streams},
+    protocol::{External, Link, Program},
+};
 use crate::config::CommandReward as Settings;
 
 /// How long a process may take to end after its input did.
@@ -40,7 +43,7 @@ impl Program for Settings {
         let mut process = Process::start(self)?;
         let ready = wait_until_ready(&mut process, Duration::from_secs_f64(self.start_timeout_seconds));
         if ready.is_err() {
-            process.give_up();
+            Link::give_up(&mut process);
         }
         ready.with_context(|| self.shown()).map(|()| process)
     }
@@ -81,7 +84,7 @@ impl Process {
     }
 }
 
-impl Link for Process {
+impl Streams for Process {
     fn lines(&mut self) -> &mut Lines {
         &mut self.lines
     }

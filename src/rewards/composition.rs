@@ -14,10 +14,31 @@ pub trait Detector {
     /// For picture i the highest confidence, in [0, 1], of each name in `wanted[i]`; `images` is f32 [n, 3, H, W]
     /// in [0, 1] and `wanted` has n entries. Errors: a name the detector does not know.
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>>;
+    /// As [`Reward::weight_bytes`].
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+    /// Fails where it does not know one of these names; names the first few of them.
+    fn check(&self, objects: &[String]) -> Result<()>;
     /// The detector as a differentiable computation, where it is one.
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableDetector> {
         None
     }
+}
+
+/// Fails where `knows` fails for an object: names the first few of those.
+pub(super) fn ensure_known(objects: &[String], knows: impl Fn(&str) -> bool) -> Result<()> {
+    let unknown: Vec<&str> = objects.iter().map(String::as_str).filter(|object| !knows(object)).collect();
+    let first: Vec<String> = unknown.iter().take(3).map(|object| format!("{object:?}")).collect();
+    ensure!(
+        unknown.is_empty(),
+        "no class for {} of the prompts' {} objects: {}{}",
+        unknown.len(),
+        objects.len(),
+        first.join(", "),
+        if unknown.len() > 3 { ", …" } else { "" }
+    );
+    Ok(())
 }
 
 /// A detector whose confidences are a differentiable computation on tensors.
@@ -66,6 +87,15 @@ impl<D: Detector> Reward for Composition<D> {
         })
     }
 
+    fn weight_bytes(&self) -> u64 {
+        self.detector.weight_bytes()
+    }
+
+    fn check_objects(&self, objects: &[String]) -> Result<()> {
+        ensure!(!objects.is_empty(), "reward '{}' looks for the objects that prompts name; these name none", self.name);
+        self.detector.check(objects).with_context(|| format!("reward '{}'", self.name))
+    }
+
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
         self.detector.differentiable().is_some().then_some(self as &mut dyn DifferentiableReward)
     }
@@ -108,6 +138,10 @@ mod tests {
         fn detect(&mut self, _: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {
             let confidence = |name: &String| name.parse::<f32>().with_context(|| format!("unknown object '{name}'"));
             wanted.iter().map(|names| names.iter().map(confidence).collect()).collect()
+        }
+
+        fn check(&self, objects: &[String]) -> Result<()> {
+            ensure_known(objects, |object| object.parse::<f32>().is_ok())
         }
     }
 

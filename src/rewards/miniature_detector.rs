@@ -12,10 +12,10 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use tch::{Device, Kind, Tensor};
 
-use super::composition::{Detector, DifferentiableDetector};
+use super::composition::{ensure_known, Detector, DifferentiableDetector};
 use crate::miniature::objects;
 use crate::miniature::raster::{coverage, Frame, Rgb, SIZE};
 
@@ -64,6 +64,11 @@ impl MiniatureDetector {
 }
 
 impl Detector for MiniatureDetector {
+    fn check(&self, objects: &[String]) -> Result<()> {
+        ensure_known(objects, |object| objects::index(object).is_some())
+            .with_context(|| format!("the miniature world, which has {}", objects::NAMES.join(", ")))
+    }
+
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {
         let flat: Vec<f32> = Vec::try_from(&tch::no_grad(|| self.confidences(images, wanted))?)?;
         let mut rest = flat.into_iter();

@@ -10,9 +10,11 @@ mod clip_input;
 pub mod colorfulness;
 pub mod command;
 pub mod composition;
+pub mod http;
 pub mod image_reward;
 pub mod ita;
 pub mod jpeg;
+mod lines;
 pub mod miniature_detector;
 pub mod miniature_skin_tone;
 pub mod parity;
@@ -77,6 +79,14 @@ pub trait Reward {
     /// of ranks.
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], _ids: &[String]) -> Result<Scores> {
         self.score(images, prompts)
+    }
+    /// Bytes of its networks' weights, where it has some in this process.
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+    /// Fails where it cannot judge prompts that name these objects (none: prompts that name no objects).
+    fn check_objects(&self, _objects: &[String]) -> Result<()> {
+        Ok(())
     }
     /// The reward as a differentiable computation, where it is one. ReFL and DRaFT need it.
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {

@@ -1,5 +1,5 @@
 //! The protocol by which pictures go to a reward that is somebody else's program, and scores come back: over the pipes
-//! of a process ([`super::command`]) or over a socket ([`super::server`]).
+//! of a process ([`super::command`]), over a socket or by HTTP ([`super::server`]).
 //!
 //! The program first writes the line `{"rldiff_reward": 1}` (the version of this protocol) once it is ready. Then, for
 //! every batch, it reads one JSON line and after it the pictures,
@@ -14,13 +14,9 @@
 //! A program that hangs, dies, or answers anything else is given up and opened again, and gets the batch anew; after
 //! `restarts` of these the run stops.
 
-use std::{
-    io::{BufRead, BufReader, Read, Write},
-    sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender},
-    time::Duration,
-};
+use std::time::Duration;
 
-use anyhow::{anyhow, bail, ensure, Result};
+use anyhow::{anyhow, ensure, Result};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -28,47 +24,18 @@ use super::{check_batch, rgb_bytes, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// A longer answer is not read.
-const MAX_ANSWER: u64 = 4 << 20;
+pub const MAX_ANSWER: u64 = 4 << 20;
 const PROTOCOL: u32 = 1;
 
 /// A way to a program that is ready for batches. Dropping it parts from the program.
 pub trait Link {
-    fn lines(&mut self) -> &mut Lines;
+    /// The line that answers `request`.
+    ///
+    /// # Errors
+    /// None within `timeout`, a program that is gone, more than [`MAX_ANSWER`] bytes.
+    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>>;
     /// The program failed: nothing is waited for any more when this is dropped.
     fn give_up(&mut self);
-    /// Why there are no more lines.
-    fn ending(&mut self) -> String;
-}
-
-/// Requests to a program and lines from it, each through a thread of its own.
-pub struct Lines {
-    requests: Option<Sender<Vec<u8>>>,
-    lines: Receiver<Result<Vec<u8>>>,
-}
-
-impl Lines {
-    /// Starts the threads; they end when what they write to or read from does.
-    pub fn new(to: impl Write + Send + 'static, from: impl Read + Send + 'static) -> Lines {
-        let (requests, queue) = channel();
-        let (answers, lines) = channel();
-        std::thread::spawn(move || write_requests(to, queue));
-        std::thread::spawn(move || read_lines(from, answers));
-        Lines { requests: Some(requests), lines }
-    }
-
-    /// Ends the writer, which closes the program's input.
-    pub fn close(&mut self) {
-        self.requests = None;
-    }
-}
-
-/// Waits for the next line.
-fn line(link: &mut impl Link, timeout: Duration) -> Result<Vec<u8>> {
-    match link.lines().lines.recv_timeout(timeout) {
-        Ok(line) => line,
-        Err(RecvTimeoutError::Timeout) => bail!("no answer within {} s", timeout.as_secs_f64()),
-        Err(RecvTimeoutError::Disconnected) => bail!("{}", link.ending()),
-    }
 }
 
 #[derive(Deserialize)]
@@ -76,10 +43,9 @@ struct Ready {
     rldiff_reward: u32,
 }
 
-/// Waits for the line by which a program says that it is ready.
-pub fn wait_until_ready(link: &mut impl Link, timeout: Duration) -> Result<()> {
-    let line = line(link, timeout)?;
-    let ready: Ready = serde_json::from_slice(&line).map_err(|_| {
+/// Fails where this is not the line by which a program says that it is ready.
+pub fn ensure_ready(line: &[u8]) -> Result<()> {
+    let ready: Ready = serde_json::from_slice(line).map_err(|_| {
         let start = String::from_utf8_lossy(&line[..line.len().min(60)]).into_owned();
         anyhow!("its first line must be {{\"rldiff_reward\": {PROTOCOL}}}, not {start:?}")
     })?;
@@ -87,7 +53,7 @@ pub fn wait_until_ready(link: &mut impl Link, timeout: Duration) -> Result<()> {
     Ok(())
 }
 
-/// What the two kinds of programs differ in.
+/// What the kinds of programs differ in.
 pub trait Program {
     type Link: Link;
     /// The reward's name.
@@ -119,11 +85,7 @@ impl<P: Program> External<P> {
 
     fn ask(&mut self, request: &[u8], count: usize) -> Result<Vec<Option<f32>>> {
         loop {
-            if let Some(requests) = &self.link.lines().requests {
-                // where the writer is gone the program is too, which the answer shows
-                let _ = requests.send(request.to_vec());
-            }
-            let answer = line(&mut self.link, self.program.timeout());
+            let answer = self.link.ask(request, self.program.timeout());
             let error = match answer.and_then(|line| parse_answer(&line, self.batch, count)) {
                 Ok(scores) => return Ok(scores),
                 Err(e) => e.context(self.program.shown()),
@@ -218,35 +180,6 @@ fn parse_answer(line: &[u8], batch: u64, count: usize) -> Result<Vec<Option<f32>
         Ok(value)
     };
     answer.scores.into_iter().map(|score| score.map(in_range).transpose()).collect()
-}
-
-fn write_requests(mut to: impl Write, queue: Receiver<Vec<u8>>) {
-    for request in queue {
-        if to.write_all(&request).and_then(|()| to.flush()).is_err() {
-            // the program is gone; whoever waits for its answer learns that
-            return;
-        }
-    }
-}
-
-/// Sends every line on, until the output ends or a line is too long.
-fn read_lines(from: impl Read, answers: Sender<Result<Vec<u8>>>) {
-    let mut reader = BufReader::new(from);
-    loop {
-        let mut line = Vec::new();
-        let read = reader.by_ref().take(MAX_ANSWER).read_until(b'\n', &mut line);
-        let answer = match read {
-            Ok(0) => return,
-            Ok(_) if line.ends_with(b"\n") => Ok(line),
-            Ok(length) if length as u64 == MAX_ANSWER => Err(anyhow!("an answer of more than {MAX_ANSWER} bytes")),
-            Ok(_) => Err(anyhow!("its output ended within a line")),
-            Err(e) => Err(anyhow!("its output cannot be read: {e}")),
-        };
-        let last = answer.is_err();
-        if answers.send(answer).is_err() || last {
-            return;
-        }
-    }
 }
 
 #[cfg(test)]

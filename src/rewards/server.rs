@@ -1,9 +1,9 @@
-//! A reward server: [`super::protocol`] over a TCP or local socket, for a program that several ranks share, or that runs
-//! on another machine.
+//! A reward server: [`super::protocol`] over a TCP or local socket, or by HTTP ([`super::http`]), for a program that several
+//! ranks share, or that runs on another machine.
 //!
-//! Every rank has a connection of its own. The server greets each with the protocol's first line and then answers its
-//! batches in order; connections may be served at the same time or in turn. What is sent is not encrypted: use it within
-//! a machine or a closed network.
+//! On a socket every rank has a connection of its own. The server greets each with the protocol's first line and then
+//! answers its batches in order; connections may be served at the same time or in turn. What is sent is not encrypted: use
+//! it within a machine or a closed network.
 
 use std::{
     io::{self, Read, Write},
@@ -14,7 +14,11 @@ use std::{
 
 use anyhow::{anyhow, Context, Result};
 
-use super::protocol::{wait_until_ready, External, Lines, Link, Program};
+use super::{
+    http::Http,
+    lines::{wait_until_ready, Lines, Streams},
+    protocol::{External, Link, Program},
+};
 use crate::config::ServerReward as Settings;
 
 /// How often a server that does not listen yet is tried.
@@ -41,23 +45,44 @@ impl Program for Settings {
 
     /// A server that does not listen yet is waited for.
     fn open(&self) -> Result<Connection> {
-        let until = Instant::now() + Duration::from_secs_f64(self.start_timeout_seconds);
-        let open = || -> Result<Connection> {
-            let socket = loop {
-                match Socket::connect(&self.address, until) {
-                    Ok(socket) => break socket,
-                    Err(_) if Instant::now() + PAUSE < until => std::thread::sleep(PAUSE),
-                    Err(e) => {
-                        return Err(anyhow!("cannot connect within {} s: {e}", self.start_timeout_seconds));
-                    }
-                }
-            };
-            let (to, from) = (socket.try_clone()?, socket.try_clone()?);
-            let mut connection = Connection { lines: Lines::new(to, from), socket };
-            wait_until_ready(&mut connection, until.saturating_duration_since(Instant::now()))?;
-            Ok(connection)
+        let patience = Duration::from_secs_f64(self.start_timeout_seconds);
+        let opened = match self.address.starts_with("http://") {
+            true => Http::open(&self.address, patience).map(Connection::Http),
+            false => Stream::open(&self.address, patience).map(Connection::Stream),
         };
-        open().with_context(|| self.shown())
+        opened.with_context(|| self.shown())
+    }
+}
+
+/// Asks `attempt` until it succeeds or `until` is over; its last error.
+pub(super) fn insist<T>(until: Instant, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() + PAUSE < until => std::thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+}
+
+/// A rank's way to the server.
+pub enum Connection {
+    Stream(Stream),
+    Http(Http),
+}
+
+impl Link for Connection {
+    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>> {
+        match self {
+            Connection::Stream(stream) => stream.ask(request, timeout),
+            Connection::Http(http) => http.ask(request, timeout),
+        }
+    }
+
+    fn give_up(&mut self) {
+        match self {
+            Connection::Stream(stream) => Link::give_up(stream),
+            Connection::Http(http) => http.give_up(),
+        }
     }
 }
 
@@ -127,13 +152,25 @@ impl Write for Socket {
     }
 }
 
-/// A rank's connection.
-pub struct Connection {
+/// A connection on a socket.
+pub struct Stream {
     lines: Lines,
     socket: Socket,
 }
 
-impl Link for Connection {
+impl Stream {
+    fn open(address: &str, patience: Duration) -> Result<Stream> {
+        let until = Instant::now() + patience;
+        let socket = insist(until, || Ok(Socket::connect(address, until)?))
+            .map_err(|e| anyhow!("cannot connect within {} s: {e}", patience.as_secs_f64()))?;
+        let (to, from) = (socket.try_clone()?, socket.try_clone()?);
+        let mut stream = Stream { lines: Lines::new(to, from), socket };
+        wait_until_ready(&mut stream, until.saturating_duration_since(Instant::now()))?;
+        Ok(stream)
+    }
+}
+
+impl Streams for Stream {
     fn lines(&mut self) -> &mut Lines {
         &mut self.lines
     }
@@ -147,7 +184,7 @@ impl Link for Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for Stream {
     fn drop(&mut self) {
         // ends both threads, whatever they wait for
         self.socket.shutdown();

@@ -60,6 +60,17 @@ impl Reward for Sum {
         Ok(scores)
     }
 
+    fn weight_bytes(&self) -> u64 {
+        self.parts.iter().map(|(_, _, reward)| reward.weight_bytes()).sum()
+    }
+
+    fn check_objects(&self, objects: &[String]) -> Result<()> {
+        let check = |(_, name, reward): &(f64, String, Box<dyn Reward>)| {
+            reward.check_objects(objects).with_context(|| format!("part {name}"))
+        };
+        self.parts.iter().try_for_each(check)
+    }
+
     /// A plain sum whose parts are all differentiable. What a normalised one is trained on depends on the whole batch.
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
         let parts = self.parts.iter_mut().all(|(_, _, reward)| reward.differentiable().is_some());

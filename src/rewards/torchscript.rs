@@ -12,6 +12,8 @@ struct Module {
     module: CModule,
     /// Where its weights are.
     device: Device,
+    /// Bytes of its weights.
+    bytes: u64,
 }
 
 impl Module {
@@ -23,10 +25,12 @@ impl Module {
             let text = e.to_string();
             anyhow::anyhow!("{path} is no TorchScript module: {}", text.lines().next().unwrap_or_default())
         })?;
+        let mut bytes = 0;
         for (_, parameter) in module.named_parameters().with_context(|| format!("parameters of {path}"))? {
+            bytes += parameter.numel() as u64 * size_of::<f32>() as u64;
             let _ = parameter.set_requires_grad(false);
         }
-        Ok(Module { path: path.to_owned(), module, device: Device::Cpu })
+        Ok(Module { path: path.to_owned(), module, device: Device::Cpu, bytes })
     }
 
     /// The output as f32 `[n, columns]` on the CPU.
@@ -69,6 +73,10 @@ impl TorchScriptReward {
 impl Reward for TorchScriptReward {
     fn name(&self) -> &str {
         "torchscript"
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.0.bytes
     }
 
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {

@@ -1,6 +1,6 @@
 //! Weights of reward networks: from a checkpoint file to a network, with every disagreement named.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ops::Deref, path::Path};
 
 use anyhow::{bail, ensure, Context, Result};
 use tch::{CModule, Device, Kind, Tensor};
@@ -15,6 +15,20 @@ use crate::models::{
 
 /// How many names a message shows.
 const SHOWN: usize = 4;
+
+/// A network with the size of its weights.
+pub struct Loaded<T> {
+    network: T,
+    pub bytes: u64,
+}
+
+impl<T> Deref for Loaded<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.network
+    }
+}
 
 /// Tensors of a checkpoint and where they came from.
 pub struct Checkpoint {
@@ -81,7 +95,7 @@ impl Checkpoint {
         device: Device,
         ignored: impl Fn(&str) -> bool,
         make: impl Fn(&Builder) -> Result<T>,
-    ) -> Result<T> {
+    ) -> Result<Loaded<T>> {
         let at = || self.path.clone();
         let outline = Builder::new(Source::ShapesOnly, Kind::Float, Device::Cpu);
         make(&outline).with_context(at)?;
@@ -105,8 +119,9 @@ impl Checkpoint {
         }
         let builder = Builder::new(Source::Tensors(self.tensors), Kind::Float, device);
         let network = make(&builder).with_context(|| self.path.clone())?;
-        builder.finish().0.freeze();
-        Ok(network)
+        let parameters = builder.finish().0;
+        parameters.freeze();
+        Ok(Loaded { network, bytes: parameters.count() * size_of::<f32>() as u64 })
     }
 }
 
@@ -145,7 +160,7 @@ mod tests {
         }
     }
 
-    fn build(names: &[(&str, &[i64])]) -> Result<Linear> {
+    fn build(names: &[(&str, &[i64])]) -> Result<Loaded<Linear>> {
         checkpoint(names).build(Device::Cpu, |_| false, |b| Linear::new(&b.sub("a"), 3, 2))
     }
 
@@ -159,6 +174,7 @@ mod tests {
     #[test]
     fn what_is_missing_or_misshapen_is_named() {
         let layer = build(&[("a.weight", &[2, 3]), ("a.bias", &[2]), ("b", &[1])]).unwrap();
+        assert_eq!(layer.bytes, 4 * (2 * 3 + 2));
         let out = layer.forward(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)));
         assert_eq!(Vec::<f32>::try_from(out.view([-1])).unwrap(), [4.0, 4.0]);
         for (names, wanted) in [

@@ -10,6 +10,8 @@
 //! | `captions` | text `[n]` | for people |
 //! | `empty_text` | f32 `[tokens, width]` | the empty caption's embedding |
 //!
+//! Each row of `latents` and `text` has a checksum (HDF5's Fletcher-32), which reading it verifies.
+//!
 //! Attributes: `format`, `encoders` (text: SHA-256 of the networks that made it), `shard`, `shards` (u64), `first` (u64:
 //! number of the first pair of the data set that the shard was made of), `source` (text).
 
@@ -24,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::h5;
 
-const FORMAT: &str = "rldiff pairs 1";
+const FORMAT: &str = "rldiff pairs 2";
 
 /// Pairs of one shard, row by row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -71,9 +73,9 @@ pub fn write_pairs(folder: &Path, header: &PairsHeader, pairs: &EncodedPairs, ha
             match half {
                 true => {
                     let values: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-                    h5::write_array(out, name, &values, &shape)?;
+                    h5::write_checked_rows(out, name, &values, &shape)?;
                 }
-                false => h5::write_array(out, name, values, &shape)?,
+                false => h5::write_checked_rows(out, name, values, &shape)?,
             }
         }
         h5::write_texts(out, "captions", &pairs.captions)?;
@@ -255,6 +257,28 @@ mod tests {
             }
             assert_eq!(read_pairs_header(folder.path(), 1).unwrap().unwrap(), header(1));
             assert!(read_pairs_header(folder.path(), 2).unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_damaged_row_is_noticed_when_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let alone = PairsHeader { shards: 1, ..header(0) };
+        write_pairs(folder.path(), &alone, &pairs(0, 3), false).unwrap();
+        let path = pairs_path(folder.path(), 0);
+        let sound = std::fs::read(&path).unwrap();
+        // a number of the second pair's latents
+        let wanted = (30.0f32 / 8.0).to_le_bytes();
+        let places = sound.windows(4).enumerate().filter(|(at, bytes)| at % 4 == 0 && **bytes == wanted);
+        for (at, _) in places {
+            let mut damaged = sound.clone();
+            damaged[at] ^= 1;
+            std::fs::write(&path, damaged).unwrap();
+            let reader = PairReader::new(folder.path(), PairIndex::read(folder.path()).unwrap());
+            let of_rows = [0, 1, 2].map(|row| reader.read(row));
+            let failed: Vec<String> = of_rows.iter().filter_map(|r| Some(format!("{:#}", r.as_ref().err()?))).collect();
+            assert_eq!(failed.len(), 1, "{failed:?}");
+            assert!(failed[0].contains("pairs-00000.h5: pair ") && !failed[0].contains('\n'), "{failed:?}");
         }
     }
 

@@ -54,6 +54,18 @@ pub fn write_array<T: H5Type>(group: &Group, name: &str, values: &[T], shape: &[
     Ok(())
 }
 
+/// As [`write_array`], each row (of the first dimension) with a checksum of its own (Fletcher-32), which reading it verifies.
+pub fn write_checked_rows<T: H5Type>(group: &Group, name: &str, values: &[T], shape: &[usize]) -> Result<()> {
+    if values.is_empty() {
+        return write_array(group, name, values, shape);
+    }
+    let elements: usize = shape.iter().product();
+    ensure!(elements == values.len(), "dataset {name}: {} values for the shape {shape:?}", values.len());
+    let row: Vec<usize> = std::iter::once(1).chain(shape[1..].iter().copied()).collect();
+    group.new_dataset::<T>().shape(shape).chunk(row).fletcher32().create(name)?.write_raw(values)?;
+    Ok(())
+}
+
 pub fn read_vector<T: H5Type>(group: &Group, name: &str) -> Result<Vec<T>> {
     group.dataset(name).and_then(|d| d.read_raw()).with_context(|| format!("dataset {name}"))
 }

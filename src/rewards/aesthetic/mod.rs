@@ -17,7 +17,7 @@ use super::{
     clip_input::ClipInput,
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
-    weights::Checkpoint,
+    weights::{Checkpoint, Loaded},
     DifferentiableReward, Reward, Scores,
 };
 use crate::{
@@ -56,8 +56,8 @@ fn unit(rows: &Tensor) -> Tensor {
 
 /// See the module.
 pub struct Aesthetic {
-    tower: PictureTower,
-    head: ScoreHead,
+    tower: Loaded<PictureTower>,
+    head: Loaded<ScoreHead>,
     input: ClipInput,
     device: Device,
 }
@@ -100,6 +100,10 @@ impl Aesthetic {
 impl Reward for Aesthetic {
     fn name(&self) -> &str {
         "aesthetic"
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.tower.bytes + self.head.bytes
     }
 
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {

@@ -23,7 +23,7 @@ use super::{
     clip_input::ClipInput,
     score_head::{HeadSizes, ScoreHead},
     vision_transformer::{self, Sizes, VisionTransformer},
-    weights::Checkpoint,
+    weights::{Checkpoint, Loaded},
     DifferentiableReward, Reward, Scores,
 };
 use crate::{config::ImageRewardSettings, models::parameters::Builder, prompts::Prompt};
@@ -56,7 +56,7 @@ impl Network {
 
 /// See the module.
 pub struct ImageReward {
-    network: Network,
+    network: Loaded<Network>,
     tokenizer: WordPiece,
     input: ClipInput,
     device: Device,
@@ -110,6 +110,10 @@ impl ImageReward {
 impl Reward for ImageReward {
     fn name(&self) -> &str {
         "image_reward"
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.network.bytes
     }
 
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {

@@ -35,10 +35,10 @@ use self::{
     pyramid::Pyramid,
 };
 use super::{
-    composition::Detector,
+    composition::{ensure_known, Detector},
     pil::{self, Filter},
     rgb_bytes,
-    weights::Checkpoint,
+    weights::{Checkpoint, Loaded},
 };
 use crate::{
     config::{ChannelOrder, UniDetSettings},
@@ -152,7 +152,7 @@ impl Detections {
 /// See the module.
 pub struct UniDet {
     settings: UniDetSettings,
-    network: Network,
+    network: Loaded<Network>,
     input: Input,
     labels: Labels,
     device: Device,
@@ -217,6 +217,15 @@ fn resized([width, height]: [usize; 2], short: usize, long: usize) -> [usize; 2]
 }
 
 impl Detector for UniDet {
+    fn weight_bytes(&self) -> u64 {
+        self.network.bytes
+    }
+
+    fn check(&self, objects: &[String]) -> Result<()> {
+        ensure_known(objects, |object| self.labels.classes_of(object).is_ok())
+            .with_context(|| self.settings.labels.clone())
+    }
+
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {
         let pictures = rgb_bytes(images)?;
         let size = [pictures.width, pictures.height];
