@@ -1,5 +1,12 @@
-//! Compiles what tch lacks of libtorch's C++ (csrc/) and tells the linker where libtorch lies, so that the binary runs without any environment set.
-use std::{env, path::PathBuf};
+//! Compiles what tch lacks of libtorch's C++ (csrc/), tells the linker where libtorch lies, so that the binary runs without
+//! any environment set, and names the version with the commit that it is of.
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+#[path = "src/revision.rs"]
+mod revision;
 
 const SOURCES: &[&str] = &[
     "csrc/allocations.cpp",
@@ -18,6 +25,15 @@ fn main() {
         println!("cargo:rerun-if-changed={source}");
     }
     println!("cargo:rerun-if-env-changed=RLDIFF_RPATH");
+
+    let mut version = env!("CARGO_PKG_VERSION").to_string();
+    if let Some(revision) = revision::of_checkout(Path::new(env!("CARGO_MANIFEST_DIR"))) {
+        version += &format!(" ({})", revision.hash);
+        for file in revision.watched {
+            println!("cargo:rerun-if-changed={}", file.display());
+        }
+    }
+    println!("cargo:rustc-env=RLDIFF_CODE_VERSION={version}");
 
     // torch-sys (links = "tch") hands down the library folder of the torch it was built against.
     let torch_lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys gave no library folder"));
