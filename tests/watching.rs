@@ -117,7 +117,8 @@ fn a_slow_rank_is_named_within_three_iterations() {
     let line = done.stderr.lines().find(|line| line.contains("is slow")).unwrap_or_else(|| panic!("{}", done.stderr));
     assert!(line.contains(&format!("rank 1 on {} is slow: rollout took", host())), "{line}");
     assert!(["iteration 2:", "iteration 3:"].iter().any(|at| line.contains(at)), "{line}");
-    assert!(!done.stderr.contains("rank 0 on"), "{}", done.stderr);
+    // (of another stage it may be, on a busy machine)
+    assert!(!done.stderr.contains(&format!("rank 0 on {} is slow: rollout", host())), "{}", done.stderr);
     assert_eq!(read_metrics(&files.metrics()).unwrap().len(), 3);
     println!("{line}");
 }
