@@ -14,7 +14,7 @@
 //! | `ms` | for `slow` |
 //!
 //! Points of the loop: `rollout`, `reward`, `advantage`, `update`, `optimizer`, `pretrain`, `saving`, `metrics`,
-//! `evaluation`. Numbers: `rewards`, `log_prob`, `gradient`, `weights`. Files: `write`, `fsync`, `rename`, `sync_folder`
+//! `evaluation`. Numbers: `rewards`, `log_prob`, `gradient`, `weights`, `moments`. Files: `write`, `fsync`, `rename`, `sync_folder`
 //! of every file that appears whole; of a checkpoint also `create_folder`, `digest`, `publish` (the rename of its folder),
 //! `sync_publish`, `published` and `remove` (of an older one).
 

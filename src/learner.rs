@@ -70,17 +70,20 @@ impl Learner {
         finite(self.params.buffer()) && self.average.as_ref().is_none_or(finite)
     }
 
-    /// The fault `weights`: the first weight becomes NaN, or another by its last bit.
-    pub fn spoil_weights(&mut self) {
+    /// The faults `weights` and `moments`: the first weight, or mean of its gradients, becomes NaN, or another by its last
+    /// bit.
+    pub fn spoil(&mut self) {
         if !faults::present() {
             return;
         }
-        let first = self.params.buffer().part(0..1);
-        let mut value = [first.double_value(&[0]) as f32];
-        if faults::spoil("weights", &mut value) {
-            let _ = first.shallow_clone().fill_(f64::from(value[0]));
-            self.params.publish();
+        for (at, buffer) in [("weights", self.params.buffer()), ("moments", &self.optimizer.exp_avg)] {
+            let first = buffer.part(0..1);
+            let mut value = [first.double_value(&[0]) as f32];
+            if faults::spoil(at, &mut value) {
+                let _ = first.shallow_clone().fill_(f64::from(value[0]));
+            }
         }
+        self.params.publish();
     }
 
     /// The weights to evaluate and to save: the average where there is one.
@@ -106,15 +109,15 @@ impl Learner {
         self.params.layout.iter().map(entry).collect()
     }
 
-    /// The state's vectors on the host, by name.
-    pub fn vectors(&self) -> Vec<(&'static str, Cow<'_, [f32]>)> {
-        let mut vectors = vec![
-            ("weights", self.params.buffer().host()),
-            ("exp_avg", self.optimizer.exp_avg.host()),
-            ("exp_avg_sq", self.optimizer.exp_avg_sq.host()),
+    /// The state's vectors on the host, by name; from a GPU each is copied when its turn comes.
+    pub fn vectors(&self) -> impl Iterator<Item = (&'static str, Cow<'_, [f32]>)> {
+        let always = [
+            ("weights", self.params.buffer()),
+            ("exp_avg", &self.optimizer.exp_avg),
+            ("exp_avg_sq", &self.optimizer.exp_avg_sq),
         ];
-        vectors.extend(self.average.as_ref().map(|average| ("ema", average.host())));
-        vectors
+        let average = self.average.as_ref().map(|average| ("ema", average));
+        always.into_iter().chain(average).map(|(name, buffer)| (name, buffer.host()))
     }
 
     /// The state after `iteration` iterations as a checkpoint to save.

@@ -87,6 +87,8 @@ pub mod prompts;
 pub mod random;
 pub mod replicas;
 pub mod report;
+#[cfg(test)]
+mod revision;
 pub mod rewards;
 pub mod run;
 pub mod signals;
@@ -99,3 +101,7 @@ pub mod text_file;
 pub mod train;
 pub mod watch;
 pub mod word_list;
+
+/// The version, and the commit where this was built in a git checkout: `0.1.0 (0123456789)`. Checkpoints, logs and pictures
+/// say it. Changes that were not committed it does not show.
+pub const CODE_VERSION: &str = env!("RLDIFF_CODE_VERSION");

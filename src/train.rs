@@ -299,7 +299,7 @@ impl<'a> Trainer<'a> {
         faults::point("optimizer");
         let stepped = self.learner.step(&gradient).map_err(|e| self.where_from(e, broken));
         let norm = stepped.with_context(|| format!("task {name}, {}", at.what))?;
-        self.learner.spoil_weights();
+        self.learner.spoil();
         self.sum.recycle(gradient);
         log.spent("update", started);
         Ok(norm)

@@ -332,7 +332,7 @@ fn no_config_value_is_a_panic() {
 }
 
 #[test]
-#[ignore = "long: every value of every config, about six minutes"]
+#[ignore = "long: every value of every config, one to six minutes"]
 fn no_config_value_at_all_is_a_panic() {
     odd_config_values(1);
 }

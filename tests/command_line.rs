@@ -166,8 +166,6 @@ fn every_command_has_help() {
         assert_eq!(done.stderr, "");
     }
     run(1, &folder, &["bench", "iteration", "--help"]).expect_success("bench iteration");
-    let version = run(1, &folder, &["--version"]).expect_success("version");
-    assert_eq!(version.stdout.trim(), format!("rldiff {}", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
@@ -269,7 +267,8 @@ fn a_gpu_that_is_not_there_is_one_line_and_code_2() {
             let more: &[&str] = if command == "sample" { &["--prompt", "a"] } else { &[] };
             let done = run(ranks, &folder, &[&[command, "--device", "cuda"], more].concat());
             assert_eq!(done.status.code(), Some(2), "{command}: {}", done.stderr);
-            let told = done.stderr.trim();
+            // Open MPI's launcher says something too, below a ruler
+            let told = done.stderr.split("\n-----").next().unwrap().trim();
             assert!(told.starts_with("error: --device cuda: no NVIDIA driver: libcuda.so.1"), "{command}: {told}");
             assert_eq!(told.lines().count(), 1, "{command}: {told}");
         }

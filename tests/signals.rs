@@ -186,7 +186,7 @@ fn twelve_signals_at_random_moments() {
 }
 
 #[test]
-#[ignore = "long: 200 deliveries take about 15 minutes on 2 cores"]
+#[ignore = "long: 200 deliveries, seven minutes on 2 busy cores"]
 fn two_hundred_signals_at_random_moments() {
     storm("signals-long", 2, 200);
 }

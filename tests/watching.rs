@@ -117,7 +117,8 @@ fn a_slow_rank_is_named_within_three_iterations() {
     let line = done.stderr.lines().find(|line| line.contains("is slow")).unwrap_or_else(|| panic!("{}", done.stderr));
     assert!(line.contains(&format!("rank 1 on {} is slow: rollout took", host())), "{line}");
     assert!(["iteration 2:", "iteration 3:"].iter().any(|at| line.contains(at)), "{line}");
-    assert!(!done.stderr.contains("rank 0 on"), "{}", done.stderr);
+    // (of another stage it may be, on a busy machine)
+    assert!(!done.stderr.contains(&format!("rank 0 on {} is slow: rollout", host())), "{}", done.stderr);
     assert_eq!(read_metrics(&files.metrics()).unwrap().len(), 3);
     println!("{line}");
 }
@@ -126,12 +127,17 @@ fn a_slow_rank_is_named_within_three_iterations() {
 fn replicas_that_differ_stop_the_run_before_they_are_saved() {
     let _alone = one_at_a_time();
     let settings = ["run.iterations=4", "run.compare_every=2", "run.checkpoint_every=2"];
-    // the lowest bit of one weight, after the last optimizer step but one of the first iteration
-    let (files, done) = faulty("watching-differ", &settings, "rank=1,at=weights,iteration=0,kind=flip");
-    assert_eq!(done.status.code(), Some(1), "{}", done.stderr);
-    let wanted = format!("after iteration 2 rank 0 on {0}, rank 1 on {0} has other weights", host());
-    assert!(done.stderr.contains(&wanted), "{}", done.stderr);
-    assert!(!files.checkpoints().exists(), "a checkpoint of two different models");
+    // the lowest bit of one weight in the first iteration; of one moment, where it may round away later, before the last
+    // step that is taken
+    for (at, when, named) in [("weights", "iteration=0", "weights"), ("moments", "iteration=1,nth=3", "exp_avg")] {
+        let (files, done) = faulty("watching-differ", &settings, &format!("rank=1,at={at},{when},kind=flip"));
+        assert_eq!(done.status.code(), Some(1), "{}", done.stderr);
+        let wanted = format!("after iteration 2 rank 0 on {0}, rank 1 on {0} has other ", host());
+        let line = done.stderr.lines().find_map(|line| Some(line.split_once(&wanted)?.1));
+        let line = line.unwrap_or_else(|| panic!("{at}: {}", done.stderr));
+        assert!(line.split(" and no majority").next().unwrap().split(", ").any(|name| name == named), "{at}: {line}");
+        assert!(!files.checkpoints().exists(), "a checkpoint of two different models");
+    }
 }
 
 /// NaN in a log-probability, a gradient or a weight of one rank: both ranks stop in that step, and nothing is saved.

@@ -23,7 +23,7 @@ pub struct Args {
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let mut report = Report { first: comm.rank() == 0, failed: Vec::new() };
-    report.line("rldiff", env!("CARGO_PKG_VERSION"));
+    report.line("rldiff", crate::CODE_VERSION);
     // before the first tensor: it opens libtorch_cuda where there is a GPU
     let chosen = args.device.choose(comm).or_mistake()?;
     report.line("device", &device_name(chosen));

@@ -41,7 +41,7 @@ use crate::{
 /// Without a command and without a CONFIG it runs the embedded miniature's joint experiment. Start it under MPI with
 /// `mpirun -n RANKS rldiff …`: the number of ranks must divide run.lanes.
 #[derive(Parser)]
-#[command(name = "rldiff", version, args_conflicts_with_subcommands = true, max_term_width = 110)]
+#[command(name = "rldiff", version = crate::CODE_VERSION, args_conflicts_with_subcommands = true, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

@@ -110,7 +110,7 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
             ("steps".to_string(), drawing.steps.to_string()),
             ("guidance_scale".to_string(), drawing.guidance_scale.to_string()),
             ("eta".to_string(), drawing.eta.to_string()),
-            ("software".to_string(), format!("rldiff {}", env!("CARGO_PKG_VERSION"))),
+            ("software".to_string(), format!("rldiff {}", crate::CODE_VERSION)),
         ];
         all.extend(sample.map(|s| ("sample".to_string(), s.to_string())));
         all

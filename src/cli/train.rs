@@ -52,7 +52,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
             None => "the embedded joint experiment (no CONFIG was given)".to_string(),
         };
         let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
-        let (version, root) = (env!("CARGO_PKG_VERSION"), files.root().display());
+        let (version, root) = (crate::CODE_VERSION, files.root().display());
         let with = if device == Device::Cpu { "" } else { " with a GPU each" };
         log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }

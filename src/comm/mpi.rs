@@ -209,6 +209,8 @@ impl Communicator for Mpi {
         let mut lengths = vec![0u64; self.size];
         self.world.all_gather_into(&(data.len() as u64), &mut lengths[..]);
         let total: u64 = lengths.iter().sum();
+        // an empty buffer needs an address as well: an empty Vec's is 1, which in Open MPI is MPI_IN_PLACE
+        let data = if data.is_empty() { &[0; 1][..0] } else { data };
         if total > GATHER_LIMIT as u64 {
             let mut all: Vec<Vec<u8>> = lengths.iter().map(|&length| vec![0; length as usize]).collect();
             all[self.rank].copy_from_slice(data);
@@ -219,8 +221,9 @@ impl Communicator for Mpi {
         }
         let counts: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
         let starts: Vec<i32> = counts.iter().scan(0, |at, count| Some(std::mem::replace(at, *at + count))).collect();
-        let mut joined = vec![0u8; total as usize];
-        self.world.all_gather_varcount_into(data, &mut PartitionMut::new(&mut joined[..], &counts[..], &starts[..]));
+        let mut joined = vec![0u8; (total as usize).max(1)];
+        let received = &mut joined[..total as usize];
+        self.world.all_gather_varcount_into(data, &mut PartitionMut::new(received, &counts[..], &starts[..]));
         Ok(starts.iter().zip(&counts).map(|(&at, &n)| joined[at as usize..(at + n) as usize].to_vec()).collect())
     }
 

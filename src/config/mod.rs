@@ -69,7 +69,7 @@ pub struct RunConfig {
     pub keep_checkpoints: usize,
     /// Checkpoints whose iteration is a multiple of this stay as well; 0 for none.
     pub keep_every: u64,
-    /// Iterations between comparisons of the ranks' weights; 0 for none.
+    /// Iterations between comparisons of the ranks' weights, averages and moments; 0 for none.
     pub compare_every: u64,
     /// The run ends where a rank waits longer than this for the others, in seconds; 0 for never. At the end the others
     /// wait while rank 0 writes the results.

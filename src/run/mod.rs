@@ -178,6 +178,10 @@ impl<'a> Run<'a> {
             );
             if comm.rank() == 0 {
                 log::info!("resuming {} after iteration {done}", loaded.path.display());
+                if checkpoint.code_version != crate::CODE_VERSION {
+                    let (theirs, ours) = (&checkpoint.code_version, crate::CODE_VERSION);
+                    log::info!("it was written by rldiff {theirs}; this is {ours}");
+                }
             }
         }
         Ok(Run { config, comm, files, trainer, done, origin, started })
@@ -248,7 +252,7 @@ impl<'a> Run<'a> {
                 course::evaluate(&mut self.trainer, comm, &self.files, done, &mut recorder, &mut metrics)?;
             }
             if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
-                replicas::compare(&self.trainer.learner.params.buffer().host(), done, &hosts, comm)?;
+                replicas::compare(self.trainer.learner.vectors(), done, &hosts, comm)?;
             }
             let (every, last) = (config.run.checkpoint_every, done == config.run.iterations);
             let stop = signals::asked_to_stop(comm)?;
@@ -326,7 +330,7 @@ impl<'a> Run<'a> {
         metrics: Option<File>,
     ) -> Result<Option<SaveReport>> {
         let learner = &self.trainer.learner;
-        let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors());
+        let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
         saver.begin(&Learner::checkpoint(iteration, &vectors, &meta, &layout, config_toml), metrics, self.comm)
     }
 }

@@ -166,7 +166,7 @@ impl Saver {
                 let shards = entries.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect::<Result<_>>()?;
                 let manifest = Manifest {
                     format: FORMAT.to_string(),
-                    code_version: env!("CARGO_PKG_VERSION").to_string(),
+                    code_version: crate::CODE_VERSION.to_string(),
                     iteration: pending.iteration,
                     elements: pending.elements,
                     shards,
