@@ -61,6 +61,40 @@ fn content(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files_below(root).into_iter().map(|(path, bytes)| (path.strip_prefix(root).unwrap().to_path_buf(), bytes)).collect()
 }
 
+/// Prompts from the sets of an evaluation and of an experiment, and what is wrong with naming one.
+#[test]
+fn prompts_come_from_evaluations() {
+    let folder = folder_with_two_models("human_eval_sets");
+    let evaluation = concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/miniature-evaluation.toml");
+    let experiment = concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/miniature-joint.toml");
+    let (places, seen) = (format!("{evaluation}:places"), format!("{evaluation}:seen"));
+    let portraits = format!("{experiment}:parity");
+    let models = ["human-eval", "--model", "embedded", "--model", "tuned", "--steps", "1", "--guidance", "1"];
+    let sets = ["--prompt-set", &places, "--prompt-set", &seen, "--prompt-count", "2"];
+    let groups = ["--group-prompt-set", &portraits, "--group-prompt-count", "1"];
+    for (ranks, out) in [(1, "one"), (2, "two")] {
+        let done = human_eval(ranks, &folder, &[&models[..], &sets, &groups, &["--out", out]].concat());
+        let done = done.expect_success("sets");
+        assert!(done.stdout.contains("5 queries for 5 raters"), "{}", done.stdout);
+    }
+    assert!(content(&folder.join("one")) == content(&folder.join("two")), "one and two ranks: other files");
+    let study: Value = serde_json::from_slice(&fs::read(folder.join("one/study.json")).unwrap()).unwrap();
+    let prompts: Vec<&str> =
+        study["queries"].as_array().unwrap().iter().map(|q| q["prompt"].as_str().unwrap()).collect();
+    println!("{prompts:?}");
+    assert!(prompts.iter().any(|prompt| prompt.starts_with("a portrait of")), "{prompts:?}");
+    for (named, wanted) in [
+        (format!("{evaluation}:nobody"), "has no set nobody; it has seen, unseen, occupations, places"),
+        ("places".to_string(), "places: CONFIG:SET is wanted"),
+        ("none.toml:places".to_string(), "cannot read none.toml"),
+    ] {
+        let done = human_eval(2, &folder, &[&models[..], &["--prompt-set", &named, "--out", "no"]].concat());
+        assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
+        assert!(done.stderr.matches("error: ").count() == 1 && done.stderr.contains(wanted), "{}", done.stderr);
+        assert!(!folder.join("no").exists());
+    }
+}
+
 #[test]
 fn a_study_is_the_same_on_any_number_of_ranks_and_goes_on_where_it_was_interrupted() {
     let folder = folder_with_two_models("human_eval_build");

@@ -1,13 +1,18 @@
 //! `rldiff human-eval`: pages on which people compare models, and the count of their answers.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{ensure, Context, Result};
 
 use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
+    config::{eval::is_evaluation, load, EvalConfig, EvalSet},
     draw::{warn_of_cut_prompts, Drawing, Painter},
+    evaluation::draw_prompts,
     human_eval::{
         pages::{State, StudyFiles},
         study::{Model, Pairing, Study},
@@ -52,12 +57,25 @@ struct BuildArgs {
     /// File with one such prompt per line.
     #[arg(long = "prompts", value_name = "FILE")]
     prompt_file: Option<PathBuf>,
+    /// Draw the prompts of this set of an evaluation, for example slurm/eval-preference.toml:partiprompts. May be given several
+    /// times.
+    #[arg(long = "prompt-set", value_name = "CONFIG:SET")]
+    prompt_sets: Vec<String>,
+    /// Prompts of each --prompt-set; 0 for as many as its evaluation takes.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    prompt_count: usize,
     /// What to draw for the question on sets of six pictures. May be given several times.
     #[arg(long = "group-prompt", value_name = "TEXT")]
     group_prompts: Vec<String>,
     /// File with one such prompt per line.
     #[arg(long = "group-prompts", value_name = "FILE")]
     group_prompt_file: Option<PathBuf>,
+    /// Draw the prompts of this set of an evaluation, for example slurm/eval-parity.toml:occupations.
+    #[arg(long = "group-prompt-set", value_name = "CONFIG:SET")]
+    group_prompt_sets: Vec<String>,
+    /// Prompts of each --group-prompt-set; 0 for as many as its evaluation takes.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    group_prompt_count: usize,
     /// Heading of the pages; raters read it.
     #[arg(long, default_value = "Which picture is better?", value_name = "TEXT")]
     title: String,
@@ -97,7 +115,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let drawing = args.drawing.drawing();
     // tried without the models first: that costs nothing
-    let plan = |digests: &[String]| plan(args, &drawing, digests);
+    let [of_pairs, of_groups] = asked(args, comm).or_mistake()?;
+    let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, digests);
     let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
     let prompts: BTreeSet<&str> = queries.iter().map(|query| query.prompt.as_str()).collect();
     agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
@@ -143,13 +162,54 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     Ok(())
 }
 
-fn plan(args: &BuildArgs, drawing: &Drawing, digests: &[String]) -> Result<Study> {
+/// Prompts for single pictures and for sets of pictures, from texts, files and sets. A collective call.
+fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<String>; 2]> {
+    let of_sets = |sets: &[String], count: usize| -> Result<Vec<String>> {
+        let prompts = sets.iter().map(|named| of_set(named, count, comm));
+        Ok(prompts.collect::<Result<Vec<_>>>()?.concat())
+    };
+    let pairs = all_made(comm, prompts(&args.prompts, args.prompt_file.as_ref()))?;
+    let groups = all_made(comm, prompts(&args.group_prompts, args.group_prompt_file.as_ref()))?;
+    Ok([
+        [pairs, of_sets(&args.prompt_sets, args.prompt_count)?].concat(),
+        [groups, of_sets(&args.group_prompt_sets, args.group_prompt_count)?].concat(),
+    ])
+}
+
+/// `count` prompts of the set that `named`, CONFIG:SET, says; 0 for the set's own count. A collective call.
+fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<String>> {
+    let read = || -> Result<_> {
+        let (path, name) = named.rsplit_once(':').with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
+        let path = Path::new(path);
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let config = match is_evaluation(&text) {
+            true => EvalConfig::load(path)?,
+            false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
+        };
+        let index = config.sets.iter().position(|set| set.name == name).with_context(|| {
+            let names: Vec<&str> = config.sets.iter().map(|set| set.name.as_str()).collect();
+            format!("{} has no set {name}; it has {}", path.display(), names.join(", "))
+        })?;
+        Ok((config, index))
+    };
+    let (config, index) = all_made(comm, read())?;
+    let set = &config.sets[index];
+    let set = EvalSet { count: if count == 0 { set.count } else { count }, ..set.clone() };
+    let drawn = draw_prompts(&set, index as u8, config.eval.seed, comm).with_context(|| named.to_string())?;
+    Ok(drawn.prompts.into_iter().map(|prompt| prompt.text).collect())
+}
+
+fn plan(
+    args: &BuildArgs,
+    drawing: &Drawing,
+    pair_prompts: &[String],
+    group_prompts: &[String],
+    digests: &[String],
+) -> Result<Study> {
     drawing.validate()?;
     let models = args.models.iter().zip(digests);
     let models = models.map(|(name, digest)| Model { name: name.clone(), digest: digest.clone() }).collect();
-    let pair_prompts = prompts(&args.prompts, args.prompt_file.as_ref())?;
-    let group_prompts = prompts(&args.group_prompts, args.group_prompt_file.as_ref())?;
-    Study::plan(&args.title, models, args.pairing, &pair_prompts, &group_prompts, args.raters, drawing.clone())
+    Study::plan(&args.title, models, args.pairing, pair_prompts, group_prompts, args.raters, drawing.clone())
 }
 
 fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<String>> {

@@ -50,12 +50,18 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         let results = plan.evaluate(comm, device)?;
         plan.report(comm, &results)?;
     }
+    let first = comm.rank() == 0;
     if let Some(nccl) = nccl {
         nccl.close();
     }
     Ok(match ending {
         Ending::Complete => ExitCode::SUCCESS,
-        Ending::Interrupted => ExitCode::from(START_AGAIN),
+        Ending::Interrupted => {
+            if first {
+                log::info!("the same command goes on where the study is");
+            }
+            ExitCode::from(START_AGAIN)
+        }
     })
 }
 

@@ -57,11 +57,17 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }
     let ending = run.go()?;
+    let first = comm.rank() == 0;
     if let Some(nccl) = nccl {
         nccl.close();
     }
     Ok(match ending {
         Ending::Complete => ExitCode::SUCCESS,
-        Ending::Interrupted => ExitCode::from(START_AGAIN),
+        Ending::Interrupted => {
+            if first {
+                log::info!("go on with --resume auto");
+            }
+            ExitCode::from(START_AGAIN)
+        }
     })
 }

@@ -16,7 +16,7 @@ mod results;
 mod set;
 
 pub use results::{figure, to_json, to_markdown, Figure, ModelResult, SetResult, Values};
-pub use set::picture_file;
+pub use set::{draw_prompts, picture_file};
 
 use std::path::Path;
 

@@ -33,6 +33,34 @@ use crate::{
     watch,
 };
 
+/// Prompts of a set.
+pub struct DrawnPrompts {
+    pub prompts: Vec<Prompt>,
+    /// Every object that the set's source names.
+    objects: Vec<String>,
+}
+
+/// The prompts of set number `index`. A collective call; errors are the same on all ranks.
+pub fn draw_prompts(config: &EvalSet, index: u8, seed: u64, comm: &dyn Communicator) -> Result<DrawnPrompts> {
+    let name = &config.name;
+    let source = prompts::build(&config.prompts, comm).with_context(|| format!("set {name}: prompts"))?;
+    let split = match config.split {
+        EvalSplit::HeldOut => Split::HeldOut,
+        EvalSplit::Train => Split::Train,
+        EvalSplit::Evaluation if source.len(Split::HeldOut) > 0 => Split::HeldOut,
+        EvalSplit::Evaluation => Split::Train,
+    };
+    let there = source.len(split);
+    ensure!(there > 0, "set {name}: it has no prompts in the split {:?}", config.split);
+    let count = if config.count == 0 { usize::try_from(there)? } else { config.count };
+    ensure!(
+        count as u64 <= there || config.split == EvalSplit::Evaluation,
+        "set {name}: count = {count}, there are {there} prompts"
+    );
+    let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
+    Ok(DrawnPrompts { prompts, objects: source.objects() })
+}
+
 /// A prompt set with its metrics, ready for any model.
 pub struct Set {
     pub config: EvalSet,
@@ -48,27 +76,13 @@ impl Set {
     /// Prompts or metrics that cannot be had; no prompts.
     pub fn new(config: &EvalSet, index: usize, seed: u64, device: Device, comm: &dyn Communicator) -> Result<Self> {
         let (name, index) = (&config.name, index as u8);
-        let source = prompts::build(&config.prompts, comm).with_context(|| format!("set {name}: prompts"))?;
-        let split = match config.split {
-            EvalSplit::HeldOut => Split::HeldOut,
-            EvalSplit::Train => Split::Train,
-            EvalSplit::Evaluation if source.len(Split::HeldOut) > 0 => Split::HeldOut,
-            EvalSplit::Evaluation => Split::Train,
-        };
-        let there = source.len(split);
-        ensure!(there > 0, "set {name}: it has no prompts in the split {:?}", config.split);
-        let count = if config.count == 0 { usize::try_from(there)? } else { config.count };
-        ensure!(
-            count as u64 <= there || config.split == EvalSplit::Evaluation,
-            "set {name}: count = {count}, there are {there} prompts"
-        );
+        let drawn = draw_prompts(config, index, seed, comm)?;
         let place = Place { task: name, index, seed, device, group: config.images_per_prompt };
-        let objects = source.objects();
         let metrics = config.metrics.iter().map(|metric| {
             let mut reward =
                 build(&metric.reward, place).with_context(|| format!("set {name}: metric {}", metric.name))?;
             reward.set_group(config.images_per_prompt);
-            reward.check_objects(&objects).with_context(|| format!("set {name}: metric {}", metric.name))?;
+            reward.check_objects(&drawn.objects).with_context(|| format!("set {name}: metric {}", metric.name))?;
             ensure!(
                 config.images_per_prompt % reward.group() == 0,
                 "set {name}: metric {} judges {} pictures of a prompt together, images_per_prompt = {}",
@@ -79,8 +93,7 @@ impl Set {
             Ok((metric.name.clone(), reward))
         });
         let metrics = all_made(comm, metrics.collect::<Result<Vec<_>>>())?;
-        let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
-        Ok(Set { config: config.clone(), index, prompts, metrics })
+        Ok(Set { config: config.clone(), index, prompts: drawn.prompts, metrics })
     }
 
     fn samples(&self) -> usize {

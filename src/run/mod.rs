@@ -281,7 +281,7 @@ impl<'a> Run<'a> {
             if stop {
                 if let Some(recorder) = recorder {
                     recorder.finish();
-                    log::info!("asked to stop: saved after iteration {done}; go on with --resume auto");
+                    log::info!("asked to stop: saved after iteration {done}");
                 }
                 return Ok(Ending::Interrupted);
             }
@@ -292,7 +292,7 @@ impl<'a> Run<'a> {
         let stop = || Ok(is_saved && signals::asked_to_stop(comm)?);
         let ending = results::finish(config, comm, &self.files, self.trainer, events, self.started, &stop)?;
         if first && ending == Ending::Interrupted {
-            log::info!("asked to stop: the training is done and saved; --resume auto evaluates it");
+            log::info!("asked to stop: the training is done and saved, its evaluation is not");
         }
         Ok(ending)
     }
