@@ -15,7 +15,7 @@ use crate::{
     models::{pipeline::Pipeline, unet::UNet},
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
-    rewards::{self, registry::Place, Reward, Scores},
+    rewards::{self, registry::Place, Pending, Reward, Scores},
     watch,
 };
 
@@ -59,50 +59,67 @@ impl Task {
             .collect()
     }
 
-    /// Judges x_0 of a batch made of whole groups: the samples of `iteration` from number `first` on.
-    pub fn score(
+    /// Begins to judge x_0 of a batch made of whole groups: the samples of `iteration` from number `first` on.
+    /// [`Task::collect`] ends it; one batch at a time.
+    pub fn begin(
         &mut self,
         pipeline: &Pipeline,
         x_0: &Tensor,
         prompts: &[Prompt],
         iteration: u64,
         first: usize,
-    ) -> Result<Scored> {
+    ) -> Result<Begun> {
         self.reward.set_group(self.config.images_per_prompt);
-        self.judge(pipeline, x_0, prompts, &format!("{iteration:06}"), first)
+        self.begin_to_judge(pipeline, x_0, prompts, &format!("{iteration:06}"), first)
     }
 
-    /// As [`Task::score`], with the groups of evaluations.
+    /// As [`Task::begin`] and [`Task::collect`], with the groups of evaluations.
     pub fn evaluate(&mut self, pipeline: &Pipeline, x_0: &Tensor, prompts: &[Prompt], first: usize) -> Result<Scored> {
         self.reward.set_group(self.config.evaluation_images_per_prompt);
-        self.judge(pipeline, x_0, prompts, "evaluation", first)
+        let begun = self.begin_to_judge(pipeline, x_0, prompts, "evaluation", first)?;
+        self.collect(begun)
     }
 
-    fn judge(
+    fn begin_to_judge(
         &mut self,
         pipeline: &Pipeline,
         x_0: &Tensor,
         prompts: &[Prompt],
         when: &str,
         first: usize,
-    ) -> Result<Scored> {
+    ) -> Result<Begun> {
         let task = &self.config.name;
         let _stage = watch::stage(watch::REWARD, task);
         let _no_grad = tch::no_grad_guard();
         // rewards judge on the host
         let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
         let ids: Vec<String> = (first..first + prompts.len()).map(|i| format!("{task}-{when}-{i:06}")).collect();
-        let mut scores =
-            self.reward.score_with_ids(&images, prompts, &ids).with_context(|| format!("reward of task {task}"))?;
+        let pending = self.reward.begin(&images, prompts, &ids).with_context(|| format!("reward of task {task}"))?;
+        Ok(Begun { images, pending })
+    }
+
+    /// The scores of what was begun.
+    pub fn collect(&mut self, begun: Begun) -> Result<Scored> {
+        let task = &self.config.name;
+        let _stage = watch::stage(watch::REWARD, task);
+        let _no_grad = tch::no_grad_guard();
+        let Begun { images, pending } = begun;
+        let mut scores = self.reward.collect(pending).with_context(|| format!("reward of task {task}"))?;
+        let pictures = images.size()[0] as usize;
         ensure!(
-            scores.rewards.len() == prompts.len(),
-            "reward of task {task} gave {} values for {} pictures",
-            scores.rewards.len(),
-            prompts.len()
+            scores.rewards.len() == pictures,
+            "reward of task {task} gave {} values for {pictures} pictures",
+            scores.rewards.len()
         );
         faults::spoil("rewards", &mut scores.rewards);
         Ok(Scored { images, scores })
     }
+}
+
+/// Decoded pictures that are being judged.
+pub struct Begun {
+    images: Tensor,
+    pending: Pending,
 }
 
 /// Decoded pictures, f32 `[B, 3, H, W]` in \[0, 1\], with their scores.

@@ -28,7 +28,7 @@ use crate::{
     prompts::Prompt,
     rewards::{self, Part},
     stragglers::StageSeconds,
-    task::{NoiseOf, Roller, Task},
+    task::{Begun, NoiseOf, Roller, Task},
     telemetry::Metrics,
     watch,
 };
@@ -85,6 +85,18 @@ pub(crate) struct Judged {
     pub prompts: Vec<Prompt>,
     pub rewards: Vec<f32>,
     pub parts: Vec<Part>,
+}
+
+impl Judged {
+    fn add(&mut self, task: &mut Task, lane: usize, begun: Begun, log: &mut IterationLog) -> Result<()> {
+        let started = Instant::now();
+        let scores = task.collect(begun)?.scores;
+        log.spent("reward", started);
+        log.diagnostics(&task.config.name, lane, &scores);
+        self.rewards.extend(scores.rewards);
+        rewards::append_parts(&mut self.parts, scores.parts);
+        Ok(())
+    }
 }
 
 /// The rewards of a task's global batch.
@@ -207,7 +219,8 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// As [`Trainer::roll_out`] to the end, and judges what came out.
+    /// As [`Trainer::roll_out`] to the end, and judges what came out: a piece while the next one is rolled out, where the
+    /// reward is a program.
     pub(crate) fn sample(
         &mut self,
         task: usize,
@@ -217,20 +230,25 @@ impl<'a> Trainer<'a> {
         mut keep: impl FnMut(Conditioning, Trajectory) -> Result<()>,
     ) -> Result<Judged> {
         let mut judged = Judged::default();
+        let mut under_way = None;
         self.roll_out(task, iteration, how, log, |task, pipeline, log, piece| {
             let name = task.config.name.clone();
             spoil_log_probs(&piece.trajectory);
+            if let Some((lane, begun)) = under_way.take() {
+                judged.add(task, lane, begun, log)?;
+            }
             let started = Instant::now();
             let advice = format!("lower model.decode_batch (0: no limit), {}", advice(&name));
             let _stage = memory::stage(format!("reward of task {name}"), piece.prompts.len(), advice);
-            let scored = task.score(pipeline, piece.trajectory.x_0(), &piece.prompts, iteration, piece.first)?;
+            let begun = task.begin(pipeline, piece.trajectory.x_0(), &piece.prompts, iteration, piece.first)?;
             log.spent("reward", started);
-            log.diagnostics(&name, piece.lane, &scored.scores);
-            judged.rewards.extend(scored.scores.rewards);
-            rewards::append_parts(&mut judged.parts, scored.scores.parts);
+            under_way = Some((piece.lane, begun));
             judged.prompts.extend(piece.prompts);
             keep(piece.conditioning, piece.trajectory)
         })?;
+        if let Some((lane, begun)) = under_way {
+            judged.add(&mut self.tasks[task], lane, begun, log)?;
+        }
         Ok(judged)
     }
 

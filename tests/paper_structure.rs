@@ -169,6 +169,35 @@ fn the_joint_run_with_its_three_networks() {
     assert!(composition > 0.0 && composition < 1.0 && value("preference/reward_std") > 0.0);
 }
 
+/// The same with the face detector that slurm/joint.toml names, which finds few faces or none in the miniature's portraits of
+/// 32×32: a picture without a face is charged √(1 − 1/4), the worst value.
+#[test]
+fn the_joint_run_with_a_face_detector() {
+    let file = "faces/seeta_fd_frontal_v1.0.bin";
+    let path = std::env::var_os("RLDIFF_TEST_DATA").map(|folder| Path::new(&folder).join(file));
+    let Some(path) = path.filter(|path| path.is_file()) else {
+        eprintln!("SKIPPED: RLDIFF_TEST_DATA does not name a folder with {file}");
+        return;
+    };
+    let folder = empty_folder("paper-faces");
+    write_inputs(&folder);
+    let classifier = format!(
+        "task.parity.reward.classifier={{ name = 'skin_tone', face_model = '{}', min_face_pixels = 20, face_score = 2.0, \
+         cuts = [-30.0, 10.0, 41.0] }}",
+        path.display()
+    );
+    let mut command = rldiff(2, &folder);
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/joint.toml")).args(set(&SIZES));
+    command.args(set(&[&classifier])).args(["--out", "faces"]);
+    run_within(command, Duration::from_secs(240)).expect_success("faces");
+    let metrics = read_metrics(&RunFiles::new(folder.join("faces")).metrics()).unwrap();
+    let value = |name: &str| metrics[1].get(name).unwrap_or_else(|| panic!("no {name}"));
+    let (missing, reward) = (value("parity/miss_rate"), value("parity/reward_mean"));
+    println!("{:.0} % of the pictures without a face, reward {reward}", 100.0 * missing);
+    let worst = (1.0f64 - 0.25).sqrt();
+    assert!((0.0..=1.0).contains(&missing) && reward <= -worst * missing + 1e-6 && reward >= -worst - 1e-6);
+}
+
 /// `rldiff check` opens what the run will open: it counts the rewards' networks, decodes a first batch of pairs, and notices a
 /// detector that does not know the prompts' objects.
 #[test]

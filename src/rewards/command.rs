@@ -164,6 +164,28 @@ mod tests {
         assert_eq!(request[header.len()..][..12], [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]);
     }
 
+    /// The program has judged before anybody waits for it; the same for the parts of a sum.
+    #[test]
+    fn a_batch_is_judged_while_something_else_is_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let judged = ["a", "b"].map(|name| folder.path().join(name));
+        let program = |done: &std::path::PathBuf| {
+            let script = format!(r#"read x; echo '{{"batch": 1, "scores": [1, 2]}}'; touch {}; cat"#, done.display());
+            Box::new(CommandReward::start(shell(&script, 0)).unwrap()) as Box<dyn Reward>
+        };
+        let parts = judged.iter().map(|done| (0.5, "part".to_string(), program(done))).collect();
+        let mut reward = crate::rewards::sum::Sum::new(parts, false);
+        let images = Tensor::full([2, 3, 2, 2], 0.5, (Kind::Float, Device::Cpu));
+        let ids = ["x", "y"].map(String::from);
+        let pending = reward.begin(&images, &vec![Prompt::default(); 2], &ids).unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        while !judged.iter().all(|done| done.exists()) {
+            assert!(Instant::now() < until, "nobody has judged");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(reward.collect(pending).unwrap().rewards, [1.0, 2.0]);
+    }
+
     #[test]
     fn every_misbehaviour_has_one_clear_message() {
         for (script, wanted) in [

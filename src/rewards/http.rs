@@ -9,10 +9,11 @@
 
 use std::{
     io::Read,
+    sync::mpsc::{channel, Receiver},
     time::{Duration, Instant},
 };
 
-use anyhow::{anyhow, bail, Result};
+use anyhow::{anyhow, bail, Context, Result};
 use ureq::{http::Response, Agent, Body, Error};
 
 use super::{
@@ -27,6 +28,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Http {
     agent: Agent,
     url: String,
+    /// Of the exchange that is under way.
+    answer: Option<Receiver<Result<Vec<u8>>>>,
 }
 
 /// What a question whether the server is ready came to.
@@ -43,7 +46,7 @@ impl Http {
     /// It does not within `patience`; it says something else.
     pub fn open(url: &str, patience: Duration) -> Result<Http> {
         let agent = Agent::config_builder().http_status_as_error(false).max_redirects(0).proxy(None).build().into();
-        let http = Http { agent, url: url.to_string() };
+        let http = Http { agent, url: url.to_string(), answer: None };
         let asked = insist(Instant::now() + patience, || match http.ready(patience.min(READY_TIMEOUT)) {
             Ok(()) => Ok(Ok(())),
             Err(Refused::Never(e)) => Ok(Err(e)),
@@ -66,14 +69,29 @@ impl Http {
 }
 
 impl Link for Http {
-    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>> {
-        let post = self.agent.post(&self.url).content_type("application/octet-stream");
-        let sent = post.config().timeout_global(Some(timeout)).build().send(request);
-        body(sent.map_err(|e| explained(e, timeout))?, timeout)
+    /// The exchange has a thread of its own.
+    fn send(&mut self, request: &[u8], timeout: Duration) {
+        let (done, answer) = channel();
+        let (agent, url, request) = (self.agent.clone(), self.url.clone(), request.to_vec());
+        std::thread::spawn(move || {
+            let post = agent.post(&url).content_type("application/octet-stream");
+            let sent = post.config().timeout_global(Some(timeout)).build().send(&request[..]);
+            // nobody waits any more where the run has ended
+            let _ = done.send(sent.map_err(|e| explained(e, timeout)).and_then(|response| body(response, timeout)));
+        });
+        self.answer = Some(answer);
+    }
+
+    fn receive(&mut self, _timeout: Duration) -> Result<Vec<u8>> {
+        let answer = self.answer.take().context("nothing was asked")?;
+        // the exchange has its own time limit
+        answer.recv().context("the thread of the exchange has ended")?
     }
 
     /// A failed exchange's connection is not used again.
-    fn give_up(&mut self) {}
+    fn give_up(&mut self) {
+        self.answer = None;
+    }
 }
 
 /// The body of an answer with status 200.

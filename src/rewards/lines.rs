@@ -20,11 +20,14 @@ pub trait Streams {
 }
 
 impl<S: Streams> Link for S {
-    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>> {
+    fn send(&mut self, request: &[u8], _timeout: Duration) {
         if let Some(requests) = &self.lines().requests {
             // where the writer is gone the program is too, which the answer shows
             let _ = requests.send(request.to_vec());
         }
+    }
+
+    fn receive(&mut self, timeout: Duration) -> Result<Vec<u8>> {
         line(self, timeout)
     }
 

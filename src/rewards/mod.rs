@@ -1,6 +1,6 @@
 //! Rewards r(x_0, c): one reward per file.
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::prompts::Prompt;
@@ -80,6 +80,18 @@ pub trait Reward {
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], _ids: &[String]) -> Result<Scores> {
         self.score(images, prompts)
     }
+    /// Starts to judge a batch, whose scores [`Reward::collect`] gives; another one may begin after that. A reward that is a
+    /// program judges meanwhile, others have judged when this returns.
+    fn begin(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Pending> {
+        Ok(Pending::Judged(self.score_with_ids(images, prompts, ids)?))
+    }
+    /// The scores of [`Reward::score_with_ids`] for the batch that was begun.
+    fn collect(&mut self, pending: Pending) -> Result<Scores> {
+        match pending {
+            Pending::Judged(scores) => Ok(scores),
+            Pending::Asked(_) | Pending::Parts(_) => bail!("{}: another reward's batch", self.name()),
+        }
+    }
     /// Bytes of its networks' weights, where it has some in this process.
     fn weight_bytes(&self) -> u64 {
         0
@@ -92,6 +104,15 @@ pub trait Reward {
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
         None
     }
+}
+
+/// A batch that is being judged.
+pub enum Pending {
+    Judged(Scores),
+    /// A program has been asked ([`protocol`]).
+    Asked(protocol::Asked),
+    /// One per part of a sum.
+    Parts(Vec<Pending>),
 }
 
 /// A reward that is a differentiable computation on tensors.

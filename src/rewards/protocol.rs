@@ -16,11 +16,11 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, bail, ensure, Result};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::{check_batch, rgb_bytes, Reward, Scores};
+use super::{check_batch, rgb_bytes, Pending, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// A longer answer is not read.
@@ -29,11 +29,13 @@ const PROTOCOL: u32 = 1;
 
 /// A way to a program that is ready for batches. Dropping it parts from the program.
 pub trait Link {
-    /// The line that answers `request`.
+    /// Sends a request on its way; whether it arrives, the answer shows. `timeout` is how long the answer may take.
+    fn send(&mut self, request: &[u8], timeout: Duration);
+    /// The line that answers the request that was sent last.
     ///
     /// # Errors
-    /// None within `timeout`, a program that is gone, more than [`MAX_ANSWER`] bytes.
-    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>>;
+    /// None within `timeout` from now on, a program that is gone, more than [`MAX_ANSWER`] bytes.
+    fn receive(&mut self, timeout: Duration) -> Result<Vec<u8>>;
     /// The program failed: nothing is waited for any more when this is dropped.
     fn give_up(&mut self);
 }
@@ -83,9 +85,10 @@ impl<P: Program> External<P> {
         Ok(External { link: program.open()?, program, restarts: 0, batch: 0 })
     }
 
-    fn ask(&mut self, request: &[u8], count: usize) -> Result<Vec<Option<f32>>> {
+    /// The answer to the request that was sent last; asks again after a failure.
+    fn answer(&mut self, request: &[u8], count: usize) -> Result<Vec<Option<f32>>> {
         loop {
-            let answer = self.link.ask(request, self.program.timeout());
+            let answer = self.link.receive(self.program.timeout());
             let error = match answer.and_then(|line| parse_answer(&line, self.batch, count)) {
                 Ok(scores) => return Ok(scores),
                 Err(e) => e.context(self.program.shown()),
@@ -97,8 +100,18 @@ impl<P: Program> External<P> {
             self.restarts += 1;
             log::warn!("{error:#}; opened again ({} of {})", self.restarts, self.program.restarts());
             self.link = self.program.open()?;
+            self.link.send(request, self.program.timeout());
         }
     }
+}
+
+/// A batch that a program has been asked about.
+pub struct Asked {
+    request: Vec<u8>,
+    /// Of all pictures.
+    ids: Vec<String>,
+    /// Numbers of those that were sent; without any the program was not asked.
+    sent: Vec<usize>,
 }
 
 #[derive(Serialize)]
@@ -122,33 +135,48 @@ impl<P: Program> Reward for External<P> {
         self.score_with_ids(images, prompts, &ids)
     }
 
-    /// Pictures with a value that is not finite are bad samples and not sent.
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Scores> {
+        let pending = self.begin(images, prompts, ids)?;
+        self.collect(pending)
+    }
+
+    /// Pictures with a value that is not finite are bad samples and not sent.
+    fn begin(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Pending> {
         let n = check_batch(images, prompts)?;
         ensure!(ids.len() == n, "{} ids for {n} pictures", ids.len());
         let pictures = rgb_bytes(images)?;
         let sent: Vec<usize> = (0..n).filter(|&i| pictures.rgb[i].is_some()).collect();
-        let mut rewards = vec![f32::NAN; n];
-        if sent.is_empty() {
-            return Ok(Scores { rewards, ..Scores::default() });
+        let mut request = Vec::new();
+        if !sent.is_empty() {
+            self.batch += 1;
+            let header = Header {
+                batch: self.batch,
+                count: sent.len(),
+                height: pictures.height,
+                width: pictures.width,
+                ids: sent.iter().map(|&i| ids[i].as_str()).collect(),
+                prompts: sent.iter().map(|&i| &prompts[i]).collect(),
+            };
+            request = serde_json::to_vec(&header)?;
+            request.push(b'\n');
+            pictures.rgb.iter().flatten().for_each(|rgb| request.extend(rgb));
+            self.link.send(&request, self.program.timeout());
         }
-        self.batch += 1;
-        let header = Header {
-            batch: self.batch,
-            count: sent.len(),
-            height: pictures.height,
-            width: pictures.width,
-            ids: sent.iter().map(|&i| ids[i].as_str()).collect(),
-            prompts: sent.iter().map(|&i| &prompts[i]).collect(),
+        Ok(Pending::Asked(Asked { request, ids: ids.to_vec(), sent }))
+    }
+
+    fn collect(&mut self, pending: Pending) -> Result<Scores> {
+        let Pending::Asked(Asked { request, ids, sent }) = pending else {
+            bail!("{}: another reward's batch", self.program.shown())
         };
-        let mut request = serde_json::to_vec(&header)?;
-        request.push(b'\n');
-        pictures.rgb.iter().flatten().for_each(|rgb| request.extend(rgb));
-        let scores = self.ask(&request, sent.len())?;
-        for (&i, score) in sent.iter().zip(scores) {
-            match score {
-                Some(score) => rewards[i] = score,
-                None => log::warn!("{} gives no score for {}", self.program.shown(), ids[i]),
+        let mut rewards = vec![f32::NAN; ids.len()];
+        if !sent.is_empty() {
+            let scores = self.answer(&request, sent.len())?;
+            for (&i, score) in sent.iter().zip(scores) {
+                match score {
+                    Some(score) => rewards[i] = score,
+                    None => log::warn!("{} gives no score for {}", self.program.shown(), ids[i]),
+                }
             }
         }
         Ok(Scores { rewards, ..Scores::default() })

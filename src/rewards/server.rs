@@ -71,10 +71,17 @@ pub enum Connection {
 }
 
 impl Link for Connection {
-    fn ask(&mut self, request: &[u8], timeout: Duration) -> Result<Vec<u8>> {
+    fn send(&mut self, request: &[u8], timeout: Duration) {
         match self {
-            Connection::Stream(stream) => stream.ask(request, timeout),
-            Connection::Http(http) => http.ask(request, timeout),
+            Connection::Stream(stream) => stream.send(request, timeout),
+            Connection::Http(http) => http.send(request, timeout),
+        }
+    }
+
+    fn receive(&mut self, timeout: Duration) -> Result<Vec<u8>> {
+        match self {
+            Connection::Stream(stream) => stream.receive(timeout),
+            Connection::Http(http) => http.receive(timeout),
         }
     }
 

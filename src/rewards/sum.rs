@@ -5,10 +5,10 @@
 //! The normalisation needs all ranks and is the trainer's ([`crate::policy::advantage::weighted_sum`]); logs and
 //! evaluations show the plain sum and the parts.
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use tch::Tensor;
 
-use super::{DifferentiableReward, Part, Reward, Scores};
+use super::{DifferentiableReward, Part, Pending, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// See the module.
@@ -42,12 +42,24 @@ impl Reward for Sum {
         self.score_with_ids(images, prompts, &ids)
     }
 
-    /// Diagnostics: `part_<name>`, the part's rewards, and the part's own as `<name>_<diagnostic>`.
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Scores> {
-        let mut sum = vec![0f64; prompts.len()];
+        let pending = self.begin(images, prompts, ids)?;
+        self.collect(pending)
+    }
+
+    fn begin(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Pending> {
+        let parts = self.parts.iter_mut().map(|(_, _, reward)| reward.begin(images, prompts, ids));
+        Ok(Pending::Parts(parts.collect::<Result<_>>()?))
+    }
+
+    /// Diagnostics: `part_<name>`, the part's rewards, and the part's own as `<name>_<diagnostic>`.
+    fn collect(&mut self, pending: Pending) -> Result<Scores> {
+        let Pending::Parts(pending) = pending else { bail!("sum: another reward's batch") };
+        let mut sum = Vec::new();
         let mut scores = Scores::default();
-        for (weight, name, reward) in &mut self.parts {
-            let part = reward.score_with_ids(images, prompts, ids)?;
+        for ((weight, name, reward), pending) in self.parts.iter_mut().zip(pending) {
+            let part = reward.collect(pending)?;
+            sum.resize(part.rewards.len(), 0f64);
             sum.iter_mut().zip(&part.rewards).for_each(|(sum, &r)| *sum += *weight * f64::from(r));
             let own = part.diagnostics.into_iter().map(|(diagnostic, values)| (format!("{name}_{diagnostic}"), values));
             scores.diagnostics.push((format!("part_{name}"), part.rewards.clone()));
