@@ -10,7 +10,10 @@ use crate::{
     config::Config,
     faults,
     kernels::{adamw::AdamW, FlatBuffer},
-    models::{parameters::FlatParameters, pipeline::Pipeline},
+    models::{
+        flat_parameters::{FlatParameters, LayoutEntry},
+        pipeline::Pipeline,
+    },
     policy::{
         advantage::PromptStatistics,
         optimizer::{update_average, Optimizer},
@@ -88,7 +91,7 @@ impl Learner {
 
     /// The weights to evaluate and to save: the average where there is one.
     pub fn result(&self) -> BTreeMap<String, Tensor> {
-        self.params.unflatten(&self.average.as_ref().unwrap_or(self.params.buffer()).host())
+        self.params.unflatten(self.average.as_ref().unwrap_or(self.params.buffer()))
     }
 
     /// Everything a checkpoint holds, besides the config.
@@ -101,7 +104,7 @@ impl Learner {
     }
 
     pub fn layout(&self) -> Vec<ParameterEntry> {
-        let entry = |e: &crate::models::parameters::LayoutEntry| ParameterEntry {
+        let entry = |e: &LayoutEntry| ParameterEntry {
             name: e.name.clone(),
             shape: e.shape.iter().map(|&d| d as usize).collect(),
             offset: e.offset,
@@ -109,7 +112,7 @@ impl Learner {
         self.params.layout.iter().map(entry).collect()
     }
 
-    /// The state's vectors on the host, by name; from a GPU each is copied when its turn comes.
+    /// The state's vectors on the host, by name, parameters in row-major order; from a GPU each is copied when its turn comes.
     pub fn vectors(&self) -> impl Iterator<Item = (&'static str, Cow<'_, [f32]>)> {
         let always = [
             ("weights", self.params.buffer()),
@@ -117,7 +120,7 @@ impl Learner {
             ("exp_avg_sq", &self.optimizer.exp_avg_sq),
         ];
         let average = self.average.as_ref().map(|average| ("ema", average));
-        always.into_iter().chain(average).map(|(name, buffer)| (name, buffer.host()))
+        always.into_iter().chain(average).map(|(name, buffer)| (name, self.params.row_major(buffer)))
     }
 
     /// The state after `iteration` iterations as a checkpoint to save.
@@ -146,7 +149,7 @@ impl Learner {
                 values.len(),
                 self.params.len()
             );
-            Ok(FlatBuffer::from_slice(values, self.params.device()))
+            Ok(self.params.with_row_major(values))
         };
         let (weights, exp_avg, exp_avg_sq) = (vector("weights")?, vector("exp_avg")?, vector("exp_avg_sq")?);
         if self.average.is_some() {

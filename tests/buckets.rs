@@ -4,11 +4,14 @@
 
 mod common;
 
-use common::{mpirun, one_at_a_time, run_within, Finished};
+use common::{
+    mpirun,
+    network::{bits, summed, Network, BUCKETS, LANES},
+    one_at_a_time, run_within, Finished,
+};
 use rldiff::{
     comm::{self, tree_sum, Communicator, Wire},
     config::{load, Config},
-    models::parameters::{Builder, FlatParameters, Init, Source},
     policy::{
         gradient_sum::{GradientSum, Transport},
         lanes::Lanes,
@@ -17,12 +20,9 @@ use rldiff::{
     train::Trainer,
 };
 use std::time::Duration;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
 const CASE: &str = "RLDIFF_TEST_CASE";
-const LANES: usize = 8;
-/// Bytes: every parameter by itself, some together, one for all.
-const BUCKETS: [usize; 4] = [1, 3000, 40_000, usize::MAX];
 
 fn launch(ranks: usize, case: &str) -> Finished {
     let _alone = one_at_a_time();
@@ -65,67 +65,6 @@ fn rank_body() {
     std::io::Write::write_all(&mut std::io::stdout(), line.as_bytes()).unwrap();
 }
 
-/// Some parameters of different sizes.
-struct Network {
-    leaves: Vec<Tensor>,
-    params: FlatParameters,
-}
-
-impl Network {
-    fn new() -> Self {
-        let builder = Builder::new(Source::Seeded(3), Kind::Float, Device::Cpu);
-        let sizes: [&[i64]; 6] = [&[37, 41], &[5], &[300], &[64, 64], &[1], &[17, 3, 3, 3]];
-        let make = |(i, shape): (usize, &&[i64])| builder.sub(i).parameter("weight", shape, Init::Normal(1.0)).unwrap();
-        let leaves = sizes.iter().enumerate().map(make).collect();
-        let (parameters, _) = builder.finish();
-        Network { leaves, params: FlatParameters::new(&[&parameters]).unwrap() }
-    }
-
-    /// Its gradients are of very different size from lane to lane, so that the order of additions shows. Leaf 2 is not
-    /// part of it, and leaf 4 in odd lanes only; leaf 0 is used twice.
-    fn loss(&self, lane: usize) -> Tensor {
-        let mut loss = Tensor::from(0f32);
-        for (i, leaf) in self.leaves.iter().enumerate().filter(|(i, _)| *i != 2 && (*i != 4 || lane % 2 == 1)) {
-            let factor = 10f64.powi((lane * 5 + i) as i32 % 7 - 3) * if lane % 3 == 0 { -1.0 } else { 1.0 };
-            loss += ((leaf * (lane as f64 + 1.37)).sin() * factor).sum(Kind::Float);
-        }
-        loss + (self.leaves[0].square() * 0.1).sum(Kind::Float)
-    }
-
-    /// One lane's gradient by autograd's other way, as one flat vector.
-    fn gradient(&self, lane: usize) -> Vec<f32> {
-        // allow_unused is not among tch's arguments: ask for the used ones only
-        let used = |i: &usize| *i != 2 && (*i != 4 || lane % 2 == 1);
-        let indices: Vec<usize> = (0..self.leaves.len()).filter(used).collect();
-        let wanted: Vec<&Tensor> = indices.iter().map(|&i| &self.leaves[i]).collect();
-        let gradients = Tensor::run_backward(&[self.loss(lane)], &wanted, false, false);
-        let mut flat = vec![0.0; self.params.len()];
-        for (&i, gradient) in indices.iter().zip(gradients) {
-            let values = Vec::<f32>::try_from(&gradient.contiguous().view([-1])).unwrap();
-            flat[self.params.layout[i].range()].copy_from_slice(&values);
-        }
-        flat
-    }
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|v| v.to_bits()).collect()
-}
-
-fn summed(network: &Network, transport: Transport, lanes: &Lanes, comm: &dyn Communicator) -> Vec<f32> {
-    let mut sum = GradientSum::new(&network.params, transport).unwrap();
-    let mut once = || {
-        let total = lanes.sum_gradients(&mut sum, comm, |lane| Ok(network.loss(lane))).unwrap();
-        let values = total.slice().to_vec();
-        sum.recycle(total);
-        values
-    };
-    // the second sum takes over the buffers of the first
-    let (first, second) = (once(), once());
-    assert_eq!(bits(&first), bits(&second));
-    first
-}
-
 fn buckets(comm: &dyn Communicator) {
     let network = Network::new();
     let lanes: Vec<Vec<f32>> = (0..LANES).map(|lane| network.gradient(lane)).collect();
@@ -136,7 +75,12 @@ fn buckets(comm: &dyn Communicator) {
     assert!(expected[network.params.layout[2].range()].iter().all(|v| v.to_bits() == 0), "an unused parameter");
     for bucket_bytes in BUCKETS {
         let transport = Transport { bucket_bytes, wire: Wire::F32 };
-        let sum = summed(&network, transport, &Lanes::new(LANES, comm).unwrap(), comm);
+        let sum = summed(
+            &network,
+            GradientSum::new(&network.params, transport).unwrap(),
+            &Lanes::new(LANES, comm).unwrap(),
+            comm,
+        );
         assert_eq!(bits(&sum), bits(&expected), "buckets of {bucket_bytes} bytes on {} ranks", comm.size());
     }
 }
@@ -144,9 +88,13 @@ fn buckets(comm: &dyn Communicator) {
 fn bf16_wire(comm: &dyn Communicator) {
     let network = Network::new();
     let lanes = Lanes::new(LANES, comm).unwrap();
-    let exact = summed(&network, Transport { bucket_bytes: 1, wire: Wire::F32 }, &lanes, comm);
+    let by = |bucket_bytes: usize, wire: Wire| {
+        let sum = GradientSum::new(&network.params, Transport { bucket_bytes, wire }).unwrap();
+        summed(&network, sum, &lanes, comm)
+    };
+    let exact = by(1, Wire::F32);
     let mut sums = BUCKETS.map(|bucket_bytes| {
-        let sum = summed(&network, Transport { bucket_bytes, wire: Wire::Bf16 }, &lanes, comm);
+        let sum = by(bucket_bytes, Wire::Bf16);
         // every rank has the same bits
         let all = comm.all_gather_bytes(bytemuck::cast_slice(&sum)).unwrap();
         assert!(all.iter().all(|other| *other == all[0]));

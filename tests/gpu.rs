@@ -20,7 +20,7 @@ use rldiff::{
         sampler::Trajectory,
         schedule::{Schedule, Step},
     },
-    models::{parameters::FlatParameters, pipeline::Pipeline},
+    models::{flat_parameters::FlatParameters, pipeline::Pipeline},
     policy::{
         gradient_sum::{GradientSum, Transport},
         surrogate::Objective,
@@ -187,7 +187,7 @@ fn gradients_agree_with_the_cpu() {
             let loss = setting.pipeline.unet.forward(&x, &t, &text).square().mean(Kind::Float);
             sum.backward(&loss, lane == 2, &Local).unwrap();
         }
-        Tensor::from_slice(&sum.finish().host())
+        Tensor::from_slice(&params.row_major(&sum.finish()))
     };
     let cpu = gradient(Device::Cpu, usize::MAX);
     let gpu = gradient(device, usize::MAX);

@@ -100,6 +100,12 @@ fn what_is_not_finite_and_what_does_not_fit_is_seen() {
 }
 
 #[test]
+fn a_network_follows_the_step_of_its_parameters() {
+    let Some(machines) = machines() else { return };
+    adamw::the_network_follows(&machines, tch::Device::Cuda(0));
+}
+
+#[test]
 fn operations_are_differentiable_in_libtorch() {
     let Some([machine, _]) = machines() else { return };
     let mut seen = Observed::default();

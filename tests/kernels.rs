@@ -72,6 +72,7 @@ fn adamw_steps_to_the_bits_of_the_reference() {
     let mut seen = Observed::default();
     for_each_type!(&emulated::machines(), &mut seen, adamw::steps);
     adamw::norm_shows_what_is_not_finite(&emulated::machines());
+    adamw::the_network_follows(&emulated::machines(), tch::Device::Cpu);
     seen.print();
 }
 

@@ -17,6 +17,7 @@ use super::cuda::{arguments, ensure_apart, Buffer, Element, Machine, Slice};
 use super::{ordered_sum, pair_up, LANES};
 use anyhow::{ensure, Result};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Hyperparameters; the default is the paper's.
@@ -148,6 +149,20 @@ pub struct Piece<'a> {
     pub exp_avg_sq: Slice<'a>,
     /// Gets the new parameters in bf16.
     pub copy: Option<Slice<'a>>,
+}
+
+impl<'a> Piece<'a> {
+    /// The elements of `range`, without a copy.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        let part = |slice: &Slice<'a>| slice.part(range.start, range.len());
+        Piece {
+            param: part(&self.param),
+            grad: part(&self.grad),
+            exp_avg: part(&self.exp_avg),
+            exp_avg_sq: part(&self.exp_avg_sq),
+            copy: None,
+        }
+    }
 }
 
 /// `Range` of `cuda/adamw.cu`: param, grad, exp_avg, exp_avg_sq, copy, length, first_block.

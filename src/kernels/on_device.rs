@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Range,
     sync::{Arc, Mutex},
 };
 
@@ -46,46 +47,81 @@ pub fn prepare(device: Device) -> Result<()> {
     Ok(())
 }
 
-/// The table of one flat vector of parameters.
-fn table<'a>(
-    machine: &Arc<dyn Machine>,
+/// A flat vector of parameters as one piece.
+fn piece<'a>(
+    machine: &dyn Machine,
     params: &'a FlatBuffer,
     grads: &'a FlatBuffer,
     exp_avg: &'a FlatBuffer,
     exp_avg_sq: &'a FlatBuffer,
-) -> Result<Table<'a>> {
-    let slice = |vector: &'a FlatBuffer| Slice::of(vector.tensor(), machine.as_ref());
-    let piece = Piece {
+) -> Result<Piece<'a>> {
+    let slice = |vector: &'a FlatBuffer| Slice::of(vector.tensor(), machine);
+    Ok(Piece {
         param: slice(params)?,
         grad: slice(grads)?,
         exp_avg: slice(exp_avg)?,
         exp_avg_sq: slice(exp_avg_sq)?,
         copy: None,
-    };
-    Table::new(machine, &[piece])
+    })
 }
 
-/// [`adamw::reference`] on vectors of one device; on a GPU the same bits.
+/// What an AdamW step reads and writes: vectors of one length, everything on one device.
+pub struct Stepped<'a> {
+    pub params: &'a mut FlatBuffer,
+    /// bf16 tensors that follow the parameters: each with the range of them that it holds, in the order of its memory.
+    /// Ascending, apart from each other.
+    pub copies: &'a [(Range<usize>, &'a Tensor)],
+    pub grads: &'a FlatBuffer,
+    /// m.
+    pub exp_avg: &'a mut FlatBuffer,
+    /// v.
+    pub exp_avg_sq: &'a mut FlatBuffer,
+}
+
+/// [`adamw::reference`], and the copies; on a GPU the same bits in one pass over memory.
 ///
 /// # Errors
-/// As [`adamw::reference`]; vectors of different devices; a launch that fails.
-pub fn adamw_step(
-    params: &mut FlatBuffer,
-    grads: &FlatBuffer,
-    exp_avg: &mut FlatBuffer,
-    exp_avg_sq: &mut FlatBuffer,
+/// As [`adamw::reference`]; vectors of different devices; copies that do not fit; a launch that fails.
+pub fn adamw_step(stepped: Stepped, settings: &AdamW, step: u64, grad_scale: f32) -> Result<()> {
+    let Stepped { params, copies, grads, exp_avg, exp_avg_sq } = stepped;
+    let devices = [grads.device(), exp_avg.device(), exp_avg_sq.device()];
+    ensure!(devices == [params.device(); 3], "AdamW: parameters on {:?}, the rest on {devices:?}", params.device());
+    if params.device() != Device::Cpu {
+        let stepped = Stepped { params, copies, grads, exp_avg, exp_avg_sq };
+        return adamw_step_by(&machine(stepped.params.device())?, stepped, settings, step, grad_scale);
+    }
+    let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
+    adamw::reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale)?;
+    for (range, copy) in copies {
+        let mut in_memory_order = copy.detach().f_as_strided([range.len() as i64], [1], None::<i64>)?;
+        in_memory_order.f_copy_(&params.part(range.clone()))?;
+    }
+    Ok(())
+}
+
+/// [`adamw_step`] by the kernel, on whatever machine runs it.
+///
+/// # Errors
+/// As [`adamw_step`].
+pub fn adamw_step_by(
+    machine: &Arc<dyn Machine>,
+    stepped: Stepped,
     settings: &AdamW,
     step: u64,
     grad_scale: f32,
 ) -> Result<()> {
-    let devices = [grads.device(), exp_avg.device(), exp_avg_sq.device()];
-    ensure!(devices == [params.device(); 3], "AdamW: parameters on {:?}, the rest on {devices:?}", params.device());
-    if params.device() == Device::Cpu {
-        let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
-        return adamw::reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale);
+    let Stepped { params, copies, grads, exp_avg, exp_avg_sq } = stepped;
+    let whole = piece(machine.as_ref(), params, grads, exp_avg, exp_avg_sq)?;
+    let (mut pieces, mut done) = (Vec::with_capacity(2 * copies.len() + 1), 0);
+    for (range, copy) in copies {
+        let in_order = done <= range.start && range.end <= params.len();
+        ensure!(in_order, "AdamW: the copy of {range:?} is out of order among {} parameters", params.len());
+        pieces.push(whole.part(done..range.start));
+        pieces.push(Piece { copy: Some(Slice::of(copy, machine.as_ref())?), ..whole.part(range.clone()) });
+        done = range.end;
     }
-    let machine = machine(params.device())?;
-    table(&machine, params, grads, exp_avg, exp_avg_sq)?.step(settings, step, grad_scale)
+    pieces.push(whole.part(done..params.len()));
+    Table::new(machine, &pieces)?.step(settings, step, grad_scale)
 }
 
 /// L2 norm of a gradient in f64; on a GPU in another fixed order than on the host. `like` are three other vectors of the
@@ -96,7 +132,8 @@ pub fn gradient_norm(gradient: &FlatBuffer, like: [&FlatBuffer; 3]) -> Result<f6
     }
     let machine = machine(gradient.device())?;
     let [params, exp_avg, exp_avg_sq] = like;
-    Ok(table(&machine, params, gradient, exp_avg, exp_avg_sq)?.sum_of_squares()?.sqrt())
+    let piece = piece(machine.as_ref(), params, gradient, exp_avg, exp_avg_sq)?;
+    Ok(Table::new(&machine, &[piece])?.sum_of_squares()?.sqrt())
 }
 
 /// The model's outputs and x_t of a batch on a GPU, in row-major order.

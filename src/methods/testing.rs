@@ -8,7 +8,6 @@ use crate::{
     config::{load, Config},
     iteration_log::IterationLog,
     kernels::FlatBuffer,
-    models::parameters::FlatParameters,
     run::load_for_training,
     train::{LaneWork, Piece, RollOut, Trainer},
 };
@@ -63,7 +62,7 @@ pub fn gradient(trainer: &Trainer, value: &Tensor) -> Vec<f32> {
     let out = FlatBuffer::zeros(params.len(), Device::Cpu);
     let gradients = Tensor::run_backward(&[value], params.leaves(), false, false);
     for (entry, gradient) in params.layout.iter().zip(&gradients) {
-        FlatParameters::put_gradient(entry, gradient, &out);
+        entry.put_gradient(gradient, &out);
     }
     out.host().into_owned()
 }

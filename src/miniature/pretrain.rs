@@ -14,7 +14,7 @@ use crate::{
     comm::Communicator,
     diffusion::schedule::Schedule,
     kernels::adamw::AdamW,
-    models::{parameters::FlatParameters, pipeline::Pipeline},
+    models::{flat_parameters::FlatParameters, pipeline::Pipeline},
     policy::{
         gradient_sum::{GradientSum, Transport},
         lanes::Lanes,

@@ -18,6 +18,7 @@
 pub mod allocations;
 pub mod architectures;
 pub mod attention;
+pub mod flat_parameters;
 pub mod flops;
 pub mod folder;
 pub mod gradient_hooks;

@@ -1,4 +1,4 @@
-//! Named parameters of a network: where they come from while it is built, and the flat buffer they are trained in.
+//! Named parameters of a network, and where they come from while it is built.
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc, sync::Mutex};
 
@@ -9,7 +9,6 @@ use super::{
     layers::channels_last,
     lora::{LoraPair, LoraSettings},
 };
-use crate::kernels::FlatBuffer;
 use crate::random::{Coordinates, Purpose, Stream};
 
 /// How a parameter is drawn when no checkpoint gives it.
@@ -228,173 +227,9 @@ fn drawn(at: Coordinates, count: usize, fill: impl Fn(&mut Stream, &mut [f32]) +
     Tensor::from_slice(&values)
 }
 
-/// Every parameter starts at a multiple of this many scalars (64 bytes of f32), so that the kernels of the CPU
-/// libraries see the same alignment as in a tensor of its own.
-const ALIGN: usize = 16;
-
-/// One entry of the flat buffer's table.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct LayoutEntry {
-    pub name: String,
-    pub shape: Vec<i64>,
-    /// First scalar in the flat buffer.
-    pub offset: usize,
-}
-
-impl LayoutEntry {
-    /// Its scalars in the flat buffer.
-    pub fn range(&self) -> std::ops::Range<usize> {
-        self.offset..self.offset + self.shape.iter().product::<i64>() as usize
-    }
-}
-
-/// The trainable parameters of a network as one flat f32 buffer. A network that computes in f32 has views of the
-/// buffer as its tensors; one that computes in bf16 has rounded copies, which [`FlatParameters::publish`] renews. Gaps
-/// between parameters hold zeros.
-pub struct FlatParameters {
-    flat: FlatBuffer,
-    pub layout: Vec<LayoutEntry>,
-    leaves: Vec<Tensor>,
-    /// Some leaves are rounded copies.
-    rounded: bool,
-}
-
-impl FlatParameters {
-    /// Moves the parameters of one or more networks into one buffer and makes them leaves that require a gradient.
-    /// f32 or bf16, all on one device: the buffer lies there too.
-    pub fn new(networks: &[&Parameters]) -> Result<Self> {
-        let entries: Vec<&Parameter> = networks.iter().flat_map(|n| &n.entries).collect();
-        let device = entries.first().map_or(Device::Cpu, |p| p.tensor.device());
-        let mut layout = Vec::new();
-        let mut end = 0usize;
-        for p in &entries {
-            ensure!(
-                matches!(p.tensor.kind(), Kind::Float | Kind::BFloat16),
-                "parameter {} is {:?}, training wants f32 or bf16",
-                p.name,
-                p.tensor.kind()
-            );
-            ensure!(p.tensor.device() == device, "parameter {} is not on {device:?}", p.name);
-            layout.push(LayoutEntry { name: p.name.clone(), shape: p.shape.clone(), offset: end });
-            let count = p.shape.iter().product::<i64>() as usize;
-            end = (end + count).next_multiple_of(ALIGN);
-        }
-        let flat = FlatBuffer::zeros(end, device);
-        let (mut leaves, mut rounded) = (Vec::new(), false);
-        for (entry, p) in layout.iter().zip(&entries) {
-            let mut view = flat.part(entry.range()).view(entry.shape.as_slice()).detach();
-            tch::no_grad(|| view.copy_(&p.tensor));
-            let mut leaf = p.tensor.shallow_clone();
-            if leaf.kind() == Kind::Float {
-                leaf.set_data(&view);
-            } else {
-                rounded = true;
-            }
-            leaves.push(leaf.set_requires_grad(true));
-        }
-        Ok(FlatParameters { flat, layout, leaves, rounded })
-    }
-
-    /// Scalars in the buffer, the gaps included.
-    pub fn len(&self) -> usize {
-        self.flat.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The network's tensors, leaves of the autograd graph, in layout order.
-    pub fn leaves(&self) -> &[Tensor] {
-        &self.leaves
-    }
-
-    /// Makes a bf16 network see what was written to the buffer; an f32 network sees it anyway.
-    pub fn publish(&self) {
-        if !self.rounded {
-            return;
-        }
-        tch::no_grad(|| {
-            for (entry, leaf) in self.layout.iter().zip(&self.leaves) {
-                let value = self.flat.part(entry.range()).view(entry.shape.as_slice());
-                leaf.shallow_clone().copy_(&value);
-            }
-        });
-    }
-
-    pub fn device(&self) -> Device {
-        self.flat.device()
-    }
-
-    pub fn buffer(&self) -> &FlatBuffer {
-        &self.flat
-    }
-
-    /// The buffer to write to; call [`FlatParameters::publish`] afterwards. Autograd does not notice a change, so no
-    /// graph may be alive across a write.
-    pub fn buffer_mut(&mut self) -> &mut FlatBuffer {
-        &mut self.flat
-    }
-
-    /// Copies the gradient of leaf `index` into its place in `out`, a buffer like this one.
-    pub fn put_gradient(layout: &LayoutEntry, gradient: &Tensor, out: &FlatBuffer) {
-        tch::no_grad(|| out.part(layout.range()).view(layout.shape.as_slice()).copy_(gradient));
-    }
-
-    /// Every parameter as a tensor of its own with the values of `flat` (weights or an average of them).
-    pub fn unflatten(&self, flat: &[f32]) -> BTreeMap<String, Tensor> {
-        let tensor_of = |entry: &LayoutEntry| Tensor::from_slice(&flat[entry.range()]).view(entry.shape.as_slice());
-        self.layout.iter().map(|entry| (entry.name.clone(), tensor_of(entry))).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn gradients_in(flat: &FlatParameters, gradients: &[Tensor]) -> Vec<f32> {
-        let out = FlatBuffer::zeros(flat.len(), Device::Cpu);
-        let entries = flat.layout.iter().zip(gradients);
-        entries.for_each(|(entry, gradient)| FlatParameters::put_gradient(entry, gradient, &out));
-        out.host().into_owned()
-    }
-
-    #[test]
-    fn the_flat_buffer_is_the_network() {
-        let builder = Builder::new(Source::Seeded(1), Kind::Float, Device::Cpu);
-        let w = builder.sub("a").parameter("weight", &[3, 5], Init::Uniform(1.0)).unwrap();
-        let b = builder.parameter("bias", &[3], Init::Ones).unwrap();
-        let before = w.copy();
-        let (parameters, _) = builder.finish();
-        let mut flat = FlatParameters::new(&[&parameters]).unwrap();
-        assert_eq!(w, before);
-        assert_eq!(flat.layout[1].offset, 16);
-        flat.buffer_mut().slice_mut()[16..19].copy_from_slice(&[1.0, 2.0, 3.0]);
-        assert_eq!(Vec::<f32>::try_from(&b).unwrap(), [1.0, 2.0, 3.0]);
-
-        let loss = (w.sum(Kind::Float) * 2.0) + (&b * &b).sum(Kind::Float);
-        let gradients = Tensor::run_backward(&[loss], flat.leaves(), false, false);
-        let out = gradients_in(&flat, &gradients);
-        assert_eq!(out[..15], [2.0; 15]);
-        assert_eq!(out[16..19], [2.0, 4.0, 6.0]);
-        assert_eq!(flat.unflatten(&flat.buffer().host())["a.weight"], before);
-    }
-
-    #[test]
-    fn a_bf16_network_follows_its_f32_buffer() {
-        let builder = Builder::new(Source::Seeded(1), Kind::BFloat16, Device::Cpu);
-        let w = builder.parameter("weight", &[2], Init::Ones).unwrap();
-        let (parameters, _) = builder.finish();
-        let mut flat = FlatParameters::new(&[&parameters]).unwrap();
-        flat.buffer_mut().slice_mut()[..2].copy_from_slice(&[1.001, 3.0]);
-        flat.publish();
-        // 1.001 rounds to 1 in bf16, and the buffer keeps it
-        assert_eq!(Vec::<f32>::try_from(w.to_kind(Kind::Float)).unwrap(), [1.0, 3.0]);
-        assert_eq!(flat.buffer().slice()[..2], [1.001, 3.0]);
-        let loss = (&w * &w).sum(Kind::Float);
-        let out = gradients_in(&flat, &Tensor::run_backward(&[loss], flat.leaves(), false, false));
-        assert_eq!(out[..2], [2.0, 6.0]);
-    }
 
     #[test]
     fn threads_draw_the_numbers_of_one_stream() {

@@ -23,8 +23,8 @@ use crate::{
     device,
     kernels::FlatBuffer,
     models::{
+        flat_parameters::{FlatParameters, LayoutEntry},
         gradient_hooks::{GradientHooks, GradientSink},
-        parameters::{FlatParameters, LayoutEntry},
     },
 };
 
@@ -50,16 +50,20 @@ pub struct GradientSum {
 
 struct Shared(Mutex<State>);
 
+/// The CUDA stream that libtorch computes on now.
+type StreamOf = Box<dyn Fn() -> Result<usize> + Send>;
+
 struct State {
     layout: Vec<LayoutEntry>,
-    device: Device,
+    /// Where sums over ranks start on a stream: the one that computes now. None: on the host, blocking.
+    stream: Option<StreamOf>,
     wire: Wire,
     /// Elements of each bucket, in the order in which they are sent; together the whole buffer.
     buckets: Vec<Range<usize>>,
     /// By leaf.
     bucket_of: Vec<usize>,
     tree: TreeSum<FlatBuffer>,
-    /// bf16 copy of the gradient on a GPU, where it travels as bf16.
+    /// bf16 copy of the gradient, where it travels as bf16 on a stream.
     staging: Option<Tensor>,
     pass: Option<Pass>,
 }
@@ -117,18 +121,33 @@ fn plan(layout: &[LayoutEntry], length: usize, bucket_bytes: usize) -> (Vec<Rang
 }
 
 impl GradientSum {
+    /// Over ranks as the parameters' device asks: on the host by [`Communicator::all_reduce_sum_f32`] and its like, on a GPU
+    /// by [`Communicator::start_device_sum`].
     pub fn new(params: &FlatParameters, transport: Transport) -> Result<Self> {
+        let stream = match params.device() {
+            Device::Cuda(index) => Some(Box::new(move || device::current_stream(index)) as StreamOf),
+            _ => None,
+        };
+        Self::with(params, transport, stream)
+    }
+
+    /// As on a GPU, wherever the parameters lie; what computes the gradients has the stream `stream`.
+    pub fn on_stream(params: &FlatParameters, transport: Transport, stream: usize) -> Result<Self> {
+        Self::with(params, transport, Some(Box::new(move || Ok(stream))))
+    }
+
+    fn with(params: &FlatParameters, transport: Transport, stream: Option<StreamOf>) -> Result<Self> {
         let (length, device) = (params.len(), params.device());
         let (buckets, bucket_of) = plan(&params.layout, length, transport.bucket_bytes);
-        let on_gpu_as_bf16 = device != Device::Cpu && transport.wire == Wire::Bf16;
+        let staged = stream.is_some() && transport.wire == Wire::Bf16;
         let shared = Arc::new(Shared(Mutex::new(State {
             layout: params.layout.clone(),
-            device,
+            stream,
             wire: transport.wire,
             buckets,
             bucket_of,
             tree: TreeSum::of(move || FlatBuffer::zeros(length, device)),
-            staging: on_gpu_as_bf16.then(|| Tensor::zeros([length as i64], (Kind::BFloat16, device))),
+            staging: staged.then(|| Tensor::zeros([length as i64], (Kind::BFloat16, device))),
             pass: None,
         })));
         Ok(GradientSum { _hooks: GradientHooks::new(params.leaves(), shared.clone())?, shared })
@@ -194,7 +213,7 @@ impl State {
         let entry = &self.layout[index];
         let Some(pass) = &mut self.pass else { return Ok(()) };
         ensure!(!std::mem::replace(&mut pass.seen[index], true), "two gradients of {} in one pass", entry.name);
-        FlatParameters::put_gradient(entry, gradient, &pass.lane);
+        entry.put_gradient(gradient, &pass.lane);
         pass.missing[self.bucket_of[index]] -= 1;
         if pass.error.is_none() && self.may_send() {
             self.send_what_is_ready()?;
@@ -204,7 +223,7 @@ impl State {
 
     /// A communicator's host sums belong to the thread that called `backward`; device sums may start from any.
     fn may_send(&self) -> bool {
-        self.device != Device::Cpu || self.pass.as_ref().is_some_and(|p| p.caller == std::thread::current().id())
+        self.stream.is_some() || self.pass.as_ref().is_some_and(|p| p.caller == std::thread::current().id())
     }
 
     fn send_what_is_ready(&mut self) -> Result<()> {
@@ -225,11 +244,11 @@ impl State {
         self.tree.add_last(&pass.lane, range.clone());
         let comm = pass.comm.as_ref().expect("the last lane").get();
         // one rank on the host is asked too, so that whoever measures sees the same operations at every number of ranks
-        if comm.size() == 1 && (self.device != Device::Cpu || self.wire != Wire::F32) {
+        if comm.size() == 1 && (self.stream.is_some() || self.wire != Wire::F32) {
             return Ok(());
         }
         let part = self.tree.root(&pass.lane).part(range.clone());
-        let Device::Cuda(index) = self.device else { return sum_on_host(&part, self.wire, comm) };
+        let Some(stream) = &self.stream else { return sum_on_host(&part, self.wire, comm) };
         let travelling = match &self.staging {
             Some(staging) => {
                 let mut staged = staging.narrow(0, range.start as i64, range.len() as i64);
@@ -242,7 +261,7 @@ impl State {
             address: travelling.data_ptr() as u64,
             length: range.len(),
             wire: self.wire,
-            stream: device::current_stream(index)?,
+            stream: stream()?,
         })
     }
 
@@ -259,8 +278,8 @@ impl State {
             self.tree.push(pass.lane);
             return Ok(());
         };
-        if let Device::Cuda(index) = self.device {
-            comm.get().finish_device_sums(device::current_stream(index)?)?;
+        if let Some(stream) = &self.stream {
+            comm.get().finish_device_sums(stream()?)?;
         }
         let total = self.tree.finish_in_parts(pass.lane);
         if let Some(staging) = self.staging.as_ref().filter(|_| comm.get().size() > 1) {
@@ -298,7 +317,7 @@ mod tests {
     };
 
     fn entry(offset: usize, count: i64) -> LayoutEntry {
-        LayoutEntry { name: offset.to_string(), shape: vec![count], offset }
+        LayoutEntry::new(offset.to_string(), &[count], offset)
     }
 
     #[test]

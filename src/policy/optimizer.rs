@@ -6,9 +6,10 @@ use tch::Device;
 use crate::{
     kernels::{
         adamw::{self, AdamW},
-        on_device, FlatBuffer,
+        on_device::{self, Stepped},
+        FlatBuffer,
     },
-    models::parameters::FlatParameters,
+    models::flat_parameters::FlatParameters,
 };
 
 /// AdamW and its moments. All ranks hold the same state.
@@ -56,16 +57,15 @@ impl Optimizer {
             settings.learning_rate *= ((self.steps + 1) as f64 / self.warmup_steps as f64).min(1.0);
         }
         self.steps += 1;
-        on_device::adamw_step(
-            params.buffer_mut(),
-            gradient,
-            &mut self.exp_avg,
-            &mut self.exp_avg_sq,
-            &settings,
-            self.steps,
-            scale,
-        )?;
-        params.publish();
+        let (buffer, copies) = params.buffer_and_copies();
+        let stepped = Stepped {
+            params: buffer,
+            copies: &copies,
+            grads: gradient,
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+        };
+        on_device::adamw_step(stepped, &settings, self.steps, scale)?;
         Ok(norm)
     }
 }

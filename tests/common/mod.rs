@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test target uses its part
 
 pub mod browser;
+pub mod network;
 pub mod reward_files;
 pub mod runs;
 

@@ -3,6 +3,12 @@
 use half::bf16;
 use rldiff::kernels::adamw::{self, AdamW, Piece, Table};
 use rldiff::kernels::cuda::Element;
+use rldiff::kernels::on_device::{adamw_step, adamw_step_by, Stepped};
+use rldiff::kernels::FlatBuffer;
+use rldiff::models::flat_parameters::FlatParameters;
+use rldiff::models::layers::channels_last;
+use rldiff::models::parameters::{Parameter, Parameters};
+use tch::{Device, Kind, Tensor};
 
 use super::cases::{f32_bits, normals, on_all, rounded, values, Machines, Observed, Placed, Real};
 
@@ -98,5 +104,58 @@ pub fn norm_shows_what_is_not_finite(machines: &Machines) {
         let piece =
             Piece { param: param.slice(), grad: grad.slice(), exp_avg: m.slice(), exp_avg_sq: v.slice(), copy: None };
         assert!(!Table::new(machine, &[piece]).unwrap().sum_of_squares().unwrap().is_finite());
+    }
+}
+
+/// A bf16 network on `device` follows the step of its parameters, its channels-last kernel too: the bits of the host.
+pub fn the_network_follows(machines: &Machines, device: Device) {
+    let settings = AdamW { learning_rate: 1e-2, ..AdamW::default() };
+    // the second and the third leave gaps behind them
+    let shapes: [&[i64]; 4] = [&[24, 40, 3, 3], &[7], &[33, 9, 1, 1], &[64, 48]];
+    let tensors: Vec<Tensor> = (0u32..)
+        .zip(shapes)
+        .map(|(i, shape)| {
+            let values = normals(shape.iter().product::<i64>() as usize, 40 + i);
+            Tensor::from_slice(&values).view(shape).to_kind(Kind::BFloat16)
+        })
+        .collect();
+    // weights, both moments and the network's tensors, all in row-major order
+    type State = (Vec<f32>, Vec<f32>, Vec<f32>, Vec<Tensor>);
+    let stepped = |device: Device, order: fn(&Tensor) -> Tensor, step: &dyn Fn(Stepped, u64)| -> State {
+        let placed = |i: usize| {
+            let own = tensors[i].to_device(device).copy();
+            if own.dim() == 4 {
+                order(&own)
+            } else {
+                own
+            }
+        };
+        let parameter = |i: usize| Parameter { name: i.to_string(), shape: shapes[i].to_vec(), tensor: placed(i) };
+        let entries = (0..4).map(parameter).collect();
+        let mut params = FlatParameters::new(&[&Parameters { entries }]).unwrap();
+        let mut moments = [0, 1].map(|_| FlatBuffer::zeros(params.len(), device));
+        for k in 1..4 {
+            let mut grads = FlatBuffer::zeros(params.len(), Device::Cpu);
+            for (i, entry) in (0..).zip(&params.layout) {
+                grads.slice_mut()[entry.range()].copy_from_slice(&normals(entry.range().len(), 50 + 10 * k + i));
+            }
+            let grads = params.with_row_major(grads.slice());
+            let [exp_avg, exp_avg_sq] = &mut moments;
+            let (buffer, copies) = params.buffer_and_copies();
+            step(Stepped { params: buffer, copies: &copies, grads: &grads, exp_avg, exp_avg_sq }, u64::from(k));
+        }
+        let host = |vector: &FlatBuffer| params.row_major(vector).into_owned();
+        let leaves = params.leaves().iter().map(|leaf| leaf.detach().to_device(Device::Cpu).contiguous());
+        (host(params.buffer()), host(&moments[0]), host(&moments[1]), leaves.collect())
+    };
+    let on_host = stepped(Device::Cpu, Tensor::copy, &|stepped, k| adamw_step(stepped, &settings, k, 0.7).unwrap());
+    assert!(on_host.3.iter().zip(&tensors).all(|(after, before)| after != before), "a tensor did not move");
+    for machine in machines {
+        let by_kernel = |stepped: Stepped, k| adamw_step_by(machine, stepped, &settings, k, 0.7).unwrap();
+        let ours = stepped(device, channels_last, &by_kernel);
+        assert!(f32_bits(&ours.0) == f32_bits(&on_host.0), "weights");
+        assert!(f32_bits(&ours.1) == f32_bits(&on_host.1), "first moments");
+        assert!(f32_bits(&ours.2) == f32_bits(&on_host.2), "second moments");
+        assert!(ours.3 == on_host.3, "the network's tensors");
     }
 }

@@ -9,7 +9,7 @@ use rldiff::{
         transition::{self, Given, Prediction},
     },
     kernels::{adamw::AdamW, clipped_surrogate, FlatBuffer},
-    models::{parameters::FlatParameters, pipeline::Pipeline},
+    models::{flat_parameters::FlatParameters, pipeline::Pipeline},
     policy::{
         advantage::{normalise, AdvantageSettings},
         gradient_sum::{GradientSum, Transport},

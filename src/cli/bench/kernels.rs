@@ -20,7 +20,8 @@ use crate::{
         geglu::geglu,
         group_norm_silu::group_norm_silu,
         normal_rows::Rows,
-        on_device, FlatBuffer,
+        on_device::{self, Stepped},
+        FlatBuffer,
     },
     models::layers::channels_last,
     random::{Coordinates, Purpose},
@@ -245,7 +246,14 @@ impl Bench<'_> {
         let [mut param, grad, mut exp_avg, mut exp_avg_sq] =
             [0; 4].map(|_| FlatBuffer::from_slice(&vec![0.5f32; n as usize], self.device));
         let step = self.time(format!("adamw (reference), {n} parameters"), 28 * n, |_| {
-            on_device::adamw_step(&mut param, &grad, &mut exp_avg, &mut exp_avg_sq, &AdamW::default(), 1, 1.0)
+            let stepped = Stepped {
+                params: &mut param,
+                copies: &[],
+                grads: &grad,
+                exp_avg: &mut exp_avg,
+                exp_avg_sq: &mut exp_avg_sq,
+            };
+            on_device::adamw_step(stepped, &AdamW::default(), 1, 1.0)
         })?;
         Ok(vec![draw, surrogate, step])
     }

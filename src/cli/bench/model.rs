@@ -19,10 +19,11 @@ use crate::{
     kernels::adamw::AdamW,
     models::{
         architectures::Architecture,
+        flat_parameters::FlatParameters,
         flops,
         folder::{ModelFiles, ModelLocation},
         lora::LoraSettings,
-        parameters::{FlatParameters, Source},
+        parameters::Source,
         pipeline::{Build, Pipeline},
         weights::tensor_bytes,
     },

@@ -21,9 +21,9 @@ use crate::{
     kernels::adamw::AdamW,
     models::{
         architectures::Architecture,
+        flat_parameters::FlatParameters,
         flops,
         folder::ModelFiles,
-        parameters::FlatParameters,
         pipeline::{Build, Pipeline},
     },
     policy::{

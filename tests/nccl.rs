@@ -1,0 +1,415 @@
+//! NCCL's part among real ranks on a machine without a GPU: the program's own code (`comm::nccl`, and the sums of gradients
+//! above it) over doubles of `libcuda.so.1` and `libnccl.so.2` that sum in host memory and check how they are called. What
+//! NCCL itself does is not seen here. Each test starts `mpirun` on this very executable, whose ignored test `rank_body` is
+//! what a rank does.
+
+mod common;
+
+use anyhow::Result;
+use common::{
+    empty_folder, mpirun,
+    network::{bits, summed, Network, BUCKETS, LANES},
+    one_at_a_time, run_within, Finished,
+};
+use cudarc::driver::{result as driver, sys};
+use half::bf16;
+use rldiff::{
+    comm::{self, nccl::Nccl, tree_sum, Communicator, DeviceVector, Wire},
+    policy::{
+        gradient_sum::{GradientSum, Transport},
+        lanes::Lanes,
+    },
+};
+use std::{
+    ffi::c_void,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        OnceLock,
+    },
+    time::Duration,
+};
+
+const CASE: &str = "RLDIFF_TEST_CASE";
+/// What the double of NCCL is asked to do wrong.
+const FAULT: &str = "RLDIFF_NCCL_DOUBLE";
+/// Long enough for two busy cores, where nothing is to fail.
+const LONG: Option<Duration> = Some(Duration::from_secs(120));
+/// Where a sum is to be given up.
+const SHORT: Option<Duration> = Some(Duration::from_secs(2));
+
+/// The folder of the doubles, compiled once per process.
+fn doubles() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = empty_folder("nccl-doubles");
+        let compile = |source: &str, library: &str, more: &[&str]| {
+            let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nccl").join(source);
+            let output = Command::new(&compiler)
+                .args(["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror"])
+                .arg(source)
+                .arg("-o")
+                .arg(folder.join(library))
+                .arg(format!("-Wl,-soname,{library}"))
+                .args(more)
+                .output()
+                .unwrap_or_else(|e| panic!("cannot start {compiler}: {e}"));
+            assert!(output.status.success(), "{library}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        compile("cuda_double.cpp", "libcuda.so.1", &[]);
+        let search = format!("-L{}", folder.display());
+        compile("nccl_double.cpp", "libnccl.so.2", &[&search, "-l:libcuda.so.1", "-lrt", "-Wl,-rpath,$ORIGIN"]);
+        folder
+    })
+}
+
+fn launch(ranks: usize, case: &str, fault: &str) -> Finished {
+    let _alone = one_at_a_time();
+    let mut libraries = vec![doubles().to_path_buf()];
+    libraries.extend(std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
+    let mut command = mpirun(ranks);
+    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
+    command.env(CASE, case).env(FAULT, fault).env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap());
+    run_within(command, Duration::from_secs(180))
+}
+
+fn succeeds(ranks: usize, case: &str) {
+    let done = launch(ranks, case, "").expect_success(&format!("{case} on {ranks} ranks"));
+    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
+    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
+}
+
+/// Not a test of its own: the body of each rank that the tests below start.
+#[test]
+#[ignore = "run by mpirun from the other tests"]
+fn rank_body() {
+    let Ok(case) = std::env::var(CASE) else {
+        println!("rank_body: {CASE} is not set, nothing to do");
+        return;
+    };
+    comm::abort_world_on_panic();
+    let comm = comm::start().unwrap();
+    let comm = comm.as_ref();
+    tch::set_num_threads(1);
+    driver::init().unwrap();
+    match case.as_str() {
+        "sums" => sums(comm),
+        "gradients" => gradients(comm),
+        "no start" => no_start(comm),
+        "one stays away" => one_stays_away(comm),
+        "one sum too few" => one_sum_too_few(comm),
+        "a broken network" => a_broken_network(comm),
+        "one panics" => one_panics(comm),
+        other => panic!("unknown case {other}"),
+    }
+    say(&format!("{case} passed, world of {}", comm.size()));
+}
+
+/// A line on stdout in one write, so that the lines of several ranks stay whole.
+fn say(line: &str) {
+    std::io::Write::write_all(&mut std::io::stdout(), format!("{line}\n").as_bytes()).unwrap();
+}
+
+/// Streams, events and contexts of the double that were not given back.
+fn live_handles() -> i32 {
+    // SAFETY: the double is loaded; the function has this type (tests/nccl/cuda_double.h).
+    unsafe {
+        let library = libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW);
+        let function = libc::dlsym(library, c"double_live_handles".as_ptr());
+        assert!(!function.is_null(), "the driver is not the double");
+        std::mem::transmute::<*mut c_void, extern "C" fn() -> i32>(function)()
+    }
+}
+
+fn new_stream() -> sys::CUstream {
+    driver::stream::create(driver::stream::StreamKind::NonBlocking).unwrap()
+}
+
+/// A vector that a stream makes once a gate is open, and where the stream copies what it holds at the end.
+struct Late<T> {
+    gate: AtomicBool,
+    values: Vec<T>,
+    to_be: Vec<T>,
+    seen: Vec<T>,
+}
+
+impl<T: Copy + Default> Late<T> {
+    fn new(values: Vec<T>) -> Self {
+        let nothing = vec![T::default(); values.len()];
+        Late { gate: AtomicBool::new(false), values: nothing.clone(), to_be: values, seen: nothing }
+    }
+
+    unsafe extern "C" fn make(late: *mut c_void) {
+        let late = unsafe { &mut *late.cast::<Late<T>>() };
+        while !late.gate.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        late.values.copy_from_slice(&late.to_be);
+    }
+
+    unsafe extern "C" fn look(late: *mut c_void) {
+        let late = unsafe { &mut *late.cast::<Late<T>>() };
+        late.seen.copy_from_slice(&late.values);
+    }
+}
+
+/// Sums start before their vectors are made, from another thread as well, and what follows on the stream sees the sums.
+fn sum_late<T: Copy + Default>(nccl: &Nccl, wire: Wire, vectors: Vec<Vec<T>>) -> Vec<Vec<T>> {
+    let stream = new_stream();
+    let mut late: Vec<Box<Late<T>>> = vectors.into_iter().map(|values| Box::new(Late::new(values))).collect();
+    let pointers: Vec<*mut Late<T>> = late.iter_mut().map(|l| std::ptr::from_mut(&mut **l)).collect();
+    for (i, &pointer) in pointers.iter().enumerate() {
+        // SAFETY: the boxes live until the stream has ended; while it works, only it touches what is not atomic.
+        unsafe { driver::stream::launch_host_function(stream, Late::<T>::make, pointer.cast()).unwrap() };
+        let (address, length) = unsafe { ((*pointer).values.as_mut_ptr() as u64, (*pointer).values.len()) };
+        let vector = DeviceVector { address, length, wire, stream: stream as usize };
+        if i % 2 == 0 {
+            nccl.start_device_sum(vector).unwrap();
+        } else {
+            // as from libtorch's backward pass, a thread where no context is current
+            let borrowed = Borrowed(std::ptr::from_ref(nccl).cast());
+            std::thread::scope(|scope| {
+                let started = scope.spawn(move || borrowed.get().start_device_sum(vector));
+                started.join().unwrap().unwrap();
+            });
+        }
+    }
+    nccl.finish_device_sums(stream as usize).unwrap();
+    for &pointer in &pointers {
+        // SAFETY: as above.
+        unsafe {
+            driver::stream::launch_host_function(stream, Late::<T>::look, pointer.cast()).unwrap();
+            (*pointer).gate.store(true, Ordering::Release);
+        }
+    }
+    // SAFETY: a live stream, used no more.
+    unsafe {
+        driver::stream::synchronize(stream).unwrap();
+        driver::stream::destroy(stream).unwrap();
+    }
+    late.into_iter().map(|l| l.seen).collect()
+}
+
+/// The communicator on another thread while its own waits, as `GradientSum::backward` lends it.
+#[derive(Clone, Copy)]
+struct Borrowed(*const Nccl<'static>);
+
+// SAFETY: the owner waits; device sums may start from any thread.
+unsafe impl Send for Borrowed {}
+
+impl Borrowed {
+    fn get(&self) -> &Nccl<'static> {
+        // SAFETY: the owner waits in a thread scope.
+        unsafe { &*self.0 }
+    }
+}
+
+/// Values whose sums depend on the order of the additions.
+fn leaf(rank: usize, which: usize, length: usize) -> Vec<f32> {
+    let value = |i: usize| ((i * 31 + rank * 17 + which) as f32).sin() * 10f32.powi(((i + rank) % 9) as i32 - 4);
+    (0..length).map(value).collect()
+}
+
+fn sums(comm: &dyn Communicator) {
+    // lengths of a first, small, exact and larger vector; the double sums in pieces of 65,536
+    let lengths = [1, 7, 1 << 16, 150_001];
+    let of_rank = |rank: usize| -> Vec<Vec<f32>> {
+        lengths.iter().enumerate().map(|(which, &length)| leaf(rank, which, length)).collect()
+    };
+    let all: Vec<Vec<Vec<f32>>> = (0..comm.size()).map(of_rank).collect();
+    let nccl = Nccl::start(comm, 0, LONG).unwrap();
+
+    let seen = sum_late(&nccl, Wire::F32, all[comm.rank()].clone());
+    for (which, seen) in seen.iter().enumerate() {
+        let leaves: Vec<Vec<f32>> = all.iter().map(|of_rank| of_rank[which].clone()).collect();
+        assert_eq!(bits(seen), bits(&tree_sum(&leaves)), "f32, {} elements", lengths[which]);
+    }
+
+    let rounded = |values: &[f32]| -> Vec<bf16> { values.iter().map(|&v| bf16::from_f32(v)).collect() };
+    let mine: Vec<Vec<bf16>> = all[comm.rank()].iter().map(|values| rounded(values)).collect();
+    let seen = sum_late(&nccl, Wire::Bf16, mine.clone());
+    for (mut expected, seen) in mine.into_iter().zip(seen) {
+        comm.all_reduce_sum_bf16(&mut expected).unwrap();
+        assert_eq!(seen, expected, "bf16, {} elements", expected.len());
+    }
+    nccl.close();
+    assert_eq!(live_handles(), 0, "after close()");
+
+    // a second world, left as after a failure
+    drop(Nccl::start(comm, 0, LONG).unwrap());
+    assert_eq!(live_handles(), 0, "after a drop");
+}
+
+/// NCCL for a host that computes beside the stream, as libtorch on the CPU does: it waits for the sums, where a GPU's stream
+/// would only queue what comes after them.
+struct OnHost<'a> {
+    nccl: &'a Nccl<'a>,
+    started: AtomicUsize,
+}
+
+impl Communicator for OnHost<'_> {
+    fn rank(&self) -> usize {
+        self.nccl.rank()
+    }
+    fn size(&self) -> usize {
+        self.nccl.size()
+    }
+    fn local_rank(&self) -> (usize, usize) {
+        self.nccl.local_rank()
+    }
+    fn barrier(&self) -> Result<()> {
+        self.nccl.barrier()
+    }
+    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
+        self.nccl.broadcast_bytes(data, root)
+    }
+    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
+        self.nccl.broadcast_f32(data, root)
+    }
+    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.nccl.all_gather_bytes(data)
+    }
+    fn all_reduce_sum_f32(&self, _: &mut [f32]) -> Result<()> {
+        panic!("gradients on a stream are not summed on the host")
+    }
+    fn all_reduce_sum_bf16(&self, _: &mut [bf16]) -> Result<()> {
+        panic!("gradients on a stream are not summed on the host")
+    }
+    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
+        self.started.fetch_add(1, Ordering::Relaxed);
+        self.nccl.start_device_sum(vector)
+    }
+    fn finish_device_sums(&self, stream: usize) -> Result<()> {
+        self.nccl.finish_device_sums(stream)?;
+        // SAFETY: the test's stream, which lives as long as the sums.
+        unsafe { driver::stream::synchronize(stream as sys::CUstream).unwrap() };
+        Ok(())
+    }
+    fn abort(&self, code: i32) -> ! {
+        self.nccl.abort(code)
+    }
+}
+
+/// Gradients in buckets on a stream, over lanes and ranks: the bits of the one tree, f32 and bf16, whatever the buckets.
+fn gradients(comm: &dyn Communicator) {
+    let network = Network::new();
+    let lanes = Lanes::new(LANES, comm).unwrap();
+    let of_lanes: Vec<Vec<f32>> = (0..LANES).map(|lane| network.gradient(lane)).collect();
+    let nccl = Nccl::start(comm, 0, LONG).unwrap();
+    let stream = new_stream();
+    for bucket_bytes in BUCKETS {
+        let on_stream = |wire: Wire| {
+            let transport = Transport { bucket_bytes, wire };
+            let sum = GradientSum::on_stream(&network.params, transport, stream as usize).unwrap();
+            let on_host = OnHost { nccl: &nccl, started: AtomicUsize::new(0) };
+            let total = summed(&network, sum, &lanes, &on_host);
+            (total, on_host.started.into_inner())
+        };
+        let on_host = |wire: Wire| {
+            let sum = GradientSum::new(&network.params, Transport { bucket_bytes, wire }).unwrap();
+            summed(&network, sum, &lanes, comm)
+        };
+        let (total, started) = on_stream(Wire::F32);
+        assert_eq!(bits(&total), bits(&tree_sum(&of_lanes)), "f32, buckets of {bucket_bytes} bytes");
+        // two sums of gradients; one rank has nothing to send
+        let buckets = if bucket_bytes == 1 { 6 } else { 1 };
+        assert!(started >= 2 * buckets || comm.size() == 1, "{started} sums over ranks");
+        let (total, _) = on_stream(Wire::Bf16);
+        assert_eq!(bits(&total), bits(&on_host(Wire::Bf16)), "bf16, buckets of {bucket_bytes} bytes");
+    }
+    // SAFETY: a live stream, used no more.
+    unsafe { driver::stream::destroy(stream).unwrap() };
+    nccl.close();
+    assert_eq!(live_handles(), 0);
+}
+
+/// A rank on which NCCL does not start: the same error on all of them.
+fn no_start(comm: &dyn Communicator) {
+    let error = format!("{:#}", Nccl::start(comm, 0, LONG).err().expect("NCCL started"));
+    let all = comm.all_gather_bytes(error.as_bytes()).unwrap();
+    assert!(all.iter().all(|other| *other == all[0]), "{error}");
+    say(&format!("error: {error}"));
+}
+
+/// The last rank never joins.
+fn one_stays_away(comm: &dyn Communicator) {
+    if comm.rank() + 1 == comm.size() {
+        // what the others wait for before they join, then nothing
+        comm::agree(comm, Ok(())).unwrap();
+        comm.broadcast_bytes(&mut Vec::new(), 0).unwrap();
+        std::thread::sleep(Duration::from_secs(600));
+    }
+    let _ = Nccl::start(comm, 0, SHORT);
+    panic!("the ranks met");
+}
+
+fn start_a_sum(nccl: &Nccl) {
+    let values = Box::leak(vec![1f32; 1000].into_boxed_slice());
+    let stream = new_stream() as usize;
+    let vector = DeviceVector { address: values.as_mut_ptr() as u64, length: 1000, wire: Wire::F32, stream };
+    nccl.start_device_sum(vector).unwrap();
+}
+
+/// The last rank does not start the sum that the others wait in.
+fn one_sum_too_few(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, SHORT).unwrap();
+    if comm.rank() + 1 < comm.size() {
+        start_a_sum(&nccl);
+    }
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+/// The double says so on one rank.
+fn a_broken_network(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, LONG).unwrap();
+    start_a_sum(&nccl);
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+/// The last rank panics while the others wait in a sum.
+fn one_panics(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, None).unwrap();
+    assert!(comm.rank() + 1 < comm.size(), "this rank breaks");
+    start_a_sum(&nccl);
+    nccl.barrier().unwrap();
+}
+
+#[test]
+fn sums_begin_after_what_makes_them_and_end_before_what_uses_them() {
+    for ranks in [1, 2, 4] {
+        succeeds(ranks, "sums");
+    }
+}
+
+#[test]
+fn gradients_in_buckets_are_the_tree_sum_bit_for_bit() {
+    for ranks in [1, 2, 4] {
+        succeeds(ranks, "gradients");
+    }
+}
+
+#[test]
+fn what_fails_on_one_rank_at_the_start_is_the_error_of_all() {
+    let done = launch(2, "no start", "unique id@0").expect_success("no start");
+    let wanted = "error: rank 0: NCCL: unique id: unhandled system error";
+    assert_eq!(done.stdout.matches(wanted).count(), 2, "{}\n{}", done.stdout, done.stderr);
+}
+
+#[test]
+fn a_rank_that_fails_ends_all_with_a_message() {
+    for (case, fault, wanted) in [
+        ("no start", "joining@1", "rank 1: NCCL: joining the ranks: unhandled system error"),
+        ("one stays away", "", "NCCL: the ranks did not meet within 2 s"),
+        ("one sum too few", "", "NCCL: a sum of gradients did not end within 2 s"),
+        ("a broken network", "network@1", "rank 1: NCCL: remote process exited or there was a network error"),
+        ("one panics", "", "rank 2: this rank breaks"),
+    ] {
+        let done = launch(3, case, fault);
+        assert!(!done.status.success(), "{case}: {}\n{}", done.stdout, done.stderr);
+        assert!(done.stderr.contains(wanted), "{case}: {}\n{}", done.stdout, done.stderr);
+        // two seconds of patience, a start and an end on two busy cores; without the watcher it would be ten minutes
+        assert!(done.took < Duration::from_secs(60), "{case}: {:?}", done.took);
+    }
+}
