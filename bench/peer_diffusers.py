@@ -5,8 +5,9 @@ compared with. `bench/compare.sh` runs both in turn.
 roll-out: classifier-free guidance with both halves in one call, DDIM transition (eta 1), log-probability of each step.
 update:   the same call with gradients, clipped surrogate, backward pass, one fused AdamW step.
 
-Weights are random (the time does not depend on them). On a GPU in bf16 with scaled dot-product attention, eager or
-compiled (--compile: torch.compile, channels-last); on a CPU in f32, eager.
+Weights are random (the time does not depend on them). On a GPU in bf16 with scaled dot-product attention, on a CPU in f32;
+eager, or compiled and channels-last (--compile: torch.compile). The first call compiles, in the warm-up; its seconds are
+printed too.
 """
 import argparse
 import json
@@ -109,7 +110,7 @@ def main():
     torch.set_num_threads(args.threads)
     work = Work(args)
     run = {"rollout": work.rollout, "update": work.update}[args.what]
-    seconds = []
+    seconds, warm_up = [], []
     for i in range(args.warm_up + args.repeats):
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -117,12 +118,11 @@ def main():
         run()
         if args.device == "cuda":
             torch.cuda.synchronize()
-        if i >= args.warm_up:
-            seconds.append(time.perf_counter() - started)
+        (warm_up if i < args.warm_up else seconds).append(time.perf_counter() - started)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(json.dumps({
         "what": args.what, "device": name, "batch": args.batch, "steps": args.steps, "compiled": args.compile,
-        "seconds": seconds, "median_seconds": statistics.median(seconds), "torch": torch.__version__,
+        "warm_up_seconds": warm_up, "seconds": seconds, "median_seconds": statistics.median(seconds), "torch": torch.__version__,
     }))
 
 
