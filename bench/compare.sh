@@ -2,10 +2,10 @@
 # Roll-out and update of rldiff and of PyTorch with diffusers, in turn on the same machine, and the ratios of the medians.
 #   bench/compare.sh MODEL [SAMPLES] [STEPS] [ROUNDS]
 # MODEL is a diffusers folder, or sd2-base=CONFIG (also sd1.5=CONFIG): random weights, and the U-Net's config.json for the peer.
-# RLDIFF is the program (target/release/rldiff), PYTHON a Python with torch 2.11 and diffusers; BF16=1 for bf16. COMPILE=1 also runs the peer compiled (torch.compile,
-# max-autotune, channels-last), COMPILE=MODE in another of its modes. What it compiled stays in target/inductor for the next
-# round and the next call. A run of the peer that fails or takes longer than PEER_LIMIT seconds (1,800) is left out.
-# On a GPU rldiff replays CUDA graphs in the roll-out.
+# RLDIFF is the program (target/release/rldiff), PYTHON a Python with torch 2.11 and diffusers; BF16=1 for bf16. COMPILE=1
+# also runs the peer compiled (torch.compile, max-autotune, channels-last), COMPILE=MODE in another of its modes. What it
+# compiled stays in target/inductor for the next round and the next call. A run of the peer that fails or takes longer than
+# PEER_LIMIT seconds (1,800) is left out. On a GPU rldiff replays CUDA graphs in the roll-out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=$1 samples=${2:-16} steps=${3:-50} rounds=${4:-3}
