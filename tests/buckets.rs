@@ -5,12 +5,11 @@
 mod common;
 
 use common::{
-    mpirun,
     network::{bits, summed, Network, BUCKETS, LANES},
-    one_at_a_time, run_within, Finished,
+    ranks::{launch, rank, succeeds, tell},
 };
 use rldiff::{
-    comm::{self, tree_sum, Communicator, Wire},
+    comm::{tree_sum, Communicator, Wire},
     config::{load, Config},
     policy::{
         gradient_sum::{GradientSum, Transport},
@@ -22,47 +21,18 @@ use rldiff::{
 use std::time::Duration;
 use tch::Device;
 
-const CASE: &str = "RLDIFF_TEST_CASE";
-
-fn launch(ranks: usize, case: &str) -> Finished {
-    let _alone = one_at_a_time();
-    let mut command = mpirun(ranks);
-    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
-    command.env(CASE, case);
-    // 38 s for all launches of this file together were observed on two busy cores
-    run_within(command, Duration::from_secs(180))
-}
-
-fn succeeds(ranks: usize, case: &str) -> Finished {
-    let done = launch(ranks, case).expect_success(&format!("{case} on {ranks} ranks"));
-    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
-    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
-    done
-}
-
 /// Not a test of its own: the body of each rank that the tests below start.
 #[test]
 #[ignore = "run by mpirun from the other tests"]
 fn rank_body() {
-    let Ok(case) = std::env::var(CASE) else {
-        println!("rank_body: {CASE} is not set, nothing to do");
-        return;
-    };
-    comm::abort_world_on_panic();
-    let comm = comm::start().unwrap();
-    let comm = comm.as_ref();
-    tch::set_num_threads(1);
-    match case.as_str() {
+    rank(|case, comm| match case {
         "buckets" => buckets(comm),
         "bf16" => bf16_wire(comm),
         "nan before the roll-out" => nan_weight(comm, false),
         "nan before the update" => nan_weight(comm, true),
         "one rank fails" => one_rank_fails(comm),
         other => panic!("unknown case {other}"),
-    }
-    // one write, so that the lines of several ranks stay whole
-    let line = format!("{case} passed, world of {}\n", comm.size());
-    std::io::Write::write_all(&mut std::io::stdout(), line.as_bytes()).unwrap();
+    });
 }
 
 fn buckets(comm: &dyn Communicator) {
@@ -74,13 +44,8 @@ fn buckets(comm: &dyn Communicator) {
     assert_ne!(bits(&in_order), bits(&expected), "the order of the additions does not show");
     assert!(expected[network.params.layout[2].range()].iter().all(|v| v.to_bits() == 0), "an unused parameter");
     for bucket_bytes in BUCKETS {
-        let transport = Transport { bucket_bytes, wire: Wire::F32 };
-        let sum = summed(
-            &network,
-            GradientSum::new(&network.params, transport).unwrap(),
-            &Lanes::new(LANES, comm).unwrap(),
-            comm,
-        );
+        let sum = GradientSum::new(&network.params, Transport { bucket_bytes, wire: Wire::F32 }).unwrap();
+        let sum = summed(&network, sum, &Lanes::new(LANES, comm).unwrap(), comm);
         assert_eq!(bits(&sum), bits(&expected), "buckets of {bucket_bytes} bytes on {} ranks", comm.size());
     }
 }
@@ -111,7 +76,7 @@ fn bf16_wire(comm: &dyn Communicator) {
     let size = |v: &[f32]| v.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
     sums[0].iter_mut().zip(&exact).for_each(|(a, b)| *a -= b);
     let error = size(&sums[0]) / size(&exact);
-    std::io::Write::write_all(&mut std::io::stdout(), format!("relative error {error:.2e}\n").as_bytes()).unwrap();
+    tell(&format!("relative error {error:.2e}"));
     assert!(error < 3.0 / 512.0, "{error}");
 }
 
@@ -150,7 +115,7 @@ fn nan_weight(comm: &dyn Communicator, late: bool) {
     assert!(all.iter().all(|other| *other == all[0]), "ranks end with different errors");
     assert_eq!(bits(trainer.learner.params.buffer().slice()), bits(before.slice()), "the weights changed");
     assert_eq!(trainer.learner.optimizer.steps, 0);
-    std::io::Write::write_all(&mut std::io::stdout(), format!("error: {error}\n").as_bytes()).unwrap();
+    tell(&format!("error: {error}"));
 }
 
 /// A loss that cannot be computed on one rank while the others already sum.
@@ -177,14 +142,14 @@ fn one_rank_fails(comm: &dyn Communicator) {
 #[test]
 fn sums_in_buckets_are_the_tree_sum_bit_for_bit() {
     for ranks in [1, 2, 4, 8] {
-        succeeds(ranks, "buckets");
+        succeeds(ranks, "buckets", &[]);
     }
 }
 
 #[test]
 fn bf16_on_the_wire_gives_every_rank_the_same_rounded_sum() {
     for ranks in [1, 2, 4] {
-        succeeds(ranks, "bf16");
+        succeeds(ranks, "bf16", &[]);
     }
 }
 
@@ -195,7 +160,7 @@ fn a_nan_on_one_rank_stops_all_before_the_optimizer() {
             ("nan before the roll-out", "error: task composition"),
             ("nan before the update", "the gradient of optimizer step 1 is not finite"),
         ] {
-            let done = succeeds(ranks, case);
+            let done = succeeds(ranks, case, &[]);
             assert_eq!(done.stdout.matches(wanted).count(), ranks, "{}", done.stdout);
         }
     }
@@ -203,7 +168,7 @@ fn a_nan_on_one_rank_stops_all_before_the_optimizer() {
 
 #[test]
 fn a_rank_that_fails_in_the_backward_pass_ends_all() {
-    let done = launch(2, "one rank fails");
+    let done = launch(2, "one rank fails", &[]);
     assert!(!done.status.success() && done.stderr.contains("rank 1: lane 7 has no loss"), "{}", done.stderr);
     // ten seconds is the promise
     assert!(done.took < Duration::from_secs(10), "took {:?}", done.took);

@@ -3,45 +3,24 @@
 
 mod common;
 
-use common::{empty_folder, mpirun, one_at_a_time, run_within, Finished};
+use common::{
+    empty_folder,
+    ranks::{launch, rank, succeeds, CASE, RANK_BODY},
+    run_within, Finished,
+};
 use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
 use rldiff::store::{self, CheckpointRef, ParameterEntry};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Duration;
 
-const CASE: &str = "RLDIFF_TEST_CASE";
 const FOLDER: &str = "RLDIFF_TEST_FOLDER";
-
-/// Runs `case` on `ranks` ranks; `extra` are environment variables.
-fn launch(ranks: usize, case: &str, extra: &[(&str, &str)]) -> Finished {
-    let _alone = one_at_a_time();
-    let mut command = mpirun(ranks);
-    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
-    command.env(CASE, case).envs(extra.iter().copied());
-    // messages of 64 MiB among four ranks take a minute on two cores that others use as well (observed)
-    run_within(command, Duration::from_secs(180))
-}
-
-fn succeeds(ranks: usize, case: &str, extra: &[(&str, &str)]) {
-    let done = launch(ranks, case, extra).expect_success(&format!("{case} on {ranks} ranks"));
-    // every rank must have come to its end, and as one world, not as so many worlds of one
-    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
-    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
-}
 
 /// Not a test of its own: the body of each rank that the tests below start.
 #[test]
 #[ignore = "run by mpirun from the other tests"]
 fn rank_body() {
-    let Ok(case) = std::env::var(CASE) else {
-        println!("rank_body: {CASE} is not set, nothing to do");
-        return;
-    };
-    comm::abort_world_on_panic();
-    let comm = comm::start().unwrap();
-    let comm = comm.as_ref();
-    match case.as_str() {
+    rank(|case, comm| match case {
         "sums" => sums(comm),
         "lanes" => lanes(comm),
         "messages" => messages(comm),
@@ -53,10 +32,7 @@ fn rank_body() {
         "load" => load(comm),
         "failing save" => failing_save(comm),
         other => panic!("unknown case {other}"),
-    }
-    // one write, so that the lines of several ranks stay whole
-    let line = format!("{case} passed, world of {}\n", comm.size());
-    std::io::Write::write_all(&mut std::io::stdout(), line.as_bytes()).unwrap();
+    });
 }
 
 /// Values whose sums depend on the order of the additions.
@@ -223,12 +199,12 @@ fn failing_save(comm: &dyn Communicator) {
 fn checkpoints_are_loaded_bit_for_bit_by_any_number_of_ranks() {
     let folder = empty_folder("mpi-checkpoints");
     for ranks in 1..=4 {
-        succeeds(ranks, "save", &[(FOLDER, folder.join(format!("ranks-{ranks}")).to_str().unwrap())]);
+        succeeds(ranks, "save", &[(FOLDER, folder.join(format!("ranks-{ranks}")).into())]);
         let shards = std::fs::read_dir(folder.join(format!("ranks-{ranks}/iteration-000002"))).unwrap().count();
         assert_eq!(shards, ranks + 1, "one shard per rank and the manifest");
     }
     for ranks in 1..=4 {
-        succeeds(ranks, "load", &[(FOLDER, folder.to_str().unwrap())]);
+        succeeds(ranks, "load", &[(FOLDER, folder.clone().into())]);
     }
     let digests = (1..=4).map(|ranks| store::digest(&folder.join(format!("ranks-{ranks}"))).unwrap());
     let digests: Vec<String> = digests.collect();
@@ -239,7 +215,7 @@ fn checkpoints_are_loaded_bit_for_bit_by_any_number_of_ranks() {
 fn an_error_of_one_rank_during_a_save_is_an_error_on_all() {
     for ranks in [1, 2, 3] {
         let folder = empty_folder("mpi-failing-save");
-        succeeds(ranks, "failing save", &[(FOLDER, folder.to_str().unwrap())]);
+        succeeds(ranks, "failing save", &[(FOLDER, folder.clone().into())]);
     }
 }
 
@@ -298,7 +274,7 @@ fn an_abort_on_one_rank_ends_all() {
 #[test]
 fn without_a_launcher_there_is_one_rank() {
     let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
-    alone.args(["--ignored", "--exact", "rank_body", "--nocapture"]).env(CASE, "agreement");
+    alone.args(RANK_BODY).env(CASE, "agreement");
     let done = run_within(alone, Duration::from_secs(60)).expect_success("a rank by itself");
     assert!(done.stdout.contains("agreement passed, world of 1"), "{}", done.stdout);
 }

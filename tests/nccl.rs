@@ -7,9 +7,9 @@ mod common;
 
 use anyhow::Result;
 use common::{
-    empty_folder, mpirun,
+    empty_folder,
     network::{bits, summed, Network, BUCKETS, LANES},
-    one_at_a_time, run_within, Finished,
+    ranks::{launch, rank, succeeds, tell},
 };
 use cudarc::driver::{result as driver, sys};
 use half::bf16;
@@ -21,7 +21,7 @@ use rldiff::{
     },
 };
 use std::{
-    ffi::c_void,
+    ffi::{c_void, OsString},
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -31,7 +31,6 @@ use std::{
     time::Duration,
 };
 
-const CASE: &str = "RLDIFF_TEST_CASE";
 /// What the double of NCCL is asked to do wrong.
 const FAULT: &str = "RLDIFF_NCCL_DOUBLE";
 /// Long enough for two busy cores, where nothing is to fail.
@@ -65,51 +64,30 @@ fn doubles() -> &'static Path {
     })
 }
 
-fn launch(ranks: usize, case: &str, fault: &str) -> Finished {
-    let _alone = one_at_a_time();
+/// Lets the ranks find the doubles, and asks them for `fault`.
+fn with_doubles(fault: &str) -> [(&'static str, OsString); 2] {
     let mut libraries = vec![doubles().to_path_buf()];
     libraries.extend(std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
-    let mut command = mpirun(ranks);
-    command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", "rank_body", "--nocapture"]);
-    command.env(CASE, case).env(FAULT, fault).env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap());
-    run_within(command, Duration::from_secs(180))
-}
-
-fn succeeds(ranks: usize, case: &str) {
-    let done = launch(ranks, case, "").expect_success(&format!("{case} on {ranks} ranks"));
-    let ended = done.stdout.matches(&format!("{case} passed, world of {ranks}")).count();
-    assert_eq!(ended, ranks, "{case} on {ranks} ranks\n{}\n{}", done.stdout, done.stderr);
+    [(FAULT, fault.into()), ("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap())]
 }
 
 /// Not a test of its own: the body of each rank that the tests below start.
 #[test]
 #[ignore = "run by mpirun from the other tests"]
 fn rank_body() {
-    let Ok(case) = std::env::var(CASE) else {
-        println!("rank_body: {CASE} is not set, nothing to do");
-        return;
-    };
-    comm::abort_world_on_panic();
-    let comm = comm::start().unwrap();
-    let comm = comm.as_ref();
-    tch::set_num_threads(1);
-    driver::init().unwrap();
-    match case.as_str() {
-        "sums" => sums(comm),
-        "gradients" => gradients(comm),
-        "no start" => no_start(comm),
-        "one stays away" => one_stays_away(comm),
-        "one sum too few" => one_sum_too_few(comm),
-        "a broken network" => a_broken_network(comm),
-        "one panics" => one_panics(comm),
-        other => panic!("unknown case {other}"),
-    }
-    say(&format!("{case} passed, world of {}", comm.size()));
-}
-
-/// A line on stdout in one write, so that the lines of several ranks stay whole.
-fn say(line: &str) {
-    std::io::Write::write_all(&mut std::io::stdout(), format!("{line}\n").as_bytes()).unwrap();
+    rank(|case, comm| {
+        driver::init().unwrap();
+        match case {
+            "sums" => sums(comm),
+            "gradients" => gradients(comm),
+            "no start" => no_start(comm),
+            "one stays away" => one_stays_away(comm),
+            "one sum too few" => one_sum_too_few(comm),
+            "a broken network" => a_broken_network(comm),
+            "one panics" => one_panics(comm),
+            other => panic!("unknown case {other}"),
+        }
+    });
 }
 
 /// Streams, events and contexts of the double that were not given back.
@@ -330,7 +308,7 @@ fn no_start(comm: &dyn Communicator) {
     let error = format!("{:#}", Nccl::start(comm, 0, LONG).err().expect("NCCL started"));
     let all = comm.all_gather_bytes(error.as_bytes()).unwrap();
     assert!(all.iter().all(|other| *other == all[0]), "{error}");
-    say(&format!("error: {error}"));
+    tell(&format!("error: {error}"));
 }
 
 /// The last rank never joins.
@@ -379,20 +357,20 @@ fn one_panics(comm: &dyn Communicator) {
 #[test]
 fn sums_begin_after_what_makes_them_and_end_before_what_uses_them() {
     for ranks in [1, 2, 4] {
-        succeeds(ranks, "sums");
+        succeeds(ranks, "sums", &with_doubles(""));
     }
 }
 
 #[test]
 fn gradients_in_buckets_are_the_tree_sum_bit_for_bit() {
     for ranks in [1, 2, 4] {
-        succeeds(ranks, "gradients");
+        succeeds(ranks, "gradients", &with_doubles(""));
     }
 }
 
 #[test]
 fn what_fails_on_one_rank_at_the_start_is_the_error_of_all() {
-    let done = launch(2, "no start", "unique id@0").expect_success("no start");
+    let done = launch(2, "no start", &with_doubles("unique id@0")).expect_success("no start");
     let wanted = "error: rank 0: NCCL: unique id: unhandled system error";
     assert_eq!(done.stdout.matches(wanted).count(), 2, "{}\n{}", done.stdout, done.stderr);
 }
@@ -406,7 +384,7 @@ fn a_rank_that_fails_ends_all_with_a_message() {
         ("a broken network", "network@1", "rank 1: NCCL: remote process exited or there was a network error"),
         ("one panics", "", "rank 2: this rank breaks"),
     ] {
-        let done = launch(3, case, fault);
+        let done = launch(3, case, &with_doubles(fault));
         assert!(!done.status.success(), "{case}: {}\n{}", done.stdout, done.stderr);
         assert!(done.stderr.contains(wanted), "{case}: {}\n{}", done.stdout, done.stderr);
         // two seconds of patience, a start and an end on two busy cores; without the watcher it would be ten minutes

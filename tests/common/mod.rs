@@ -3,6 +3,7 @@
 
 pub mod browser;
 pub mod network;
+pub mod ranks;
 pub mod reward_files;
 pub mod runs;
 
