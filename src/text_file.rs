@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{anyhow, bail, Context, Result};
+use serde_json::{Map, Value};
 
 /// Lines that are not blank, trimmed, with their number (from 1). A byte-order mark at the beginning is skipped.
 ///
@@ -26,14 +27,33 @@ pub fn lines_of(bytes: &[u8]) -> Result<Vec<(usize, String)>> {
     Ok(lines)
 }
 
-/// The string under `key` of the JSON object in `line`.
-pub fn json_string(line: &str, key: &str) -> Result<String> {
-    let value: serde_json::Value = serde_json::from_str(line).map_err(|e| anyhow!("not JSON: {e}"))?;
-    let Some(object) = value.as_object() else { bail!("not a JSON object") };
-    match object.get(key) {
-        Some(serde_json::Value::String(text)) => Ok(text.clone()),
-        Some(other) => bail!("{key:?} is not a string but {other}"),
-        None => bail!("there is no {key:?}; keys are {}", object.keys().cloned().collect::<Vec<_>>().join(", ")),
+/// The JSON object in a line.
+pub struct JsonLine(Map<String, Value>);
+
+impl JsonLine {
+    pub fn parse(line: &str) -> Result<Self> {
+        match serde_json::from_str(line).map_err(|e| anyhow!("not JSON: {e}"))? {
+            Value::Object(object) => Ok(JsonLine(object)),
+            _ => bail!("not a JSON object"),
+        }
+    }
+
+    /// The string under `key`.
+    pub fn string(&self, key: &str) -> Result<&str> {
+        let value = self.value(key)?;
+        value.as_str().with_context(|| format!("{key:?} is not a string but {value}"))
+    }
+
+    /// The list of strings under `key`.
+    pub fn strings(&self, key: &str) -> Result<Vec<&str>> {
+        let value = self.value(key)?;
+        let strings = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
+        strings.with_context(|| format!("{key:?} is not a list of strings but {value}"))
+    }
+
+    fn value(&self, key: &str) -> Result<&Value> {
+        let keys = || self.0.keys().cloned().collect::<Vec<_>>().join(", ");
+        self.0.get(key).with_context(|| format!("there is no {key:?}; keys are {}", keys()))
     }
 }
 
@@ -52,14 +72,21 @@ mod tests {
 
     #[test]
     fn json_mistakes_are_named() {
-        assert_eq!(json_string(r#"{"a": 1, "prompt": "x"}"#, "prompt").unwrap(), "x");
+        let line = JsonLine::parse(r#"{"a": 1, "prompt": "x", "objects": ["y", "z"]}"#).unwrap();
+        assert_eq!((line.string("prompt").unwrap(), line.strings("objects").unwrap()), ("x", vec!["y", "z"]));
+        for wrong in ["\"y\"", "[\"y\", 3]", "{}"] {
+            let line = JsonLine::parse(&format!("{{\"objects\": {wrong}}}")).unwrap();
+            let e = line.strings("objects").unwrap_err().to_string();
+            assert!(e.contains("\"objects\" is not a list of strings but"), "{e}");
+        }
         for (line, wanted) in [
             ("{", "not JSON"),
             ("[1]", "not a JSON object"),
             (r#"{"text": "x", "n": 1}"#, "keys are text, n"),
             (r#"{"prompt": 3}"#, "not a string but 3"),
         ] {
-            let e = json_string(line, "prompt").unwrap_err().to_string();
+            let parsed = JsonLine::parse(line).and_then(|line| line.string("prompt").map(String::from));
+            let e = parsed.unwrap_err().to_string();
             assert!(e.contains(wanted), "{line}: {e}");
         }
     }
@@ -69,7 +96,7 @@ mod tests {
         mutate(&good.map(|text| text.as_bytes().to_vec()), rounds, |bytes| {
             for (number, line) in lines_of(bytes).unwrap_or_default() {
                 assert!(number > 0 && !line.is_empty());
-                let _ = json_string(&line, "prompt");
+                let _ = JsonLine::parse(&line).map(|line| line.string("prompt").map(String::from));
                 WordList::new([line.as_str()]).matches(&line);
             }
         });

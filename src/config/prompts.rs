@@ -33,6 +33,9 @@ pub struct TextPrompts {
     pub path: String,
     /// Key of the prompt where every line is a JSON object; "" for plain lines.
     pub key: String,
+    /// Key of the list of the objects that the prompt names, for the composition reward; left out where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objects_key: Option<String>,
     pub held_out: usize,
     pub split_seed: u64,
     /// File of words and phrases, one per line; a prompt with one of them is dropped. "" for none.

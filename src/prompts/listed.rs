@@ -1,11 +1,16 @@
-//! Prompts that come as a list: different texts, kept in one piece of memory, with a seeded held-out part.
+//! Prompts that come as a list: different texts, kept in one piece of memory, with a seeded held-out part. The objects that a
+//! prompt names stand behind its text, each behind a [`SEPARATOR`].
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use anyhow::{ensure, Result};
 
 use super::{shared_texts::Store, Prompt, PromptSource, Split};
 use crate::random::{Coordinates, Purpose};
+
+/// ASCII's unit separator.
+const SEPARATOR: char = '\u{1f}';
 
 /// Different texts in the order in which they came. A text costs its own bytes and about 16 more, so that millions of
 /// prompts fit: 1.5 M prompts of 100 bytes take about 180 MB.
@@ -42,8 +47,30 @@ impl Texts {
         self.bytes.as_bytes()
     }
 
-    /// Appends `text` unless it is there already; says whether it was new.
+    /// Appends a prompt without objects unless it is there already; says whether it was new. A [`SEPARATOR`] in it becomes a
+    /// space.
     pub fn insert(&mut self, text: &str) -> bool {
+        match text.contains(SEPARATOR) {
+            true => self.insert_entry(&text.replace(SEPARATOR, " ")),
+            false => self.insert_entry(text),
+        }
+    }
+
+    /// As [`Texts::insert`], with the objects that the prompt names.
+    ///
+    /// # Errors
+    /// An object whose name is blank.
+    pub fn insert_prompt(&mut self, prompt: &Prompt) -> Result<bool> {
+        let mut entry = prompt.text.replace(SEPARATOR, " ");
+        for object in &prompt.objects {
+            ensure!(!object.trim().is_empty(), "an object without a name");
+            entry.push(SEPARATOR);
+            entry.push_str(&object.trim().replace(SEPARATOR, " "));
+        }
+        Ok(self.insert_entry(&entry))
+    }
+
+    fn insert_entry(&mut self, text: &str) -> bool {
         if self.slots.len() < 2 * (self.len() + 1) {
             self.grow();
         }
@@ -125,8 +152,14 @@ impl PromptSource for Listed {
 
     /// Panics when `index` is not below `len(split)`.
     fn prompt(&self, split: Split, index: u64) -> Prompt {
-        let text = self.texts.get(self.part(split)[index as usize] as usize).to_owned();
-        Prompt { text, objects: Vec::new() }
+        let mut parts = self.texts.get(self.part(split)[index as usize] as usize).split(SEPARATOR).map(String::from);
+        Prompt { text: parts.next().unwrap_or_default(), objects: parts.collect() }
+    }
+
+    fn objects(&self) -> Vec<String> {
+        let entries = (0..self.texts.len()).map(|index| self.texts.get(index));
+        let names: BTreeSet<&str> = entries.flat_map(|entry| entry.split(SEPARATOR).skip(1)).collect();
+        names.into_iter().map(String::from).collect()
     }
 }
 
@@ -147,6 +180,19 @@ mod tests {
         }
         assert_eq!(texts.len(), known.len());
         assert_eq!((texts.get(0), texts.get(2), texts.get(4)), ("text 0", "text 6", "text 9"));
+    }
+
+    #[test]
+    fn a_separator_in_a_text_is_a_space() {
+        let mut texts = Texts::default();
+        assert!(texts.insert("a\u{1f}b"));
+        let prompt = Prompt { text: "a b".into(), objects: vec![" c\u{1f}d".into()] };
+        assert!(texts.insert_prompt(&prompt).unwrap() && !texts.insert_prompt(&prompt).unwrap());
+        let listed = Listed::new(Store::Own(texts), 0, 1).unwrap();
+        let prompts: Vec<Prompt> = (0..2).map(|i| listed.prompt(Split::Train, i)).collect();
+        let of =
+            |objects: &[&str]| Prompt { text: "a b".into(), objects: objects.iter().map(|o| o.to_string()).collect() };
+        assert_eq!(prompts, [of(&[]), of(&["c d"])]);
     }
 
     #[test]

@@ -1,30 +1,42 @@
-//! Prompts from a text file: one per line, or JSON lines with the prompt under a key.
+//! Prompts from a text file: one per line, or JSON lines with the prompt, and the objects that it names, under keys.
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
-use super::listed::Texts;
-use crate::{config::TextPrompts, text_file, word_list::WordList};
+use super::{listed::Texts, Prompt};
+use crate::{
+    config::TextPrompts,
+    text_file::{self, JsonLine},
+    word_list::WordList,
+};
 
 /// # Errors
-/// A file that cannot be read, has a line that is not UTF-8 or lacks the key (it is named).
+/// A file that cannot be read, has a line that is not UTF-8 or lacks a key (it is named); objects in plain lines.
 pub fn load(settings: &TextPrompts) -> Result<Texts> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
     let mut texts = Texts::default();
     for (number, line) in text_file::lines(path)? {
-        let prompt = if settings.key.is_empty() {
-            line
-        } else {
-            let at_line = || format!("{}: line {number}", path.display());
-            text_file::json_string(&line, &settings.key).with_context(at_line)?.trim().to_string()
-        };
-        if !prompt.is_empty() && !drop.matches(&prompt) {
-            texts.insert(&prompt);
+        let prompt = prompt(settings, line).with_context(|| format!("{}: line {number}", path.display()))?;
+        if !prompt.text.is_empty() && !drop.matches(&prompt.text) {
+            texts.insert_prompt(&prompt).with_context(|| format!("{}: line {number}", path.display()))?;
         }
     }
     Ok(texts)
+}
+
+fn prompt(settings: &TextPrompts, line: String) -> Result<Prompt> {
+    if settings.key.is_empty() {
+        ensure!(settings.objects_key.is_none(), "objects_key is for JSON lines, and key is empty");
+        return Ok(Prompt { text: line, objects: Vec::new() });
+    }
+    let line = JsonLine::parse(&line)?;
+    let objects = settings.objects_key.as_ref().map_or(Ok(Vec::new()), |key| line.strings(key))?;
+    Ok(Prompt {
+        text: line.string(&settings.key)?.trim().to_string(),
+        objects: objects.into_iter().map(String::from).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -37,7 +49,8 @@ mod tests {
         let path = folder.path().join("prompts");
         std::fs::write(&path, text).unwrap();
         let path = path.display().to_string();
-        (folder, TextPrompts { path, key: key.into(), held_out: 0, split_seed: 1, drop_words: String::new() })
+        let none = String::new();
+        (folder, TextPrompts { path, key: key.into(), objects_key: None, held_out: 0, split_seed: 1, drop_words: none })
     }
 
     fn source(settings: &TextPrompts) -> Result<Listed> {
@@ -56,6 +69,35 @@ mod tests {
         let json = br#"{"tag": "x", "prompt": "a \"cat\""}
 {"prompt": "a dog"}"#;
         assert_eq!(prompts(json, "prompt").unwrap(), ["a \"cat\"", "a dog"]);
+    }
+
+    #[test]
+    fn objects_come_with_their_prompts() {
+        let lines = br#"{"prompt": "a cat on a mat", "objects": ["cat", "mat"]}
+{"prompt": "a cat on a mat", "objects": ["cat"]}
+{"prompt": "nothing", "objects": []}"#;
+        let (_folder, mut settings) = settings(lines, "prompt");
+        settings.objects_key = Some("objects".into());
+        let source = source(&settings).unwrap();
+        let prompts: Vec<Prompt> = (0..3).map(|i| source.prompt(Split::Train, i)).collect();
+        let expected = [("a cat on a mat", vec!["cat", "mat"]), ("a cat on a mat", vec!["cat"]), ("nothing", vec![])];
+        for (prompt, (text, objects)) in prompts.iter().zip(expected) {
+            assert_eq!(
+                (prompt.text.as_str(), &prompt.objects),
+                (text, &objects.iter().map(|o| o.to_string()).collect())
+            );
+        }
+        assert_eq!(source.objects(), ["cat", "mat"]);
+
+        settings.objects_key = Some("things".into());
+        let e = format!("{:#}", load(&settings).unwrap_err());
+        assert!(e.contains("line 1: there is no \"things\"; keys are"), "{e}");
+        settings.key = String::new();
+        assert!(format!("{:#}", load(&settings).unwrap_err()).contains("objects_key is for JSON lines"));
+        let (_folder, mut settings) = self::settings(br#"{"prompt": "x", "objects": [" "]}"#, "prompt");
+        settings.objects_key = Some("objects".into());
+        let e = format!("{:#}", load(&settings).unwrap_err());
+        assert!(e.contains("line 1: an object without a name"), "{e}");
     }
 
     #[test]
