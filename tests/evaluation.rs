@@ -150,3 +150,29 @@ fn mistakes_are_one_line_and_write_nothing() {
         assert!(!folder.join("out").exists(), "{to} wrote something");
     }
 }
+
+/// `check` shows what `--set` made of an evaluation.
+#[test]
+fn settings_change_an_evaluation_and_mistakes_are_named() {
+    let _alone = one_at_a_time();
+    let folder = empty_folder("evaluation-settings");
+    let path = config(&folder, 4, &[("base", "embedded")]);
+    let check = |path: &Path, setting: &str| {
+        let mut command = rldiff(1, &folder);
+        command.arg("check").arg(path).args(["--set", setting]);
+        run_within(command, LIMIT)
+    };
+    let done = check(&path, "set.seen.count=3").expect_success("--set");
+    assert!(done.stdout.contains("3 prompts") && done.stdout.matches("4 prompts").count() > 0, "{}", done.stdout);
+    let study = Path::new(env!("CARGO_MANIFEST_DIR")).join("slurm/miniature-study.toml");
+    for (path, setting, wanted) in [
+        (&path, "set.nobody.count=3", "there is no set named nobody"),
+        (&path, "set.seen.counts=3", "unknown key counts"),
+        (&path, "eval.threads=0", "eval.threads"),
+        (&study, "study.name=x", "is a study"),
+    ] {
+        let done = check(path, setting);
+        assert_eq!(done.status.code(), Some(2), "{setting}: {}{}", done.stdout, done.stderr);
+        assert!(done.stderr.lines().count() == 1 && done.stderr.contains(wanted), "{setting}: {}", done.stderr);
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 use tch::Device;
 
 use super::{config_args::ConfigArgs, eval, study, Failure, OrMistake};
@@ -36,8 +36,11 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     // evaluations and studies are another kind of config
     let text = args.config.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
     let of_other_kind = match &args.config.config {
-        Some(path) if is_evaluation(&text) => Some(eval::check(path)),
-        Some(path) if is_study(&text) => Some(study::check(path)),
+        Some(path) if is_evaluation(&text) => Some(eval::check(path, &args.config.set)),
+        Some(path) if is_study(&text) => Some(match args.config.set.is_empty() {
+            true => study::check(path),
+            false => Err(anyhow!("--set changes runs and evaluations, {} is a study", path.display())),
+        }),
         _ => None,
     };
     if let Some(described) = of_other_kind {

@@ -13,7 +13,8 @@ use crate::{
 pub struct ConfigArgs {
     /// Experiment file; without one, the embedded miniature's joint experiment.
     pub config: Option<PathBuf>,
-    /// Change one setting: section.key=value, or task.NAME.key=value. May be given several times.
+    /// Change one setting: section.key=value, or task.NAME.key=value (in an evaluation set.NAME.key=value). May be given
+    /// several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }

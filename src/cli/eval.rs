@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, Result};
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
@@ -57,14 +57,7 @@ fn load(args: &ConfigArgs, comm: &dyn Communicator) -> Result<EvalConfig> {
     if comm.rank() == 0 {
         let text = args.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
         let loaded = match (is_evaluation(&text), &args.config) {
-            (true, Some(path)) => EvalConfig::load(path).and_then(|config| {
-                ensure!(
-                    args.set.is_empty(),
-                    "--set changes a training experiment, {} is an evaluation",
-                    path.display()
-                );
-                Ok(Some(config))
-            }),
+            (true, Some(path)) => EvalConfig::load(path, &args.set).map(Some),
             _ => Ok(None),
         };
         message = serde_json::to_vec(&loaded.map_err(|e| format!("{e:#}")))?;
@@ -78,8 +71,8 @@ fn load(args: &ConfigArgs, comm: &dyn Communicator) -> Result<EvalConfig> {
 }
 
 /// What `check` says of an evaluation.
-pub fn check(path: &std::path::Path) -> Result<String> {
-    let config = EvalConfig::load(path)?;
+pub fn check(path: &std::path::Path, overrides: &[String]) -> Result<String> {
+    let config = EvalConfig::load(path, overrides)?;
     let mut lines = vec![format!("config                     {} is sound", config.eval.name)];
     for model in &config.models {
         lines.push(format!("model {:<20} {}", model.name, model.path));

@@ -183,7 +183,7 @@ fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<Stri
         let path = Path::new(path);
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = match is_evaluation(&text) {
-            true => EvalConfig::load(path)?,
+            true => EvalConfig::load(path, &[])?,
             false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
         };
         let index = config.sets.iter().position(|set| set.name == name).with_context(|| {

@@ -97,10 +97,12 @@ pub fn is_evaluation(text: &str) -> bool {
 }
 
 impl EvalConfig {
+    /// Overrides as in [`super::load::load`]; `model.NAME.key` and `set.NAME.key` address the one of that name.
+    ///
     /// # Errors
-    /// Names the file and the key.
-    pub fn load(path: &Path) -> Result<Self> {
-        let config: EvalConfig = read_toml(path)?;
+    /// Names the file or override, and the key.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let config: EvalConfig = read_toml(path, overrides)?;
         config.validate().with_context(|| path.display().to_string())?;
         Ok(config)
     }

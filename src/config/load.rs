@@ -28,26 +28,25 @@ pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
 
 /// As [`load`], from text.
 pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Config> {
+    parse_as(text, origin, overrides)
+}
+
+/// A complete TOML file as another kind of config; overrides as in [`load`].
+///
+/// # Errors
+/// Names the file or override, the key, and what is wrong with it.
+pub fn read_toml<T: serde::de::DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T> {
+    let origin = path.display().to_string();
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {origin}"))?;
+    parse_as(&text, &origin, overrides)
+}
+
+fn parse_as<T: serde::de::DeserializeOwned>(text: &str, origin: &str, overrides: &[String]) -> Result<T> {
     // the text first by itself: its errors carry line and column
     let mut table: toml::Table = text.parse().map_err(|e| anyhow::anyhow!("{origin}: {}", one_line(&e)))?;
     for assignment in overrides {
         apply(&mut table, assignment).with_context(|| format!("--set {assignment}"))?;
     }
-    from_table(table, origin)
-}
-
-/// A complete TOML file as another kind of config.
-///
-/// # Errors
-/// Names the file, the key, and what is wrong with it.
-pub fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let origin = path.display().to_string();
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {origin}"))?;
-    let table: toml::Table = text.parse().map_err(|e| anyhow::anyhow!("{origin}: {}", one_line(&e)))?;
-    from_table(table, &origin)
-}
-
-fn from_table<T: serde::de::DeserializeOwned>(table: toml::Table, origin: &str) -> Result<T> {
     serde_path_to_error::deserialize(table).map_err(|e| {
         let path = e.path().to_string();
         let inner = one_line(e.inner());

@@ -69,7 +69,7 @@ impl StudyConfig {
     /// # Errors
     /// Names the file and the key.
     pub fn load(path: &Path) -> Result<Self> {
-        let config: StudyConfig = read_toml(path)?;
+        let config: StudyConfig = read_toml(path, &[])?;
         config.validate().with_context(|| path.display().to_string())?;
         Ok(config)
     }
@@ -117,7 +117,7 @@ impl StudyConfig {
 
     /// The evaluation, still without models.
     pub fn evaluation(&self, quick: bool) -> Result<EvalConfig> {
-        let mut evaluation = EvalConfig::load(Path::new(&self.study.evaluation))?;
+        let mut evaluation = EvalConfig::load(Path::new(&self.study.evaluation), &[])?;
         if quick {
             for set in &mut evaluation.sets {
                 set.count = if set.count == 0 { self.quick.prompts } else { set.count.min(self.quick.prompts) };
