@@ -119,15 +119,22 @@ fn write_results(
 }
 
 fn section(base: &TaskEvaluation, tuned: &TaskEvaluation, summary: &TaskSummary) -> BeforeAfter {
+    // with a minus sign, not a hyphen
+    let number = |value: f64, decimals: usize| format!("{value:.decimals$}").replace('-', "−");
     let columns = base.shown.iter().zip(&tuned.shown).map(|(b, t)| Column {
         caption: b.prompt.clone(),
         base: b.picture.clone(),
         tuned: t.picture.clone(),
-        base_note: format!("{:.2}", b.reward),
-        tuned_note: format!("{:.2}", t.reward),
+        base_note: number(b.reward.into(), 2),
+        tuned_note: number(t.reward.into(), 2),
     });
     BeforeAfter {
-        title: format!("{}: {:.3} to {:.3} on held-out prompts", base.task, summary.base.mean, summary.tuned.mean),
+        title: format!(
+            "{}: {} to {} on held-out prompts",
+            base.task,
+            number(summary.base.mean, 3),
+            number(summary.tuned.mean, 3)
+        ),
         columns: columns.collect(),
     }
 }

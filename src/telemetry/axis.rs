@@ -52,13 +52,14 @@ fn nice_step(least: f64) -> f64 {
     [1.0, 2.0, 5.0].into_iter().find(|factor| *factor >= wanted).unwrap_or(10.0) * power
 }
 
-/// As many decimals as multiples of `step` need; powers of ten where that grows long.
+/// As many decimals as multiples of `step` need; powers of ten where that grows long. With a minus sign, not a hyphen.
 fn tick_label(tick: f64, step: f64) -> String {
     let decimals = (-(step * 1.000001).log10().floor()).max(0.0) as usize;
-    if decimals > 5 || tick.abs() >= 1e7 {
-        return format!("{tick:.2e}");
-    }
-    format!("{tick:.decimals$}")
+    let label = match decimals > 5 || tick.abs() >= 1e7 {
+        true => format!("{tick:.2e}"),
+        false => format!("{tick:.decimals$}"),
+    };
+    label.replace('-', "−")
 }
 
 #[cfg(test)]
@@ -71,11 +72,11 @@ mod tests {
             let axis = Axis::new(values.iter().copied(), padding, 6);
             axis.ticks.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(" ")
         };
-        assert_eq!(ticks(&[-0.47, -0.40], 0.06), "-0.46 -0.44 -0.42 -0.40");
+        assert_eq!(ticks(&[-0.47, -0.40], 0.06), "−0.46 −0.44 −0.42 −0.40");
         assert_eq!(ticks(&[0.0, 60.0], 0.0), "0 10 20 30 40 50 60");
         assert_eq!(ticks(&[1.0, 3.0], 0.0), "1 2 3");
-        assert_eq!(ticks(&[-0.25, 0.35], 0.0), "-0.2 -0.1 0.0 0.1 0.2 0.3");
-        assert_eq!(ticks(&[2e-9, 6e-9], 0.0), "2.00e-9 3.00e-9 4.00e-9 5.00e-9 6.00e-9");
+        assert_eq!(ticks(&[-0.25, 0.35], 0.0), "−0.2 −0.1 0.0 0.1 0.2 0.3");
+        assert_eq!(ticks(&[2e-9, 6e-9], 0.0), "2.00e−9 3.00e−9 4.00e−9 5.00e−9 6.00e−9");
         assert_eq!(ticks(&[2.5, 2.5], 0.06), "2.40 2.45 2.50 2.55 2.60");
         assert_eq!(ticks(&[], 0.06), "0 1");
         assert_eq!([nice_step(0.1), nice_step(0.11), nice_step(3.0), nice_step(700.0)], [0.1, 0.2, 5.0, 1000.0]);
