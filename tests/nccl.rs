@@ -14,7 +14,7 @@ use common::{
 use cudarc::driver::{result as driver, sys};
 use half::bf16;
 use rldiff::{
-    comm::{self, nccl::Nccl, tree_sum, Communicator, DeviceVector, Wire},
+    comm::{self, nccl::Nccl, tree_sum, Around, Communicator, DeviceVector, Operation, Wire},
     policy::{
         gradient_sum::{GradientSum, Transport},
         lanes::Lanes,
@@ -227,46 +227,26 @@ struct OnHost<'a> {
     started: AtomicUsize,
 }
 
-impl Communicator for OnHost<'_> {
-    fn rank(&self) -> usize {
-        self.nccl.rank()
+impl Around for OnHost<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.nccl
     }
-    fn size(&self) -> usize {
-        self.nccl.size()
+
+    fn during<T>(&self, operation: Operation, _: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        assert_ne!(operation, Operation::Sum, "gradients on a stream are not summed on the host");
+        act()
     }
-    fn local_rank(&self) -> (usize, usize) {
-        self.nccl.local_rank()
-    }
-    fn barrier(&self) -> Result<()> {
-        self.nccl.barrier()
-    }
-    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
-        self.nccl.broadcast_bytes(data, root)
-    }
-    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
-        self.nccl.broadcast_f32(data, root)
-    }
-    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.nccl.all_gather_bytes(data)
-    }
-    fn all_reduce_sum_f32(&self, _: &mut [f32]) -> Result<()> {
-        panic!("gradients on a stream are not summed on the host")
-    }
-    fn all_reduce_sum_bf16(&self, _: &mut [bf16]) -> Result<()> {
-        panic!("gradients on a stream are not summed on the host")
-    }
-    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
+
+    fn start_sum(&self, vector: DeviceVector) -> Result<()> {
         self.started.fetch_add(1, Ordering::Relaxed);
         self.nccl.start_device_sum(vector)
     }
-    fn finish_device_sums(&self, stream: usize) -> Result<()> {
+
+    fn finish_sums(&self, stream: usize) -> Result<()> {
         self.nccl.finish_device_sums(stream)?;
         // SAFETY: the test's stream, which lives as long as the sums.
         unsafe { driver::stream::synchronize(stream as sys::CUstream).unwrap() };
         Ok(())
-    }
-    fn abort(&self, code: i32) -> ! {
-        self.nccl.abort(code)
     }
 }
 

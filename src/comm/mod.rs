@@ -3,6 +3,7 @@
 //! Gradients are summed in one fixed binary tree (see [`TreeSum`]): first over the lanes of a rank, then over ranks.
 //! That makes the weights the same bits at 1, 2, 4, … ranks.
 
+mod around;
 mod launcher;
 mod local;
 mod mpi;
@@ -11,10 +12,11 @@ mod timed;
 mod tree;
 mod watched;
 
+pub use self::around::{Around, Operation};
 pub use self::local::Local;
 pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
-pub use self::timed::{Operation, Timed, Visit};
+pub use self::timed::{Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 

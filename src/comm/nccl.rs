@@ -22,10 +22,9 @@ use cudarc::{
     driver::{result as driver, sys},
     nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId},
 };
-use half::bf16;
 use tch::Device;
 
-use super::{agree, Communicator, DeviceVector, Wire};
+use super::{agree, Around, Communicator, DeviceVector, Wire};
 use crate::device::parts;
 
 /// A sum, or the set-up, that takes longer than this ends the run where no other limit is given.
@@ -314,44 +313,12 @@ impl Shared {
     }
 }
 
-impl Communicator for Nccl<'_> {
-    fn rank(&self) -> usize {
-        self.mpi.rank()
+impl Around for Nccl<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.mpi
     }
 
-    fn size(&self) -> usize {
-        self.mpi.size()
-    }
-
-    fn local_rank(&self) -> (usize, usize) {
-        self.mpi.local_rank()
-    }
-
-    fn barrier(&self) -> Result<()> {
-        self.mpi.barrier()
-    }
-
-    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
-        self.mpi.broadcast_bytes(data, root)
-    }
-
-    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
-        self.mpi.broadcast_f32(data, root)
-    }
-
-    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.mpi.all_gather_bytes(data)
-    }
-
-    fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()> {
-        self.mpi.all_reduce_sum_f32(data)
-    }
-
-    fn all_reduce_sum_bf16(&self, data: &mut [bf16]) -> Result<()> {
-        self.mpi.all_reduce_sum_bf16(data)
-    }
-
-    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
+    fn start_sum(&self, vector: DeviceVector) -> Result<()> {
         let shared = &self.shared;
         let ready = shared.order(vector.stream as sys::CUstream, shared.stream)?;
         // SAFETY: the wait is already queued; an event may be destroyed before it is reached.
@@ -361,7 +328,7 @@ impl Communicator for Nccl<'_> {
             Wire::Bf16 => ncclDataType_t::ncclBfloat16,
         };
         let address = vector.address as *mut c_void;
-        // SAFETY: `length` elements at `address` that nobody touches until finish_device_sums; all ranks call alike.
+        // SAFETY: `length` elements at `address` that nobody touches until finish_sums; all ranks call alike.
         let code = unsafe {
             (shared.api.all_reduce)(
                 address,
@@ -384,15 +351,11 @@ impl Communicator for Nccl<'_> {
         Ok(())
     }
 
-    fn finish_device_sums(&self, stream: usize) -> Result<()> {
+    fn finish_sums(&self, stream: usize) -> Result<()> {
         let event = self.shared.order(self.shared.stream, stream as sys::CUstream)?;
-        // SAFETY: as in start_device_sum.
+        // SAFETY: as in start_sum.
         let _ = unsafe { driver::event::destroy(event) };
         Ok(())
-    }
-
-    fn abort(&self, code: i32) -> ! {
-        self.mpi.abort(code)
     }
 }
 

@@ -4,19 +4,9 @@
 use std::{cell::RefCell, mem, time::Instant};
 
 use anyhow::Result;
-use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use super::{Communicator, DeviceVector};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Operation {
-    Barrier,
-    Broadcast,
-    Gather,
-    Sum,
-}
+use super::{Around, Communicator, Operation};
 
 /// One collective operation on this rank.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,8 +36,15 @@ impl<'a> Timed<'a> {
         notes.0 = Instant::now();
         mem::take(&mut notes.1)
     }
+}
 
-    fn note<T>(&self, operation: Operation, bytes: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
+// sums of GPU memory go on beside other work: there is nothing to note
+impl Around for Timed<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.inner
+    }
+
+    fn during<T>(&self, operation: Operation, bytes: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
         let came = Instant::now();
         let result = act()?;
         let mut notes = self.notes.borrow_mut();
@@ -56,57 +53,6 @@ impl<'a> Timed<'a> {
         let inside = (notes.0 - came).as_secs_f64();
         notes.1.push(Visit { operation, bytes, work, inside });
         Ok(result)
-    }
-}
-
-impl Communicator for Timed<'_> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn local_rank(&self) -> (usize, usize) {
-        self.inner.local_rank()
-    }
-
-    fn barrier(&self) -> Result<()> {
-        self.note(Operation::Barrier, 0, || self.inner.barrier())
-    }
-
-    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
-        self.note(Operation::Broadcast, data.len(), || self.inner.broadcast_bytes(data, root))
-    }
-
-    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
-        self.note(Operation::Broadcast, mem::size_of_val(data), || self.inner.broadcast_f32(data, root))
-    }
-
-    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.note(Operation::Gather, data.len(), || self.inner.all_gather_bytes(data))
-    }
-
-    fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()> {
-        self.note(Operation::Sum, mem::size_of_val(data), || self.inner.all_reduce_sum_f32(data))
-    }
-
-    fn all_reduce_sum_bf16(&self, data: &mut [bf16]) -> Result<()> {
-        self.note(Operation::Sum, mem::size_of_val(data), || self.inner.all_reduce_sum_bf16(data))
-    }
-
-    // sums of GPU memory go on beside other work: there is nothing to note
-    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
-        self.inner.start_device_sum(vector)
-    }
-
-    fn finish_device_sums(&self, stream: usize) -> Result<()> {
-        self.inner.finish_device_sums(stream)
-    }
-
-    fn abort(&self, code: i32) -> ! {
-        self.inner.abort(code)
     }
 }
 

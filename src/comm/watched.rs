@@ -1,9 +1,8 @@
 //! A communicator that tells [`crate::watch`] of every collective operation it is in.
 
 use anyhow::Result;
-use half::bf16;
 
-use super::{Communicator, DeviceVector};
+use super::{Around, Communicator, Operation};
 use crate::watch;
 
 pub struct Watched<'a> {
@@ -16,60 +15,23 @@ impl<'a> Watched<'a> {
     }
 }
 
-impl Communicator for Watched<'_> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
+impl Around for Watched<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.inner
     }
 
-    fn size(&self) -> usize {
-        self.inner.size()
+    fn during<T>(&self, operation: Operation, _bytes: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _in = watch::collective(match operation {
+            Operation::Barrier => "barrier",
+            Operation::Broadcast => "broadcast",
+            Operation::Gather => "all-gather",
+            Operation::Sum => "all-reduce",
+        });
+        act()
     }
 
-    fn local_rank(&self) -> (usize, usize) {
-        self.inner.local_rank()
-    }
-
-    fn barrier(&self) -> Result<()> {
-        let _in = watch::collective("barrier");
-        self.inner.barrier()
-    }
-
-    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<()> {
-        let _in = watch::collective("broadcast");
-        self.inner.broadcast_bytes(data, root)
-    }
-
-    fn broadcast_f32(&self, data: &mut [f32], root: usize) -> Result<()> {
-        let _in = watch::collective("broadcast");
-        self.inner.broadcast_f32(data, root)
-    }
-
-    fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let _in = watch::collective("all-gather");
-        self.inner.all_gather_bytes(data)
-    }
-
-    fn all_reduce_sum_f32(&self, data: &mut [f32]) -> Result<()> {
-        let _in = watch::collective("all-reduce");
-        self.inner.all_reduce_sum_f32(data)
-    }
-
-    fn all_reduce_sum_bf16(&self, data: &mut [bf16]) -> Result<()> {
-        let _in = watch::collective("all-reduce");
-        self.inner.all_reduce_sum_bf16(data)
-    }
-
-    // returns at once; a sum that does not end is NCCL's own watcher's
-    fn start_device_sum(&self, vector: DeviceVector) -> Result<()> {
-        self.inner.start_device_sum(vector)
-    }
-
-    fn finish_device_sums(&self, stream: usize) -> Result<()> {
-        let _in = watch::collective("all-reduce");
-        self.inner.finish_device_sums(stream)
-    }
-
-    fn abort(&self, code: i32) -> ! {
-        self.inner.abort(code)
+    // a sum's start returns at once; one that does not end is NCCL's own watcher's
+    fn finish_sums(&self, stream: usize) -> Result<()> {
+        self.during(Operation::Sum, 0, || self.inner.finish_device_sums(stream))
     }
 }
