@@ -4,7 +4,8 @@
 #   make run       joint fine-tuning of the embedded miniature under mpirun (RANKS=2, ARGS="--set run.iterations=2")
 #   make test      format, clippy, docs, unit and integration tests, mpirun at 1, 2 and 4 ranks
 #   make torture   the tests that take longer
-#   make test-gpu  kernels and program on a GPU; skips, and says why, where there is none (RLDIFF_REQUIRE_GPU=1: fails)
+#   make test-gpu  kernels and program on a GPU, ranks on several; skips, and says why, where there is none or one only
+#                  (RLDIFF_REQUIRE_GPU=1, or 2: fails)
 #   make parity GOLDENS=DIR   the networks against reference numbers made with diffusers
 #   make bundle    what another host needs, as target/bundle/rldiff-VERSION-ARCHITECTURE.tar.gz
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
@@ -52,7 +53,7 @@ test: check-format build clippy docs
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && $(TEST_BROWSER) && cargo test $(CARGO_FLAGS)
 
 test-gpu: build
-	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels --test gpu -- --nocapture
+	@$(ENVIRONMENT) && cargo test $(CARGO_FLAGS) --test gpu_kernels --test gpu --test gpu_ranks -- --nocapture
 
 torture: build
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && $(TEST_BROWSER) && cargo test $(CARGO_FLAGS) -- --include-ignored

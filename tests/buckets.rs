@@ -36,7 +36,7 @@ fn rank_body() {
 }
 
 fn buckets(comm: &dyn Communicator) {
-    let network = Network::new();
+    let network = Network::new(Device::Cpu);
     let lanes: Vec<Vec<f32>> = (0..LANES).map(|lane| network.gradient(lane)).collect();
     let expected = tree_sum(&lanes);
     let mut in_order = lanes[0].clone();
@@ -51,7 +51,7 @@ fn buckets(comm: &dyn Communicator) {
 }
 
 fn bf16_wire(comm: &dyn Communicator) {
-    let network = Network::new();
+    let network = Network::new(Device::Cpu);
     let lanes = Lanes::new(LANES, comm).unwrap();
     let by = |bucket_bytes: usize, wire: Wire| {
         let sum = GradientSum::new(&network.params, Transport { bucket_bytes, wire }).unwrap();
@@ -120,7 +120,7 @@ fn nan_weight(comm: &dyn Communicator, late: bool) {
 
 /// A loss that cannot be computed on one rank while the others already sum.
 fn one_rank_fails(comm: &dyn Communicator) {
-    let network = Network::new();
+    let network = Network::new(Device::Cpu);
     let mut sum = GradientSum::new(&network.params, Transport { bucket_bytes: 1, wire: Wire::F32 }).unwrap();
     let lanes = Lanes::new(LANES, comm).unwrap();
     let total = lanes.sum_gradients(&mut sum, comm, |lane| {

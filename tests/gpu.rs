@@ -43,7 +43,7 @@ fn gpu() -> Option<(Device, MutexGuard<'static, ()>)> {
     let chosen = CHOSEN.get_or_init(|| device::choose(Wanted::Cuda, &Local).map_err(|e| format!("{e:#}")));
     match chosen {
         Ok(device) => Some((*device, alone)),
-        Err(e) if std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value == "1") => {
+        Err(e) if std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value != "0") => {
             panic!("RLDIFF_REQUIRE_GPU is set, but {e}")
         }
         Err(e) => {

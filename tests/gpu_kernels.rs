@@ -26,7 +26,7 @@ use rldiff::kernels::cuda::{Gpu, Machine};
 fn machines() -> Option<Machines> {
     static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
     let gpu = GPU.get_or_init(|| {
-        let required = std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value == "1");
+        let required = std::env::var_os("RLDIFF_REQUIRE_GPU").is_some_and(|value| value != "0");
         match Gpu::count() {
             Ok(count) if count > 0 => {
                 // from here on a failure is a failure; libtorch is asked before its first tensor

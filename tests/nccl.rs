@@ -31,6 +31,8 @@ use std::{
     time::Duration,
 };
 
+use tch::Device;
+
 /// What the double of NCCL is asked to do wrong.
 const FAULT: &str = "RLDIFF_NCCL_DOUBLE";
 /// Long enough for two busy cores, where nothing is to fail.
@@ -252,7 +254,7 @@ impl Around for OnHost<'_> {
 
 /// Gradients in buckets on a stream, over lanes and ranks: the bits of the one tree, f32 and bf16, whatever the buckets.
 fn gradients(comm: &dyn Communicator) {
-    let network = Network::new();
+    let network = Network::new(Device::Cpu);
     let lanes = Lanes::new(LANES, comm).unwrap();
     let of_lanes: Vec<Vec<f32>> = (0..LANES).map(|lane| network.gradient(lane)).collect();
     let nccl = Nccl::start(comm, 0, LONG).unwrap();
