@@ -9,8 +9,8 @@ use anyhow::{ensure, Result};
 use super::{shared_texts::Store, Prompt, PromptSource, Split};
 use crate::random::{Coordinates, Purpose};
 
-/// ASCII's unit separator.
-const SEPARATOR: char = '\u{1f}';
+/// ASCII's unit separator, between a prompt's text and the objects that it names.
+pub const SEPARATOR: char = '\u{1f}';
 
 /// Different texts in the order in which they came. A text costs its own bytes and about 16 more, so that millions of
 /// prompts fit: 1.5 M prompts of 100 bytes take about 180 MB.

@@ -44,8 +44,12 @@ fn findings(study: &Study) -> String {
 fn tables(study: &Study) -> String {
     let one = |found: &super::Table| {
         let heading: Vec<&str> = found.columns.iter().map(String::as_str).collect();
-        let cells = |row: &Vec<Cell>| row.iter().map(|cell| escape(&cell.text())).collect();
-        let rows: Vec<Vec<String>> = found.rows.iter().map(cells).collect();
+        // values of several seeds below each other: beside each other they make a table too wide for a page
+        let shown = |cell: &Cell| match cell {
+            Cell::Text(list) => escape(list).replace(", ", ",<br>"),
+            interval => escape(&interval.text()),
+        };
+        let rows: Vec<Vec<String>> = found.rows.iter().map(|row| row.iter().map(shown).collect()).collect();
         format!("<h3>{}</h3>\n<p>{}</p>\n{}", escape(&found.title), escape(&found.note), table(&heading, &rows))
     };
     study.tables.iter().map(one).collect()
