@@ -11,7 +11,7 @@
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
 #
 # A machine's own parts are used where these are set: MPICC (an MPI compiler wrapper), LIBTORCH (libtorch 2.11.0),
-# HDF5_DIR (HDF5 1.10 or later). What is not set comes from a venv in this folder, installed without root.
+# HDF5_DIR (HDF5 1.10.7 or later). What is not set comes from a venv in this folder, installed without root.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := build

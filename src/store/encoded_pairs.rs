@@ -86,7 +86,7 @@ pub fn write_pairs(folder: &Path, header: &PairsHeader, pairs: &EncodedPairs, ha
 /// The header of a shard and how many pairs it holds.
 fn read_header(path: &Path) -> Result<(PairsHeader, u64)> {
     let read = || -> Result<(PairsHeader, u64)> {
-        let file = hdf5::File::open(path).context("it is no HDF5 file, or a broken one")?;
+        let file = h5::open(path).context("it is no HDF5 file, or a broken one")?;
         let format = h5::read_text_attribute(&file, "format")?;
         ensure!(format == FORMAT, "it has the format {format:?}, {FORMAT:?} is wanted");
         let [latents, text] = ["latents", "text"].map(|name| file.dataset(name).map(|d| d.shape()));
@@ -208,7 +208,7 @@ impl PairReader {
         let mut open = self.open.borrow_mut();
         let entry = match open.iter().position(|(other, _)| *other == number) {
             Some(place) => open.remove(place),
-            None => (number, hdf5::File::open(path)?),
+            None => (number, h5::open(path)?),
         };
         if open.len() == OPEN {
             open.remove(0);

@@ -3,12 +3,29 @@
 use std::{fs, path::Path, str::FromStr};
 
 use anyhow::{ensure, Context, Result};
-use hdf5::{types::VarLenUnicode, Group, H5Type};
+use hdf5::{plist::file_access::FileAccessBuilder, types::VarLenUnicode, FileBuilder, Group, H5Type};
 
 use crate::telemetry::write_atomic_with;
 
 /// Bytes by which a file in memory grows at least.
 const GROWTH: usize = 1 << 16;
+
+/// Without HDF5's file locks. A file here is written once, under a name of its own, so nobody needs them; and a program that is
+/// started meanwhile (a reward) inherits them and holds them as long as it lives, and some file systems of clusters have none.
+fn options(more: impl Fn(&mut FileAccessBuilder)) -> FileBuilder {
+    let mut options = hdf5::File::with_options();
+    options.with_fapl(|access| {
+        access.file_locking(false);
+        more(access);
+        access
+    });
+    options
+}
+
+/// Opens a file to read.
+pub fn open(path: &Path) -> hdf5::Result<hdf5::File> {
+    options(|_| ()).open(path)
+}
 
 /// Writes an HDF5 file that appears whole or not at all, and its folder where there is none. Errors name `path`.
 pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
@@ -18,8 +35,10 @@ pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> 
     write_atomic_with(path, |temporary| {
         // In memory until it is closed: where a full disk makes HDF5 fail on the way, datasets are closed with an error
         // that nobody sees, and closing the file then crashes the process (HDF5 2.2). Costs the file's size in memory.
-        let file =
-            hdf5::File::with_options().with_fapl(|access| access.core_options(GROWTH, true)).create(temporary)?;
+        let in_memory = |access: &mut FileAccessBuilder| {
+            access.core_options(GROWTH, true);
+        };
+        let file = options(in_memory).create(temporary)?;
         fill(&file)?;
         Ok(file.close()?)
     })
@@ -91,4 +110,42 @@ pub fn read_text_attribute(group: &Group, name: &str) -> Result<String> {
 pub fn version() -> String {
     let (major, minor, release) = hdf5::library_version();
     format!("{major}.{minor}.{release}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsRawFd};
+
+    use super::*;
+
+    /// What a program inherits that is started while a file is being written.
+    #[test]
+    fn a_lock_that_somebody_holds_does_not_matter() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.h5");
+        write_file(&path, |file| write_array(file, "values", &[1f32, 2.0], &[2])).unwrap();
+        let other = File::open(&path).unwrap();
+        // SAFETY: an open file.
+        assert_eq!(unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }, 0);
+        if std::env::var_os("HDF5_USE_FILE_LOCKING").is_none() {
+            assert!(hdf5::File::open(&path).is_err(), "HDF5 does not look at locks, so this test shows nothing");
+        }
+        let file = open(&path).unwrap();
+        assert_eq!(read_vector::<f32>(&file, "values").unwrap(), [1.0, 2.0]);
+    }
+
+    #[test]
+    fn no_lock_is_held_while_a_file_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        write_file(&folder.path().join("file.h5"), |file| {
+            write_array(file, "values", &[1f32], &[1])?;
+            for entry in fs::read_dir(folder.path())? {
+                let other = File::open(entry?.path())?;
+                // SAFETY: an open file.
+                assert_eq!(unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }, 0);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
 }

@@ -88,7 +88,7 @@ pub fn find(path: &Path) -> Result<(PathBuf, Checkpoint, Vec<String>)> {
 }
 
 fn describe_file(path: &Path) -> Result<String> {
-    let file = hdf5::File::open(path).with_context(|| format!("{} is not an HDF5 file", path.display()))?;
+    let file = h5::open(path).with_context(|| format!("{} is not an HDF5 file", path.display()))?;
     let mut out = format!("{}\n", path.display());
     for name in file.attr_names()? {
         let attribute = file.attr(&name)?;

@@ -154,7 +154,7 @@ mod tests {
             let shard = shard();
             let path = shard.write(folder.path(), precision).unwrap();
             assert!(path.ends_with("iteration-000012/parity-rank-001.h5"), "{}", path.display());
-            let file = hdf5::File::open(&path).unwrap();
+            let file = h5::open(&path).unwrap();
             assert_eq!(h5::read_vector::<f32>(&file, "log_probs").unwrap(), shard.log_probs);
             assert_eq!(file.dataset("latents").unwrap().shape(), [3, 5, 2, 3, 5]);
             // quarters are exact in f16

@@ -83,7 +83,7 @@ pub fn read(folder: &Path) -> Result<Checkpoint> {
 }
 
 fn read_shard(path: &Path, rank: usize, first: usize, into: &mut Checkpoint) -> Result<()> {
-    let file = hdf5::File::open(path)?;
+    let file = h5::open(path)?;
     let format = h5::read_text_attribute(&file, "format")?;
     ensure!(format == FORMAT, "format {format:?}, this rldiff reads {FORMAT:?}");
     ensure!(h5::read_attribute::<u64>(&file, "iteration")? == into.iteration, "it is of another iteration");
