@@ -23,6 +23,7 @@
 //!
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
+//! What all of them print goes through [`streams`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
@@ -58,6 +59,13 @@
 //! | ReFL, reward-weighted, RAFT, DRaFT-LV (Table 6) | [`methods`] |
 //! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+// first: its macro is every module's
+#[macro_use]
+pub mod streams;
+
+pub mod cannot_write;
 pub mod caught_panics;
 pub mod cli;
 pub mod comm;

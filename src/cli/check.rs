@@ -46,13 +46,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if let Some(described) = of_other_kind {
         let described = described.or_mistake()?;
         if comm.rank() == 0 {
-            println!("{described}");
+            say!("{described}");
         }
         return Ok(());
     }
     let config = args.config.load(comm).or_mistake()?;
     if comm.rank() == 0 {
-        println!("{}", describe(&config, &args).or_mistake()?);
+        say!("{}", describe(&config, &args).or_mistake()?);
     }
     Ok(())
 }

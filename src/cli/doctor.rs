@@ -75,7 +75,7 @@ struct Report {
 impl Report {
     fn line(&self, name: &str, value: &str) {
         if self.first {
-            println!("{name:<16} {value}");
+            say!("{name:<16} {value}");
         }
     }
 

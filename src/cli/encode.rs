@@ -53,7 +53,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let settings = EncodeSettings { per_shard: args.per_shard, half: args.precision == Precision::F16 };
     let made = encode(&pipeline, pairs, &args.out, settings, comm).or_mistake()?;
     if comm.rank() == 0 {
-        println!("{made} shards written to {}", args.out.display());
+        say!("{made} shards written to {}", args.out.display());
     }
     Ok(())
 }

@@ -42,7 +42,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let evaluation = Evaluation::prepare(&config, comm, device, &out).or_mistake()?;
     let results = evaluation.go(comm, device, &out)?;
     if comm.rank() == 0 {
-        println!("{}results in {}", to_markdown(&results), out.display());
+        say!("{}results in {}", to_markdown(&results), out.display());
     }
     if let Some(path) = args.json {
         let written = || write_atomic(&path, &serde_json::to_vec_pretty(&to_json(&results))?);

@@ -39,7 +39,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         return Ok(());
     }
     export(&args).or_mistake()?;
-    println!("{}", args.out.display());
+    say!("{}", args.out.display());
     Ok(())
 }
 

@@ -22,6 +22,7 @@ use crate::{
     memory,
     models::{folder::ModelFiles, pipeline::Pipeline},
     run::{load_model, model_location},
+    streams,
     telemetry::{can_be_folder, save_png, write_atomic},
     text_file,
 };
@@ -153,11 +154,11 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         let (pages, key) = (files.pages(), files.study());
         let already = if state == State::Complete { " (they were there already)" } else { "" };
         let queries = if study.queries.len() == 1 { "query" } else { "queries" };
-        println!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
-        println!("give them that folder: they open its index.html, from disk or from any web server");
-        println!("keep {}: it says which model is on which side", key.display());
+        say!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
+        say!("give them that folder: they open its index.html, from disk or from any web server");
+        say!("keep {}: it says which model is on which side", key.display());
         let out = args.out.display();
-        println!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
+        say!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
     }
     Ok(())
 }
@@ -264,6 +265,6 @@ fn tally(args: &TallyArgs) -> Result<(), Failure> {
     if let Some(path) = &args.markdown {
         write_atomic(path, markdown.as_bytes())?;
     }
-    print!("{markdown}");
+    streams::print(format_args!("{markdown}"));
     Ok(())
 }

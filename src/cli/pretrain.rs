@@ -46,12 +46,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let first = comm.rank() == 0;
     let model = pretrain::run(settings, comm, &mut |line| {
         if first {
-            println!("{line}");
+            say!("{line}");
         }
     })?;
     agree(comm, if first { model.save(&args.out, Kind::Half, None) } else { Ok(()) })?;
     if first {
-        println!("model in {}", args.out.display());
+        say!("model in {}", args.out.display());
     }
     Ok(())
 }

@@ -25,6 +25,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         _ => PathBuf::from("report.html"),
     });
     write_atomic(&out, page.as_bytes())?;
-    println!("{}", out.display());
+    say!("{}", out.display());
     Ok(())
 }

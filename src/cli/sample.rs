@@ -124,6 +124,6 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
         rows[prompt].pictures.push(picture);
     }
     save_png(&args.out.join("grid.png"), &image_grid("", &rows)?, &settings(&prompts.join("\n"), None))?;
-    println!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
+    say!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
     Ok(())
 }

@@ -37,6 +37,7 @@ pub use picture::{read_png, save_png, Picture};
 pub use progress::Progress;
 pub use run_files::{can_be_folder, RunFiles};
 pub use samples::SampleSheet;
+pub(crate) use screen::suspended;
 pub use screen::{init_logger, Screen};
 pub use summary::{Estimate, Summary, TaskSummary};
 pub use tensorboard::EventWriter;

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::metrics::{names, Metrics};
 use super::screen::{bars, knows_its_width, suspended, Screen};
+use crate::streams::Stream;
 
 /// Lines between two column headers.
 const HEADER_EVERY: u64 = 20;
@@ -97,10 +98,7 @@ impl Drop for Progress {
 
 /// A full disk or a closed pipe behind the screen is no reason to end a run.
 fn print_line(line: &str) {
-    let _ = suspended(|| {
-        let mut out = std::io::stdout().lock();
-        writeln!(out, "{line}").and_then(|()| out.flush())
-    });
+    let _ = suspended(|| Stream::out().write_all(format!("{line}\n").as_bytes()));
 }
 
 /// Which metrics are shown, and how wide.

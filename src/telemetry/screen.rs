@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 
 use indicatif::{MultiProgress, ProgressDrawTarget, TermLike};
 
+use crate::streams::Stream;
+
 /// How rank 0 shows its progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Screen {
@@ -65,7 +67,7 @@ pub(super) fn knows_its_width() -> bool {
 }
 
 /// Runs `write` while no bar is on the screen.
-pub(super) fn suspended<T>(write: impl FnOnce() -> T) -> T {
+pub(crate) fn suspended<T>(write: impl FnOnce() -> T) -> T {
     match BARS.get() {
         Some(bars) => bars.suspend(write),
         None => write(),
@@ -91,15 +93,14 @@ struct Records;
 impl Write for Records {
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
         match BARS.get() {
-            Some(bars) => bars.suspend(|| std::io::stdout().write_all(record)),
-            None => std::io::stderr().write_all(record),
+            Some(bars) => bars.suspend(|| Stream::out().write_all(record)),
+            None => Stream::err().write_all(record),
         }
         .map(|()| record.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stdout().flush()?;
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
@@ -110,7 +111,7 @@ struct PipedTerminal;
 
 impl PipedTerminal {
     fn put(&self, text: &str) -> std::io::Result<()> {
-        std::io::stdout().write_all(text.as_bytes())
+        Stream::out().write_all(text.as_bytes())
     }
 
     fn move_cursor(&self, count: usize, direction: char) -> std::io::Result<()> {
@@ -157,7 +158,7 @@ impl TermLike for PipedTerminal {
     }
 
     fn flush(&self) -> std::io::Result<()> {
-        std::io::stdout().flush()
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
+    streams,
     telemetry::write_atomic,
 };
 
@@ -42,7 +43,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if let Some(folder) = &args.report {
         let text = if comm.rank() == 0 { report::write(folder, &args.machine).map(Some) } else { Ok(None) };
         if let Some(text) = text.or_mistake()? {
-            print!("{text}");
+            streams::print(format_args!("{text}"));
         }
         return Ok(());
     }
@@ -59,7 +60,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         std::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("ranks-{:04}.json", comm.size()));
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
-        println!("{}", report::one_line(&measured));
+        say!("{}", report::one_line(&measured));
         Ok(())
     };
     agree(comm, if comm.rank() == 0 { write() } else { Ok(()) })?;
