@@ -23,8 +23,8 @@ use crate::{
     models::{folder::ModelFiles, pipeline::Pipeline},
     run::{load_model, model_location},
     streams,
-    telemetry::{can_be_folder, save_png, write_atomic},
-    text_file,
+    telemetry::{can_be_file, can_be_folder, save_png, write_atomic},
+    text_file, user_file,
 };
 
 #[derive(clap::Args)]
@@ -182,7 +182,7 @@ fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<Stri
     let read = || -> Result<_> {
         let (path, name) = named.rsplit_once(':').with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
         let path = Path::new(path);
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = user_file::read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = match is_evaluation(&text) {
             true => EvalConfig::load(path, &[])?,
             false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
@@ -255,6 +255,7 @@ fn draw(files: &StudyFiles, study: &Study, model: usize, painter: &Painter, comm
 fn tally(args: &TallyArgs) -> Result<(), Failure> {
     let path = if args.study.is_dir() { StudyFiles::new(&args.study).study() } else { args.study.clone() };
     let study = Study::read(&path).or_mistake()?;
+    [&args.json, &args.markdown].into_iter().flatten().try_for_each(|path| can_be_file(path)).or_mistake()?;
     let sessions = votes::read_all(&study, &args.votes).or_mistake()?;
     let tally = Tally::of(&study, &sessions);
     let markdown = tally.markdown();

@@ -29,7 +29,7 @@ mod train;
 
 use std::{ffi::OsString, io::ErrorKind, process::ExitCode, time::Duration};
 
-use anyhow::Error;
+use anyhow::{Context, Error};
 use clap::{Parser, Subcommand};
 
 use crate::{
@@ -196,6 +196,9 @@ fn print_usage(error: &clap::Error) -> Result<(), ()> {
 }
 
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+    // relative paths have no meaning there, and MKL ends the process
+    let here = std::env::current_dir().map(drop).context("the working folder is gone; go to one that exists");
+    comm::all_made(comm, here).or_mistake()?;
     let command = cli.command.unwrap_or(Command::Train(cli.train));
     if !matches!(command, Command::Train(_) | Command::Study(_)) {
         // the others have nothing to save: a signal ends them

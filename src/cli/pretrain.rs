@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{anyhow, ensure};
+use anyhow::{ensure, Context};
 use tch::Kind;
 
 use super::{Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     miniature::pretrain::{self, PretrainSettings},
+    telemetry::can_be_folder,
 };
 
 #[derive(clap::Args)]
@@ -38,9 +39,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let free = || {
         ensure!(!args.out.exists(), "{} exists already", args.out.display());
         ensure!(settings.vae_steps > 0 && settings.unet_steps > 0, "--vae-steps and --unet-steps must be at least 1");
+        if comm.rank() == 0 {
+            can_be_folder(&args.out)?;
+        }
         pretrain::check_ranks(comm)
     };
-    agree(comm, free()).map_err(|e| anyhow!("pretrain: {e:#}")).or_mistake()?;
+    agree(comm, free()).context("pretrain").or_mistake()?;
     // the bits of the result depend on the number of threads
     tch::set_num_threads(1);
     let first = comm.rank() == 0;

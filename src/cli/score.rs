@@ -17,7 +17,7 @@ use crate::{
         registry::{build, Place},
         Reward,
     },
-    telemetry::{write_atomic, Estimate},
+    telemetry::{can_be_file, write_atomic, Estimate},
     text_file,
 };
 
@@ -57,6 +57,8 @@ struct Judged {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let json = args.json.as_deref().filter(|_| comm.rank() == 0);
+    agree(comm, json.map_or(Ok(()), can_be_file)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let (files, prompts, mut reward) = all_made(comm, prepare(&args, device)).or_mistake()?;
 

@@ -16,7 +16,7 @@ use super::{
     CHUNK,
 };
 use crate::{
-    cannot_write::CannotWrite,
+    cannot_write::{make_folder, CannotWrite},
     comm::{agree, all_made, Communicator},
     config::{EvalConfig, EvalSet, EvalSplit},
     evaluate::to_picture,
@@ -150,12 +150,8 @@ pub fn evaluate_set(
     if let Some(found) = share(comm, (comm.rank() == 0).then(|| finished(&file, &key, config, set, &folder)))? {
         return Ok(found);
     }
-    let made = if comm.rank() == 0 {
-        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())
-    } else {
-        Ok(())
-    };
-    agree(comm, made).context(CannotWrite::new("the evaluation's files"))?;
+    let made = if comm.rank() == 0 { make_folder(&folder) } else { Ok(()) };
+    agree(comm, made)?;
 
     let chunk = CHUNK.next_multiple_of(set.config.images_per_prompt);
     let total = set.samples();
@@ -167,7 +163,7 @@ pub fn evaluate_set(
             Some(part) => part,
             None => {
                 let part = draw_and_judge(config, roller, set, &folder, &key_digest, first, count)?;
-                write_atomic(&file, &serde_json::to_vec(&part)?).context(CannotWrite::new("the evaluation's files"))?;
+                write_atomic(&file, &serde_json::to_vec(&part)?)?;
                 part
             }
         };

@@ -72,7 +72,7 @@ pub fn load_with_adapters(
     let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
     let Some(path) = lora else { return Pipeline::from_files(files, device) };
     let read = || {
-        let bytes = std::fs::read(path)?;
+        let bytes = user_file::read(path)?;
         lora::from_file(read_tensors(&bytes, &path.display().to_string())?)
     };
     let (settings, adapters) = read().with_context(|| path.display().to_string())?;

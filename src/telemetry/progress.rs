@@ -39,7 +39,10 @@ impl Progress {
             });
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─");
             let bar = bars().add(ProgressBar::new(total).with_position(done).with_style(style));
-            bar.enable_steady_tick(Duration::from_millis(500));
+            // it panics where the operating system gives no thread; without, the bar moves at every iteration
+            if std::thread::Builder::new().spawn(|| ()).is_ok() {
+                bar.enable_steady_tick(Duration::from_millis(500));
+            }
             bar
         });
         let table = Table::new(tasks, total);

@@ -11,9 +11,10 @@ use std::path::PathBuf;
 
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
+    cannot_write::make_folder,
     comm::{agree, Communicator},
     streams,
-    telemetry::write_atomic,
+    telemetry::{can_be_folder, write_atomic},
 };
 
 #[derive(clap::Args)]
@@ -49,6 +50,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
+    agree(comm, if comm.rank() == 0 { can_be_folder(&folder) } else { Ok(()) }).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
@@ -57,7 +59,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     };
     let measured = measurement::measure(&config, plan, comm)?;
     let write = || {
-        std::fs::create_dir_all(&folder)?;
+        make_folder(&folder)?;
         let path = folder.join(format!("ranks-{:04}.json", comm.size()));
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
         say!("{}", report::one_line(&measured));
