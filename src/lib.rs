@@ -23,8 +23,9 @@
 //!
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
+//! What all of them print goes through [`streams`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
-//! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
+//! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -58,6 +59,13 @@
 //! | ReFL, reward-weighted, RAFT, DRaFT-LV (Table 6) | [`methods`] |
 //! | AdamW | [`kernels::adamw`], [`policy::optimizer`] |
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+// first: its macro is every module's
+#[macro_use]
+pub mod streams;
+
+pub mod cannot_write;
 pub mod caught_panics;
 pub mod cli;
 pub mod comm;
@@ -99,6 +107,7 @@ pub mod task;
 pub mod telemetry;
 pub mod text_file;
 pub mod train;
+pub mod user_file;
 pub mod watch;
 pub mod word_list;
 

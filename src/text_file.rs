@@ -5,12 +5,14 @@ use std::path::Path;
 use anyhow::{anyhow, bail, Context, Result};
 use serde_json::{Map, Value};
 
+use crate::user_file;
+
 /// Lines that are not blank, trimmed, with their number (from 1). A byte-order mark at the beginning is skipped.
 ///
 /// # Errors
 /// A file that cannot be read, or a line that is not UTF-8.
 pub fn lines(path: &Path) -> Result<Vec<(usize, String)>> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = user_file::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     lines_of(&bytes).with_context(|| path.display().to_string())
 }
 

@@ -17,6 +17,7 @@ use crate::{
     prompts::Split,
     run::{build_for, footprint, load_for_training, model_location},
     task::Task,
+    user_file,
 };
 
 #[derive(clap::Args)]
@@ -34,7 +35,7 @@ pub struct Args {
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     // evaluations and studies are another kind of config
-    let text = args.config.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+    let text = args.config.config.as_ref().and_then(|path| user_file::read_text(path).ok()).unwrap_or_default();
     let of_other_kind = match &args.config.config {
         Some(path) if is_evaluation(&text) => Some(eval::check(path, &args.config.set)),
         Some(path) if is_study(&text) => Some(match args.config.set.is_empty() {
@@ -46,13 +47,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if let Some(described) = of_other_kind {
         let described = described.or_mistake()?;
         if comm.rank() == 0 {
-            println!("{described}");
+            say!("{described}");
         }
         return Ok(());
     }
     let config = args.config.load(comm).or_mistake()?;
     if comm.rank() == 0 {
-        println!("{}", describe(&config, &args).or_mistake()?);
+        say!("{}", describe(&config, &args).or_mistake()?);
     }
     Ok(())
 }

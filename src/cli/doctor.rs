@@ -38,8 +38,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     report.line("HDF5", &store::hdf5_version());
     report.line("cores", &std::thread::available_parallelism().map_or("unknown".into(), |n| n.to_string()));
     gpu_lines(&report);
-    let mut slurm: Vec<String> =
-        std::env::vars().filter(|(k, _)| k.starts_with("SLURM_")).map(|(k, v)| format!("{k}={v}")).collect();
+    let mut slurm: Vec<String> = std::env::vars_os().map(|(k, v)| format!("{}={}", k.display(), v.display())).collect();
+    slurm.retain(|variable| variable.starts_with("SLURM_"));
     slurm.sort();
     report.line("Slurm", if slurm.is_empty() { "not inside a job" } else { "" });
     slurm.iter().for_each(|v| report.line("", v));
@@ -75,7 +75,7 @@ struct Report {
 impl Report {
     fn line(&self, name: &str, value: &str) {
         if self.first {
-            println!("{name:<16} {value}");
+            say!("{name:<16} {value}");
         }
     }
 

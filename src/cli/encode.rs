@@ -7,10 +7,11 @@ use clap::ValueEnum;
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::Communicator,
+    comm::{agree, Communicator},
     config::PairData,
     pairs::{encode, EncodeSettings},
     run::load_model,
+    telemetry::can_be_folder,
 };
 
 #[derive(clap::Args)]
@@ -47,13 +48,14 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         }
     };
     let pairs = pairs().or_mistake()?;
+    agree(comm, can_be_folder(&args.out)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;
     let settings = EncodeSettings { per_shard: args.per_shard, half: args.precision == Precision::F16 };
     let made = encode(&pipeline, pairs, &args.out, settings, comm).or_mistake()?;
     if comm.rank() == 0 {
-        println!("{made} shards written to {}", args.out.display());
+        say!("{made} shards written to {}", args.out.display());
     }
     Ok(())
 }

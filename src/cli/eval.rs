@@ -9,7 +9,8 @@ use crate::{
     comm::{agree, Communicator},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
     evaluation::{to_json, to_markdown, Evaluation},
-    telemetry::write_atomic,
+    telemetry::{can_be_file, write_atomic},
+    user_file,
 };
 
 /// CONFIG is an evaluation (tables eval, model, set), or a training experiment, whose tasks are then the sets.
@@ -39,10 +40,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.eval.threads as i32);
     let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.eval.name));
+    let json = args.json.as_deref().filter(|_| comm.rank() == 0);
+    agree(comm, json.map_or(Ok(()), can_be_file)).or_mistake()?;
     let evaluation = Evaluation::prepare(&config, comm, device, &out).or_mistake()?;
     let results = evaluation.go(comm, device, &out)?;
     if comm.rank() == 0 {
-        println!("{}results in {}", to_markdown(&results), out.display());
+        say!("{}results in {}", to_markdown(&results), out.display());
     }
     if let Some(path) = args.json {
         let written = || write_atomic(&path, &serde_json::to_vec_pretty(&to_json(&results))?);
@@ -55,7 +58,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 fn load(args: &ConfigArgs, comm: &dyn Communicator) -> Result<EvalConfig> {
     let mut message = Vec::new();
     if comm.rank() == 0 {
-        let text = args.config.as_ref().and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+        let text = args.config.as_ref().and_then(|path| user_file::read_text(path).ok()).unwrap_or_default();
         let loaded = match (is_evaluation(&text), &args.config) {
             (true, Some(path)) => EvalConfig::load(path, &args.set).map(Some),
             _ => Ok(None),

@@ -7,7 +7,14 @@ use clap::ValueEnum;
 use tch::{Device, Kind};
 
 use super::{Failure, OrMistake};
-use crate::{comm::Communicator, config::load, learner::Learner, run::load_for_training, store};
+use crate::{
+    comm::Communicator,
+    config::load,
+    learner::Learner,
+    run::load_for_training,
+    store,
+    telemetry::{can_be_file, can_be_folder},
+};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -39,12 +46,16 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         return Ok(());
     }
     export(&args).or_mistake()?;
-    println!("{}", args.out.display());
+    say!("{}", args.out.display());
     Ok(())
 }
 
 fn export(args: &Args) -> Result<()> {
     ensure!(!args.out.exists(), "{} exists already", args.out.display());
+    match args.lora {
+        true => can_be_file(&args.out)?,
+        false => can_be_folder(&args.out)?,
+    }
     let (path, checkpoint, warnings) = store::find(&args.checkpoint)?;
     warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let mut config = load::parse(&checkpoint.config_toml, &format!("{}: its config", path.display()), &[])?;

@@ -22,8 +22,9 @@ use crate::{
     memory,
     models::{folder::ModelFiles, pipeline::Pipeline},
     run::{load_model, model_location},
-    telemetry::{can_be_folder, save_png, write_atomic},
-    text_file,
+    streams,
+    telemetry::{can_be_file, can_be_folder, save_png, write_atomic},
+    text_file, user_file,
 };
 
 #[derive(clap::Args)]
@@ -153,11 +154,11 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         let (pages, key) = (files.pages(), files.study());
         let already = if state == State::Complete { " (they were there already)" } else { "" };
         let queries = if study.queries.len() == 1 { "query" } else { "queries" };
-        println!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
-        println!("give them that folder: they open its index.html, from disk or from any web server");
-        println!("keep {}: it says which model is on which side", key.display());
+        say!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
+        say!("give them that folder: they open its index.html, from disk or from any web server");
+        say!("keep {}: it says which model is on which side", key.display());
         let out = args.out.display();
-        println!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
+        say!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
     }
     Ok(())
 }
@@ -181,7 +182,7 @@ fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<Stri
     let read = || -> Result<_> {
         let (path, name) = named.rsplit_once(':').with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
         let path = Path::new(path);
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = user_file::read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = match is_evaluation(&text) {
             true => EvalConfig::load(path, &[])?,
             false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
@@ -254,6 +255,7 @@ fn draw(files: &StudyFiles, study: &Study, model: usize, painter: &Painter, comm
 fn tally(args: &TallyArgs) -> Result<(), Failure> {
     let path = if args.study.is_dir() { StudyFiles::new(&args.study).study() } else { args.study.clone() };
     let study = Study::read(&path).or_mistake()?;
+    [&args.json, &args.markdown].into_iter().flatten().try_for_each(|path| can_be_file(path)).or_mistake()?;
     let sessions = votes::read_all(&study, &args.votes).or_mistake()?;
     let tally = Tally::of(&study, &sessions);
     let markdown = tally.markdown();
@@ -264,6 +266,6 @@ fn tally(args: &TallyArgs) -> Result<(), Failure> {
     if let Some(path) = &args.markdown {
         write_atomic(path, markdown.as_bytes())?;
     }
-    print!("{markdown}");
+    streams::print(format_args!("{markdown}"));
     Ok(())
 }

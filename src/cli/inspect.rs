@@ -19,6 +19,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         return Ok(());
     }
     let text = if args.digest { store::digest(&args.path) } else { store::inspect(&args.path) };
-    println!("{}", text.or_mistake()?.trim_end());
+    say!("{}", text.or_mistake()?.trim_end());
     Ok(())
 }

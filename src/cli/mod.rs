@@ -1,8 +1,12 @@
 //! The command line: one file per command.
 //!
 //! Exit codes: 0 done; 1 a failure at work, a late rank among them; 2 a mistake in what was asked for, found before any
-//! work; 74 the run's files cannot be written (EX_IOERR): the checkpoints that were complete still are; 75 saved and
-//! ready to be started again (EX_TEMPFAIL); 101 a panic.
+//! work; 74 a file or standard output cannot be written (EX_IOERR), for a reason that the operating system gives: the
+//! checkpoints that were complete still are; 75 saved and ready to be started again (EX_TEMPFAIL); 101 a panic.
+//!
+//! Standard output that a reader closes (`| head`) ends nothing and is no failure: a command does what it was asked to do
+//! and ends with the code it has without the reader. A training, or a study, goes on whatever becomes of standard output
+//! and standard error.
 
 mod bench;
 mod check;
@@ -23,16 +27,16 @@ mod study;
 mod tokenize;
 mod train;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, io::ErrorKind, process::ExitCode, time::Duration};
 
-use anyhow::Error;
+use anyhow::{Context, Error};
 use clap::{Parser, Subcommand};
 
 use crate::{
+    cannot_write::{CannotWrite, OfRanks},
     comm::{self, abort_world_on_panic, Communicator},
-    memory,
-    run::CannotWrite,
-    signals,
+    memory, signals,
+    streams::{self, complain},
     telemetry::init_logger,
 };
 
@@ -111,17 +115,21 @@ impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
 /// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
 const START_AGAIN: u8 = 75;
 
-/// Exit code where a run's files cannot be written.
-const CANNOT_WRITE: i32 = 74;
+/// Exit code where files cannot be written.
+const CANNOT_WRITE: u8 = 74;
+
+/// What rank 0 has to report a failure of all ranks.
+const AFTER_RANK_0: Duration = Duration::from_secs(2);
 
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     abort_world_on_panic();
+    streams::outlive_size_limits();
     // before everything else: a signal that comes while a training run starts must not kill it
     let comm = match signals::install().and_then(|()| comm::start()) {
         Ok(comm) => comm,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            complain(&format!("error: {e:#}\n"));
             return ExitCode::from(2);
         }
     };
@@ -131,48 +139,66 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(e) => {
-            if first {
-                print_usage(&e);
-            }
-            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
+            let printed = if first { print_usage(&e) } else { Ok(()) };
+            let code = u8::try_from(e.exit_code()).unwrap_or(2);
+            return ExitCode::from(if printed.is_ok() { code } else { CANNOT_WRITE });
         }
     };
     match dispatch(cli, comm) {
         Ok(code) => code,
         Err(Failure::Mistake(e)) => {
             if first {
-                eprintln!("error: {e:#}");
+                complain(&format!("error: {e:#}\n"));
             }
-            ExitCode::from(2)
+            ExitCode::from(if CannotWrite::caused(&e) { CANNOT_WRITE } else { 2 })
         }
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");
             let text = memory::explain(&text).unwrap_or(text);
-            let line = match comm.size() {
-                1 => format!("error: {text}\n"),
-                _ => format!("error: rank {}: {text}\n", comm.rank()),
-            };
-            // one write, so that the lines of several ranks stay whole; nobody is left to tell if it fails
-            let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
-            comm.abort(if e.downcast_ref::<CannotWrite>().is_some() { CANNOT_WRITE } else { 1 })
+            let of_all = e.downcast_ref::<OfRanks>().is_some();
+            if of_all && !first {
+                // rank 0 says it for all of them, and ends them
+                std::thread::sleep(AFTER_RANK_0);
+            } else if of_all || comm.size() == 1 {
+                complain(&format!("error: {text}\n"));
+            } else {
+                complain(&format!("error: rank {}: {text}\n", comm.rank()));
+            }
+            comm.abort(if CannotWrite::caused(&e) { CANNOT_WRITE.into() } else { 1 })
         }
     }
 }
 
 /// Help as clap lays it out, a mistake as one line like all others.
-fn print_usage(error: &clap::Error) {
+///
+/// # Errors
+/// Help that standard output does not take; it is said on standard error.
+fn print_usage(error: &clap::Error) -> Result<(), ()> {
     use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
-    if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
+    if !error.use_stderr() {
+        return match error.print() {
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+                complain(&format!("error: {}: {e}\n", CannotWrite::new("standard output")));
+                Err(())
+            }
+            _ => Ok(()),
+        };
+    }
+    if error.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
         // nobody is left to tell if the screen is gone
         let _ = error.print();
-        return;
+        return Ok(());
     }
     let text = error.to_string();
     let message = text.split("\n\n").next().unwrap_or_default();
-    eprintln!("{} (see rldiff --help)", message.split_whitespace().collect::<Vec<_>>().join(" "));
+    complain(&format!("{} (see rldiff --help)\n", message.split_whitespace().collect::<Vec<_>>().join(" ")));
+    Ok(())
 }
 
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+    // relative paths have no meaning there, and MKL ends the process
+    let here = std::env::current_dir().map(drop).context("the working folder is gone; go to one that exists");
+    comm::all_made(comm, here).or_mistake()?;
     let command = cli.command.unwrap_or(Command::Train(cli.train));
     if !matches!(command, Command::Train(_) | Command::Study(_)) {
         // the others have nothing to save: a signal ends them
@@ -195,6 +221,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Tokenize(args) => tokenize::run(args, comm),
         Command::Bench(args) => bench::run(args, comm),
     }?;
+    streams::outcome()?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{anyhow, ensure};
+use anyhow::{ensure, Context};
 use tch::Kind;
 
 use super::{Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     miniature::pretrain::{self, PretrainSettings},
+    telemetry::can_be_folder,
 };
 
 #[derive(clap::Args)]
@@ -38,20 +39,23 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let free = || {
         ensure!(!args.out.exists(), "{} exists already", args.out.display());
         ensure!(settings.vae_steps > 0 && settings.unet_steps > 0, "--vae-steps and --unet-steps must be at least 1");
+        if comm.rank() == 0 {
+            can_be_folder(&args.out)?;
+        }
         pretrain::check_ranks(comm)
     };
-    agree(comm, free()).map_err(|e| anyhow!("pretrain: {e:#}")).or_mistake()?;
+    agree(comm, free()).context("pretrain").or_mistake()?;
     // the bits of the result depend on the number of threads
     tch::set_num_threads(1);
     let first = comm.rank() == 0;
     let model = pretrain::run(settings, comm, &mut |line| {
         if first {
-            println!("{line}");
+            say!("{line}");
         }
     })?;
     agree(comm, if first { model.save(&args.out, Kind::Half, None) } else { Ok(()) })?;
     if first {
-        println!("model in {}", args.out.display());
+        say!("model in {}", args.out.display());
     }
     Ok(())
 }

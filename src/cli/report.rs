@@ -3,7 +3,11 @@
 use std::path::PathBuf;
 
 use super::{Failure, OrMistake};
-use crate::{comm::Communicator, report, telemetry::write_atomic};
+use crate::{
+    comm::Communicator,
+    report,
+    telemetry::{can_be_file, write_atomic},
+};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -24,7 +28,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         [run] => run.join("report.html"),
         _ => PathBuf::from("report.html"),
     });
+    can_be_file(&out).or_mistake()?;
     write_atomic(&out, page.as_bytes())?;
-    println!("{}", out.display());
+    say!("{}", out.display());
     Ok(())
 }

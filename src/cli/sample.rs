@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMistake};
 use crate::{
+    cannot_write::make_folder,
     comm::{agree, Communicator},
     draw::{warn_of_cut_prompts, Drawing, Painter},
     memory,
@@ -100,7 +101,7 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
         drawn.extend(serde_json::from_slice::<Vec<Drawn>>(bytes)?);
     }
     drawn.sort_by_key(|d| d.sample);
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create {}", args.out.display()))?;
+    make_folder(&args.out)?;
     let settings = |prompt: &str, sample: Option<usize>| {
         let mut all = vec![
             ("prompt".to_string(), prompt.to_string()),
@@ -124,6 +125,6 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
         rows[prompt].pictures.push(picture);
     }
     save_png(&args.out.join("grid.png"), &image_grid("", &rows)?, &settings(&prompts.join("\n"), None))?;
-    println!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
+    say!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
     Ok(())
 }

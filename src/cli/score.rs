@@ -17,7 +17,7 @@ use crate::{
         registry::{build, Place},
         Reward,
     },
-    telemetry::{write_atomic, Estimate},
+    telemetry::{can_be_file, write_atomic, Estimate},
     text_file,
 };
 
@@ -57,6 +57,8 @@ struct Judged {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    let json = args.json.as_deref().filter(|_| comm.rank() == 0);
+    agree(comm, json.map_or(Ok(()), can_be_file)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let (files, prompts, mut reward) = all_made(comm, prepare(&args, device)).or_mistake()?;
 
@@ -184,16 +186,16 @@ fn report(args: &Args, files: &[PathBuf], prompts: &[Prompt], gathered: &[Vec<u8
     let values = |bits: &[u32]| bits.iter().map(|&b| f32::from_bits(b)).collect::<Vec<f32>>();
     let rewards: Vec<f32> = judged.iter().flat_map(|j| values(&j.rewards)).collect();
     for ((file, prompt), reward) in files.iter().zip(prompts).zip(&rewards) {
-        println!("{reward:>12.5}  {}  {}", file.display(), prompt.text);
+        say!("{reward:>12.5}  {}  {}", file.display(), prompt.text);
     }
     let units: Vec<f64> =
         rewards.chunks(args.group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
     let usable: Vec<f64> = units.iter().copied().filter(|r| r.is_finite()).collect();
     let estimate = Estimate::of(&usable);
     match usable.len() {
-        0 => println!("{:>12}  mean: no reward is finite", "-"),
-        1 => println!("{:>12.5}  mean of 1", estimate.mean),
-        count => println!("{:>12.5}  mean ± {:.5} of {count}", estimate.mean, estimate.stderr),
+        0 => say!("{:>12}  mean: no reward is finite", "-"),
+        1 => say!("{:>12.5}  mean of 1", estimate.mean),
+        count => say!("{:>12.5}  mean ± {:.5} of {count}", estimate.mean, estimate.stderr),
     }
     let mut means: Vec<(String, f64, usize)> = Vec::new();
     for (name, bits) in judged.iter().flat_map(|j| &j.diagnostics) {
@@ -204,7 +206,7 @@ fn report(args: &Args, files: &[PathBuf], prompts: &[Prompt], gathered: &[Vec<u8
         }
     }
     for (name, sum, count) in &means {
-        println!("{:>12.5}  {name}", sum / *count as f64);
+        say!("{:>12.5}  {name}", sum / *count as f64);
     }
     if let Some(path) = &args.json {
         let images = files.iter().zip(prompts).zip(&rewards).map(|((file, prompt), reward)| {

@@ -1,6 +1,6 @@
 //! `rldiff tokenize`: what a model's tokenizer makes of prompts.
 
-use std::io::{self, BufRead, BufWriter, ErrorKind, Write};
+use std::io::{self, BufRead, BufReader};
 
 use anyhow::{anyhow, Context};
 
@@ -9,6 +9,7 @@ use crate::{
     comm::Communicator,
     models::{folder::ModelFiles, tokenizer::Tokenizer},
     run::model_location,
+    streams,
 };
 
 #[derive(clap::Args)]
@@ -18,6 +19,9 @@ pub struct Args {
     model: String,
 }
 
+/// Bytes of output that are gathered while there is input.
+const PRINTED_AT_ONCE: usize = 1 << 13;
+
 /// Rank 0 alone works; nothing here is collective.
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() != 0 {
@@ -25,8 +29,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let files = ModelFiles::read_tokenizer(&model_location(&args.model)).or_mistake()?;
     let tokenizer = Tokenizer::from_files(&files).or_mistake()?;
-    let mut out = BufWriter::new(io::stdout().lock());
-    let mut input = io::stdin().lock();
+    let mut out = String::new();
+    let mut input = BufReader::new(io::stdin().lock());
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
@@ -40,7 +44,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         let encoded = match prompt {
             Ok(prompt) => tokenizer.encode(prompt)?,
             Err(e) => {
-                out.flush()?;
+                streams::print(format_args!("{out}"));
                 return Err(Failure::Mistake(e));
             }
         };
@@ -48,14 +52,16 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
             log::warn!("line {number}: the prompt is too long, its last {} tokens are cut", encoded.cut);
         }
         let ids: Vec<String> = encoded.ids.iter().map(u32::to_string).collect();
-        match writeln!(out, "[{}]", ids.join(", ")) {
-            // the reader has seen enough (`| head`)
-            Err(e) if e.kind() == ErrorKind::BrokenPipe => return Ok(()),
-            result => result?,
+        out += &format!("[{}]\n", ids.join(", "));
+        // whoever asks prompt by prompt is answered at once
+        if out.len() >= PRINTED_AT_ONCE || input.buffer().is_empty() {
+            streams::print(format_args!("{out}"));
+            out.clear();
+        }
+        if streams::is_gone() {
+            break;
         }
     }
-    match out.flush() {
-        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(e.into()),
-        _ => Ok(()),
-    }
+    streams::print(format_args!("{out}"));
+    Ok(())
 }

@@ -20,11 +20,15 @@ pub use self::timed::{Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 
-use anyhow::{anyhow, bail, ensure, Result};
+use anyhow::{ensure, Result};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use crate::caught_panics;
+use crate::{
+    cannot_write::{CannotWrite, OfRanks},
+    caught_panics,
+    streams::complain,
+};
 
 /// Number type of gradients on their way between ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,30 +121,62 @@ pub fn library_version() -> String {
 /// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
 /// that failed and why. A collective call; whoever calls it must reach it even after a failure.
 pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
-    let text = mine.err().map(|e| format!("{e:#}")).unwrap_or_default();
-    let failures: Vec<String> = comm
-        .all_gather_bytes(text.as_bytes())?
-        .iter()
-        .enumerate()
-        .filter(|(_, text)| !text.is_empty())
-        .map(|(rank, text)| format!("rank {rank}: {}", String::from_utf8_lossy(text)))
-        .collect();
-    if !failures.is_empty() {
-        bail!("{}", failures.join("; "));
+    let all = comm.all_gather_bytes(&Outcome::of(&mine).packed())?;
+    let failed: Vec<(usize, Outcome)> =
+        all.iter().map(|bytes| Outcome::unpacked(bytes)).enumerate().filter(|(_, o)| o.failed).collect();
+    if failed.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let of_writing = failed.iter().any(|(_, outcome)| outcome.of_writing);
+    let texts: Vec<String> =
+        failed.into_iter().map(|(rank, outcome)| format!("rank {rank}: {}", outcome.text)).collect();
+    Err(OfRanks { text: texts.join("; "), of_writing }.into())
+}
+
+/// What a rank says of its own result.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Outcome {
+    failed: bool,
+    /// Whether it failed because it could not write.
+    of_writing: bool,
+    text: String,
+}
+
+impl Outcome {
+    fn of<T>(mine: &Result<T>) -> Self {
+        mine.as_ref().err().map_or_else(Outcome::default, |e| Outcome {
+            failed: true,
+            of_writing: CannotWrite::caused(e),
+            text: format!("{e:#}"),
+        })
+    }
+
+    /// Nothing for success.
+    fn packed(&self) -> Vec<u8> {
+        match self.failed {
+            true => [&[u8::from(self.of_writing)], self.text.as_bytes()].concat(),
+            false => Vec::new(),
+        }
+    }
+
+    fn unpacked(bytes: &[u8]) -> Self {
+        let Some((mark, text)) = bytes.split_first() else { return Outcome::default() };
+        Outcome { failed: true, of_writing: *mark == 1, text: String::from_utf8_lossy(text).into_owned() }
+    }
 }
 
 /// What every rank made by itself from the same settings, or the same error on all of them: once where all failed alike,
 /// by rank where they did not. A collective call, to be reached even after a failure.
 pub fn all_made<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
-    let text = mine.as_ref().err().map(|e| format!("{e:#}")).unwrap_or_default();
-    let texts = comm.all_gather_bytes(text.as_bytes())?;
-    if !text.is_empty() && texts.iter().all(|other| other == text.as_bytes()) {
-        bail!("{text}");
+    let outcome = Outcome::of(&mine);
+    let all = comm.all_gather_bytes(&outcome.packed())?;
+    if outcome.failed && all.iter().all(|other| Outcome::unpacked(other) == outcome) {
+        return Err(OfRanks { text: outcome.text, of_writing: outcome.of_writing }.into());
     }
-    agree(comm, mine.as_ref().map(drop).map_err(|_| anyhow!("{text}")))?;
-    mine
+    match mine {
+        Ok(made) => agree(comm, Ok(())).map(|()| made),
+        Err(e) => Err(agree(comm, Err(e)).expect_err("this rank's own failure")),
+    }
 }
 
 /// Makes a panic on any thread of any rank end all ranks within seconds: it prints `rank R: message (file:line)` on
@@ -159,8 +195,7 @@ pub fn abort_world_on_panic() {
         if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
             text.push_str(&backtrace.to_string());
         }
-        // one write, so that the lines of several ranks do not run into each other; nobody is left to tell if it fails
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        complain(&text);
         mpi::end_world(101)
     }));
 }

@@ -25,7 +25,7 @@ use cudarc::{
 use tch::Device;
 
 use super::{agree, Around, Communicator, DeviceVector, Wire};
-use crate::device::parts;
+use crate::{device::parts, streams::complain};
 
 /// A sum, or the set-up, that takes longer than this ends the run where no other limit is given.
 pub const PATIENCE: Duration = Duration::from_secs(600);
@@ -248,8 +248,7 @@ fn watch_set_up(joined: Arc<AtomicBool>, rank: usize, patience: Option<Duration>
 
 fn give_up(rank: usize, why: &str) -> ! {
     let text = format!("error: rank {rank}: NCCL: {why}\n");
-    // one write, so that the lines of several ranks stay whole; nobody is left to tell if it fails
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+    complain(&text);
     super::mpi::end_world(1)
 }
 

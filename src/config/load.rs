@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{bail, Context, Result};
 
 use super::Config;
+use crate::user_file;
 
 /// The experiment that a bare `rldiff` runs.
 pub const EMBEDDED_JOINT: &str = include_str!("../../slurm/miniature-joint.toml");
@@ -17,8 +18,7 @@ pub const EMBEDDED_JOINT: &str = include_str!("../../slurm/miniature-joint.toml"
 pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
     let (text, origin) = match path {
         Some(path) => {
-            let text =
-                std::fs::read_to_string(path).with_context(|| format!("cannot read config {}", path.display()))?;
+            let text = user_file::read_text(path).with_context(|| format!("cannot read config {}", path.display()))?;
             (text, path.display().to_string())
         }
         None => (EMBEDDED_JOINT.to_string(), "embedded joint experiment".to_string()),
@@ -37,7 +37,7 @@ pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Config> {
 /// Names the file or override, the key, and what is wrong with it.
 pub fn read_toml<T: serde::de::DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T> {
     let origin = path.display().to_string();
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {origin}"))?;
+    let text = user_file::read_text(path).with_context(|| format!("cannot read {origin}"))?;
     parse_as(&text, &origin, overrides)
 }
 

@@ -24,10 +24,10 @@ use anyhow::{Context, Result};
 use tch::Device;
 
 use crate::{
+    cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::EvalConfig,
     diffusion::schedule::Schedule,
-    run::CannotWrite,
     task::Roller,
     telemetry::can_be_folder,
 };
@@ -85,7 +85,7 @@ impl<'a> Evaluation<'a> {
             results.push(of_model);
         }
         let written = if comm.rank() == 0 { results::write(config, out, &results) } else { Ok(()) };
-        agree(comm, written).context(CannotWrite)?;
+        agree(comm, written).context(CannotWrite::new("the evaluation's files"))?;
         Ok(results)
     }
 }

@@ -16,6 +16,7 @@ use super::{
     CHUNK,
 };
 use crate::{
+    cannot_write::{make_folder, CannotWrite},
     comm::{agree, all_made, Communicator},
     config::{EvalConfig, EvalSet, EvalSplit},
     evaluate::to_picture,
@@ -26,7 +27,6 @@ use crate::{
         registry::{build, Place},
         Reward,
     },
-    run::CannotWrite,
     store,
     task::{NoiseOf, Roller},
     telemetry::{save_png, write_atomic},
@@ -150,12 +150,8 @@ pub fn evaluate_set(
     if let Some(found) = share(comm, (comm.rank() == 0).then(|| finished(&file, &key, config, set, &folder)))? {
         return Ok(found);
     }
-    let made = if comm.rank() == 0 {
-        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())
-    } else {
-        Ok(())
-    };
-    agree(comm, made).context(CannotWrite)?;
+    let made = if comm.rank() == 0 { make_folder(&folder) } else { Ok(()) };
+    agree(comm, made)?;
 
     let chunk = CHUNK.next_multiple_of(set.config.images_per_prompt);
     let total = set.samples();
@@ -167,7 +163,7 @@ pub fn evaluate_set(
             Some(part) => part,
             None => {
                 let part = draw_and_judge(config, roller, set, &folder, &key_digest, first, count)?;
-                write_atomic(&file, &serde_json::to_vec(&part)?).context(CannotWrite)?;
+                write_atomic(&file, &serde_json::to_vec(&part)?)?;
                 part
             }
         };
@@ -187,7 +183,8 @@ pub fn evaluate_set(
         }
         Ok(())
     };
-    agree(comm, if comm.rank() == 0 { written() } else { Ok(()) }).context(CannotWrite)?;
+    agree(comm, if comm.rank() == 0 { written() } else { Ok(()) })
+        .context(CannotWrite::new("the evaluation's files"))?;
     Ok(result)
 }
 
@@ -269,7 +266,8 @@ fn draw_and_judge(
     for sample in (first..first + count).filter(|&sample| set.is_shown(config, sample)) {
         let picture = to_picture(&images.get((sample - first) as i64))?;
         let text = [("prompt".to_string(), of_samples[sample - first].text.clone())];
-        save_png(&picture_file(folder, sample, per_prompt), &picture, &text).context(CannotWrite)?;
+        save_png(&picture_file(folder, sample, per_prompt), &picture, &text)
+            .context(CannotWrite::new("the evaluation's files"))?;
     }
     Ok(Part {
         key: key.to_owned(),

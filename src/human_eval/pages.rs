@@ -14,14 +14,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, Result};
 use serde_json::{json, Map, Value};
 
 use super::{
     questions::Form,
     study::{Query, Study},
 };
-use crate::telemetry::write_atomic;
+use crate::{cannot_write::make_folder, telemetry::write_atomic};
 
 const INDEX: &str = include_str!("pages/index.html");
 const STYLE: &str = include_str!("pages/style.css");
@@ -78,7 +78,7 @@ impl StudyFiles {
     /// Makes the folders and writes the key.
     pub fn begin(&self, study: &Study) -> Result<()> {
         let images = self.pages().join("images");
-        std::fs::create_dir_all(&images).with_context(|| format!("cannot create {}", images.display()))?;
+        make_folder(&images)?;
         study.write(&self.study())
     }
 

@@ -9,6 +9,7 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{questions::Answer, study::Study};
+use crate::user_file;
 
 /// First field of a file of votes.
 pub const FORMAT: &str = "rldiff-votes-1";
@@ -86,7 +87,7 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 
 /// A session whose every answer belongs to the study.
 fn read(study: &Study, path: &Path) -> Result<Session> {
-    let bytes = std::fs::read(path).context("cannot be read")?;
+    let bytes = user_file::read(path).context("cannot be read")?;
     let session: Session = serde_json::from_slice(&bytes).context("is no file of votes")?;
     ensure!(session.format == FORMAT, "has the format {:?}, not {FORMAT:?}", session.format);
     let id = study.id();

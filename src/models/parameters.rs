@@ -221,7 +221,8 @@ fn drawn(at: Coordinates, count: usize, fill: impl Fn(&mut Stream, &mut [f32]) +
     };
     std::thread::scope(|scope| {
         let helpers = count.div_ceil(PIECE).min(tch::get_num_threads().max(1) as usize).saturating_sub(1);
-        (0..helpers).for_each(|_| drop(scope.spawn(work)));
+        // where there cannot be another thread, this one does it all
+        (0..helpers).for_each(|_| drop(std::thread::Builder::new().spawn_scoped(scope, work)));
         work();
     });
     Tensor::from_slice(&values)

@@ -18,7 +18,11 @@ use super::{
     vae::{Vae, VaeConfig},
     weights::{save_safetensors, write_safetensors},
 };
-use crate::{kernels::on_device, telemetry::write_atomic};
+use crate::{
+    cannot_write::{make_folder, CannotWrite, Unfinished},
+    kernels::on_device,
+    telemetry::write_atomic,
+};
 
 pub struct Pipeline {
     /// Where the networks lie, and what they take and give.
@@ -254,11 +258,17 @@ impl Pipeline {
 
     /// Writes the model as a diffusers folder, weights in `kind` (f32, f16, bf16). `unet` replaces the U-Net's
     /// weights where given (an average of them, for example). The folder appears whole or not at all.
+    ///
+    /// # Errors
+    /// What cannot be written ([`CannotWrite`]); what was begun is removed.
     pub fn save(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         let partial = dir.with_extension("partial");
         if partial.exists() {
-            fs::remove_dir_all(&partial).with_context(|| format!("cannot clear {}", partial.display()))?;
+            fs::remove_dir_all(&partial)
+                .with_context(|| format!("cannot clear {}", partial.display()))
+                .context(CannotWrite::file(dir))?;
         }
+        let begun = Unfinished::at(&partial);
         for (path, bytes) in &self.texts {
             write(&partial.join(path), bytes)?;
         }
@@ -276,15 +286,19 @@ impl Pipeline {
             save_safetensors(&partial.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
         }
         if dir.exists() {
-            fs::remove_dir_all(dir).with_context(|| format!("cannot replace {}", dir.display()))?;
+            fs::remove_dir_all(dir).context("cannot replace it").context(CannotWrite::file(dir))?;
         }
-        fs::rename(&partial, dir).with_context(|| format!("cannot rename {} to {}", partial.display(), dir.display()))
+        fs::rename(&partial, dir)
+            .with_context(|| format!("cannot rename {}", partial.display()))
+            .context(CannotWrite::file(dir))?;
+        begun.keep();
+        Ok(())
     }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        make_folder(parent)?;
     }
-    fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    fs::write(path, bytes).context(CannotWrite::file(path))
 }

@@ -3,12 +3,15 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    fs::File,
     path::Path,
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Error, Result};
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
+
+use crate::cannot_write::CannotWrite;
 
 /// Fails if `bytes` are what Git leaves in place of a large file that was not fetched.
 pub fn ensure_no_pointer(bytes: &[u8], origin: &str) -> Result<()> {
@@ -109,8 +112,10 @@ pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Resu
 
 /// As [`write_safetensors`], straight into the file at `path`.
 pub fn save_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>, kind: Kind) -> Result<()> {
-    safetensors::serialize_to_file(outgoing(tensors, kind)?, metadata(), path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    let outgoing = outgoing(tensors, kind)?;
+    let written = safetensors::serialize_to_file(outgoing, metadata(), path).map_err(Error::new);
+    // some file systems say only now that the disk is full
+    written.and_then(|()| Ok(File::open(path)?.sync_all()?)).context(CannotWrite::file(path))
 }
 
 /// Names and shapes of VAE attention changed in diffusers 0.18: old `query`/`proj_attn` and 4-D weights are accepted.

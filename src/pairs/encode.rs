@@ -1,7 +1,10 @@
 //! Pretraining pairs through the frozen networks, once instead of in every iteration: webdataset shards → HDF5 shards of
 //! latents and text embeddings ([`crate::store`]).
 
-use std::{path::Path, thread};
+use std::{
+    path::Path,
+    thread::{self, ScopedJoinHandle},
+};
 
 use anyhow::{ensure, Context, Result};
 use sha2::{Digest, Sha256};
@@ -128,9 +131,15 @@ fn decode(shards: &Shards, decoder: &Decoder, threads: usize, batch: &[u64]) -> 
         }))
     };
     let parts = thread::scope(|scope| -> Vec<Result<Vec<Option<Pair>>>> {
-        let part = |indices| scope.spawn(move || <[u64]>::iter(indices).map(one).collect());
-        let running: Vec<_> = batch.chunks(batch.len().div_ceil(threads.max(1))).map(part).collect();
-        running.into_iter().map(|thread| thread.join().expect("a panic ends the run by itself")).collect()
+        let part = |indices: &[u64]| indices.iter().map(one).collect();
+        let start = |indices| thread::Builder::new().spawn_scoped(scope, move || part(indices)).map_err(|_| indices);
+        let running: Vec<_> = batch.chunks(batch.len().div_ceil(threads.max(1))).map(start).collect();
+        let finish = |started: Result<ScopedJoinHandle<_>, &[u64]>| match started {
+            Ok(thread) => thread.join().expect("a panic ends the run by itself"),
+            // where there cannot be another thread, this one does it
+            Err(indices) => part(indices),
+        };
+        running.into_iter().map(finish).collect()
     });
     let mut pairs = Vec::new();
     for part in parts {

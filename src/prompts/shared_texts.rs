@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::listed::Texts;
 use crate::{
+    cannot_write::{CannotWrite, OfRanks},
     comm::{agree, Communicator},
     watch::hosts,
 };
@@ -57,7 +58,10 @@ enum Announcement {
     /// Another rank of the host reads.
     Nothing,
     At(PathBuf),
-    Failed(String),
+    Failed {
+        text: String,
+        of_writing: bool,
+    },
 }
 
 /// The texts that `read` gives, once per host. A collective call; an error is the same on all ranks.
@@ -71,7 +75,7 @@ pub fn read_once_per_host(comm: &dyn Communicator, read: impl FnOnce() -> Result
     let announcement = if leader == comm.rank() {
         match read().and_then(|texts| SharedFile::write(&std::env::temp_dir(), &texts)) {
             Ok(written) => Announcement::At(file.insert(written).path.clone()),
-            Err(e) => Announcement::Failed(format!("{e:#}")),
+            Err(e) => Announcement::Failed { text: format!("{e:#}"), of_writing: CannotWrite::caused(&e) },
         }
     } else {
         Announcement::Nothing
@@ -83,12 +87,13 @@ pub fn read_once_per_host(comm: &dyn Communicator, read: impl FnOnce() -> Result
     let failures: Vec<(usize, &str)> =
         all.iter().enumerate().filter_map(|(rank, a)| Some((rank, a.failed()?))).collect();
     if let Some(&(_, first)) = failures.first() {
+        let of_writing = all.iter().any(|a| matches!(a, Announcement::Failed { of_writing: true, .. }));
         let readers = all.iter().filter(|a| !matches!(a, Announcement::Nothing)).count();
         if failures.len() == readers && failures.iter().all(|(_, e)| *e == first) {
-            bail!("{first}");
+            return Err(OfRanks { text: first.to_string(), of_writing }.into());
         }
         let by_rank: Vec<String> = failures.iter().map(|(rank, e)| format!("rank {rank}: {e}")).collect();
-        bail!("{}", by_rank.join("; "));
+        return Err(OfRanks { text: by_rank.join("; "), of_writing }.into());
     }
     let Announcement::At(path) = &all[leader] else { bail!("rank {leader} has not read the list of prompts") };
     let mapped = Shared::map(path).with_context(|| format!("the list that rank {leader} left in {}", path.display()));
@@ -100,7 +105,7 @@ pub fn read_once_per_host(comm: &dyn Communicator, read: impl FnOnce() -> Result
 impl Announcement {
     fn failed(&self) -> Option<&str> {
         match self {
-            Announcement::Failed(text) => Some(text),
+            Announcement::Failed { text, .. } => Some(text),
             _ => None,
         }
     }
@@ -128,7 +133,7 @@ impl SharedFile {
             out.flush()?;
             Ok(guard)
         };
-        write().with_context(|| format!("cannot write the list of prompts to {} (TMPDIR)", path.display()))
+        write().context(CannotWrite::new(format!("the list of prompts to {} (TMPDIR)", path.display())))
     }
 }
 

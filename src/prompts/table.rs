@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{anyhow, bail, Context, Result};
 
 use super::listed::Texts;
-use crate::{config::TablePrompts, word_list::WordList};
+use crate::{config::TablePrompts, user_file, word_list::WordList};
 
 /// How the fields of a row are parted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub enum Format {
 pub fn load(settings: &TablePrompts, format: Format) -> Result<Texts> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = user_file::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut texts = Texts::default();
     let read = column(&bytes, format, &settings.column, |prompt| {
         let prompt = prompt.trim();

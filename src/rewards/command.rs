@@ -68,7 +68,7 @@ impl Process {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {}", settings.shown()))?;
-        let lines = Lines::new(child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let lines = Lines::new(child.stdin.take().expect("piped"), child.stdout.take().expect("piped"))?;
         Ok(Process { child, lines, patience: FAREWELL })
     }
 

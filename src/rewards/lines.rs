@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{anyhow, bail, Result};
+use anyhow::{anyhow, bail, Context, Result};
 
 use super::protocol::{ensure_ready, Link, MAX_ANSWER};
 
@@ -44,12 +44,16 @@ pub struct Lines {
 
 impl Lines {
     /// Starts the threads; they end when what they write to or read from does.
-    pub fn new(to: impl Write + Send + 'static, from: impl Read + Send + 'static) -> Lines {
+    ///
+    /// # Errors
+    /// The operating system gives no thread.
+    pub fn new(to: impl Write + Send + 'static, from: impl Read + Send + 'static) -> Result<Lines> {
         let (requests, queue) = channel();
         let (answers, lines) = channel();
-        std::thread::spawn(move || write_requests(to, queue));
-        std::thread::spawn(move || read_lines(from, answers));
-        Lines { requests: Some(requests), lines }
+        let thread = |name: &str| std::thread::Builder::new().name(name.into());
+        thread("requests").spawn(move || write_requests(to, queue)).context("cannot start a thread")?;
+        thread("answers").spawn(move || read_lines(from, answers)).context("cannot start a thread")?;
+        Ok(Lines { requests: Some(requests), lines })
     }
 
     /// Ends the writer, which closes the program's input.

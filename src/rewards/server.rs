@@ -171,7 +171,7 @@ impl Stream {
         let socket = insist(until, || Ok(Socket::connect(address, until)?))
             .map_err(|e| anyhow!("cannot connect within {} s: {e}", patience.as_secs_f64()))?;
         let (to, from) = (socket.try_clone()?, socket.try_clone()?);
-        let mut stream = Stream { lines: Lines::new(to, from), socket };
+        let mut stream = Stream { lines: Lines::new(to, from)?, socket };
         wait_until_ready(&mut stream, until.saturating_duration_since(Instant::now()))?;
         Ok(stream)
     }

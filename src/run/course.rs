@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::{recorder::Recorder, CannotWrite};
+use super::recorder::Recorder;
 use crate::{
+    cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::Config,
     evaluate::{evaluate_few, TaskEvaluation},
@@ -46,7 +47,7 @@ pub fn evaluate(
     let kept = recorder.as_mut().map_or(Ok(()), |recorder| {
         few.iter().try_for_each(|task| recorder.samples(files, done, &task.task, &sheet(task)))
     });
-    agree(comm, kept).context(CannotWrite)?;
+    agree(comm, kept).context(CannotWrite::new("the run's files"))?;
     // the first line of metrics takes that of the base model, too
     let before = metrics.get(&names::seconds("evaluation")).unwrap_or(0.0);
     metrics.set(names::seconds("evaluation"), before + started.elapsed().as_secs_f64());

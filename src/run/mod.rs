@@ -19,6 +19,7 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
+    cannot_write::CannotWrite,
     comm::{agree, same_tree, Communicator},
     config::Config,
     device::ensure_gpu,
@@ -71,7 +72,7 @@ pub fn load_with_adapters(
     let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
     let Some(path) = lora else { return Pipeline::from_files(files, device) };
     let read = || {
-        let bytes = std::fs::read(path)?;
+        let bytes = user_file::read(path)?;
         lora::from_file(read_tensors(&bytes, &path.display().to_string())?)
     };
     let (settings, adapters) = read().with_context(|| path.display().to_string())?;
@@ -97,17 +98,6 @@ pub fn build_for(config: &Config) -> Build {
         gradient_checkpointing: model.gradient_checkpointing,
         decode_batch: model.decode_batch,
         lora,
-    }
-}
-
-/// The context of an error that came from writing a run's files: disk full, read-only, an error of the device. The
-/// command line has an exit code for it. A run that cannot save does not go on: what it would compute could be lost.
-#[derive(Clone, Copy, Debug)]
-pub struct CannotWrite;
-
-impl std::fmt::Display for CannotWrite {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str("cannot write the run's files")
     }
 }
 
@@ -193,12 +183,7 @@ impl<'a> Run<'a> {
         let first = comm.rank() == 0;
         if self.is_finished()? {
             if first {
-                println!(
-                    "{}: all {} iterations are done; see {}",
-                    config.run.name,
-                    self.done,
-                    self.files.root().display()
-                );
+                say!("{}: all {} iterations are done; see {}", config.run.name, self.done, self.files.root().display());
             }
             return Ok(Ending::Complete);
         }
@@ -214,7 +199,7 @@ impl<'a> Run<'a> {
             Ok(recorder) => (recorder, Ok(())),
             Err(e) => (None, Err(e)),
         };
-        agree(comm, begun).context(CannotWrite)?;
+        agree(comm, begun).context(CannotWrite::new("the run's files"))?;
         let hosts = watch::hosts(comm)?;
         let limits = Limits { collective: config.run.collective_limit, reward: config.run.reward_limit };
         let _watchdog = Watchdog::start(self.files.watch(), comm.rank(), hosts.clone(), limits)?;
@@ -230,11 +215,12 @@ impl<'a> Run<'a> {
             let (mut saved, mut stalled) = (None, Duration::ZERO);
             let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
                 let started = Instant::now();
-                saved = saver.advance(comm).context(CannotWrite)?.or(saved.take());
+                saved = saver.advance(comm).context(CannotWrite::new("the run's files"))?.or(saved.take());
                 stalled += started.elapsed();
                 let every = config.trajectories.every;
                 if let Some(batch) = batch.filter(|_| every > 0 && (iteration + 1) % every == 0) {
-                    trajectories::write(trainer, &self.files, task, iteration, batch, chosen).context(CannotWrite)?;
+                    trajectories::write(trainer, &self.files, task, iteration, batch, chosen)
+                        .context(CannotWrite::new("the run's files"))?;
                 }
                 Ok(())
             })?;
@@ -259,10 +245,13 @@ impl<'a> Run<'a> {
             let save_now = stop || every > 0 && (done % every == 0 || last);
             let _stage = watch::stage("saving", "");
             let started = Instant::now();
-            saved = saver.advance(comm).context(CannotWrite)?.or(saved);
+            saved = saver.advance(comm).context(CannotWrite::new("the run's files"))?.or(saved);
             if save_now {
                 let file = recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
-                saved = self.begin_save(&mut saver, done, &config_toml, file).context(CannotWrite)?.or(saved);
+                saved = self
+                    .begin_save(&mut saver, done, &config_toml, file)
+                    .context(CannotWrite::new("the run's files"))?
+                    .or(saved);
             }
             stalled += started.elapsed();
             metrics.set(names::SAVE_STALL, stalled.as_secs_f64());
@@ -271,10 +260,11 @@ impl<'a> Run<'a> {
             }
             if let Some(recorder) = &mut recorder {
                 faults::point("metrics");
-                recorder.iteration(&metrics).context(CannotWrite)?;
+                recorder.iteration(&metrics).context(CannotWrite::new("the run's files"))?;
             }
             if stop || last {
-                if let Some(report) = saver.finish(comm).context(CannotWrite)?.filter(|_| first) {
+                if let Some(report) = saver.finish(comm).context(CannotWrite::new("the run's files"))?.filter(|_| first)
+                {
                     log::info!("{}", in_words(&report));
                 }
             }

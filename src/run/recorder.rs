@@ -1,8 +1,9 @@
 //! What rank 0 writes while the run goes on.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::{
+    cannot_write::make_folder,
     config::Config,
     telemetry::{image_grid, write_atomic, EventWriter, JsonlWriter, Metrics, Progress, RunFiles, SampleSheet, Screen},
 };
@@ -40,7 +41,7 @@ impl Recorder {
     /// What a task's evaluation after `done` iterations drew, as a file and for TensorBoard.
     pub fn samples(&mut self, files: &RunFiles, done: u64, task: &str, sheet: &SampleSheet) -> Result<()> {
         let folder = files.samples(task);
-        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        make_folder(&folder)?;
         sheet.save(&folder.join(SampleSheet::name(done)))?;
         self.events.picture(done, &format!("samples/{task}"), &image_grid("", &sheet.rows)?)
     }

@@ -5,11 +5,13 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::{load_model, CannotWrite, Ending};
+use super::{load_model, Ending};
 use crate::{
+    cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::Config,
     evaluate::{evaluate, Stop, TaskEvaluation},
+    streams,
     telemetry::{
         before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
         RewardPanel, RunFiles, Summary, TaskSummary,
@@ -54,7 +56,7 @@ pub fn finish(
         write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
     let written = if first { save() } else { Ok(()) };
-    agree(comm, written).context(CannotWrite)?;
+    agree(comm, written).context(CannotWrite::new("the run's files"))?;
     Ok(Ending::Complete)
 }
 
@@ -113,8 +115,8 @@ fn write_results(
         draw_reward_curves(&files.reward_curves(), &config.run.name, &history, &panels)?;
     }
     summary.write(&files.summary())?;
-    print!("\n{}", summary.table());
-    println!("\nresults in {}", files.root().display());
+    streams::print(format_args!("\n{}", summary.table()));
+    say!("\nresults in {}", files.root().display());
     Ok(())
 }
 

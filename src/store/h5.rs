@@ -1,11 +1,11 @@
 //! Small helpers over hdf5: strings, arrays, and files that appear whole or not at all.
 
-use std::{fs, path::Path, str::FromStr};
+use std::{path::Path, str::FromStr};
 
 use anyhow::{ensure, Context, Result};
 use hdf5::{plist::file_access::FileAccessBuilder, types::VarLenUnicode, FileBuilder, Group, H5Type};
 
-use crate::telemetry::write_atomic_with;
+use crate::{cannot_write::make_folder, telemetry::write_atomic_with};
 
 /// Bytes by which a file in memory grows at least.
 const GROWTH: usize = 1 << 16;
@@ -30,7 +30,7 @@ pub fn open(path: &Path) -> hdf5::Result<hdf5::File> {
 /// Writes an HDF5 file that appears whole or not at all, and its folder where there is none. Errors name `path`.
 pub fn write_file(path: &Path, fill: impl FnOnce(&hdf5::File) -> Result<()>) -> Result<()> {
     if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("cannot write {}", path.display()))?;
+        make_folder(folder)?;
     }
     write_atomic_with(path, |temporary| {
         // In memory until it is closed: where a full disk makes HDF5 fail on the way, datasets are closed with an error
@@ -114,7 +114,10 @@ pub fn version() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, os::fd::AsRawFd};
+    use std::{
+        fs::{self, File},
+        os::fd::AsRawFd,
+    };
 
     use super::*;
 

@@ -25,10 +25,11 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
+    cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::{Config, EvalConfig, EvalModel, StudyConfig},
     evaluation::{Evaluation, ModelResult},
-    run::{CannotWrite, Ending, Resume, Run},
+    run::{Ending, Resume, Run},
     telemetry::{can_be_folder, write_atomic, RunFiles},
 };
 
@@ -121,7 +122,7 @@ impl Plan {
     /// Writes the tables; on rank 0 prints them. A collective call.
     pub fn report(&self, comm: &dyn Communicator, results: &[ModelResult]) -> Result<()> {
         let written = if comm.rank() == 0 { self.write(results) } else { Ok(()) };
-        agree(comm, written).context(CannotWrite)
+        agree(comm, written).context(CannotWrite::new("the study's files"))
     }
 
     fn write(&self, results: &[ModelResult]) -> Result<()> {
@@ -134,7 +135,7 @@ impl Plan {
         let markdown = study.markdown();
         file("study.md", markdown.as_bytes())?;
         file("study.html", page::page(self, &study, results)?.as_bytes())?;
-        println!("\n{markdown}results in {}", self.out.display());
+        say!("\n{markdown}results in {}", self.out.display());
         Ok(())
     }
 }

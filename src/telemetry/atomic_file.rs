@@ -1,18 +1,37 @@
 //! Files that appear whole or not at all.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::faults;
+use crate::{cannot_write::CannotWrite, faults};
 
 /// Writes `bytes` to `path` so that a crash leaves the old file or the new one, never a torn one: a temporary file
-/// in the same folder, fsync, rename, fsync of the folder. Errors name `path`.
+/// in the same folder, fsync, rename, fsync of the folder. What cannot be replaced by a file (`/dev/stdout`, a pipe with
+/// a name) is written to as it is. Errors name `path`.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    if is_stream(path) {
+        let written = OpenOptions::new().append(true).open(path).and_then(|mut stream| stream.write_all(bytes));
+        return written.context(CannotWrite::file(path));
+    }
     write_atomic_with(path, |temporary| Ok(fs::write(temporary, bytes)?))
 }
+
+/// Whether `path` names a device, a pipe or a socket, or a stream of this process.
+fn is_stream(path: &Path) -> bool {
+    let special = fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir());
+    special
+        || ["/dev/std", "/dev/fd/", "/proc/"]
+            .iter()
+            .any(|start| path.as_os_str().as_bytes().starts_with(start.as_bytes()))
+}
+
+/// Bytes of a name of which the name of its temporary file is made: both fit the 255 bytes that file systems allow.
+const NAME_IN_TEMPORARY: usize = 200;
 
 /// As [`write_atomic`], for a file that `write` makes under the temporary name it is given.
 pub fn write_atomic_with(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
@@ -22,7 +41,7 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -
     };
     let name = path.file_name().with_context(|| format!("{} names no file", path.display()))?;
     let mut temporary_name = OsString::from(".");
-    temporary_name.push(name);
+    temporary_name.push(OsStr::from_bytes(&name.as_bytes()[..name.len().min(NAME_IN_TEMPORARY)]));
     temporary_name.push(format!(".{}.tmp", std::process::id()));
     let temporary = folder.join(temporary_name);
     let written = write_and_rename(&temporary, path, folder, write);
@@ -30,7 +49,7 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -
         // best effort: the first error is the one worth reporting
         let _ = fs::remove_file(&temporary);
     }
-    written.with_context(|| format!("cannot write {}", path.display()))
+    written.context(CannotWrite::file(path))
 }
 
 fn write_and_rename(
@@ -63,6 +82,34 @@ mod tests {
         write_atomic(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_device_or_pipe_is_written_to_and_stays_what_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::read(pipe).unwrap()
+        });
+        write_atomic(&pipe, b"through").unwrap();
+        assert_eq!(reader.join().unwrap(), b"through");
+        let error = write_atomic(Path::new("/dev/full"), b"x").unwrap_err();
+        assert!(
+            CannotWrite::caused(&error) && format!("{error:#}").starts_with("cannot write /dev/full: "),
+            "{error:#}"
+        );
+        assert!(is_stream(&pipe) && is_stream(Path::new("/dev/full")));
+    }
+
+    #[test]
+    fn the_longest_name_is_a_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("é".repeat(127));
+        write_atomic(&path, b"x").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"x");
+        assert!(CannotWrite::caused(&write_atomic(&folder.path().join("é".repeat(128)), b"x").unwrap_err()));
     }
 
     #[test]

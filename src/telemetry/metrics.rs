@@ -11,6 +11,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 
 use super::number;
+use crate::cannot_write::CannotWrite;
 
 /// Key of the iteration in a line of `metrics.jsonl`.
 const ITERATION: &str = "iteration";
@@ -139,7 +140,7 @@ pub struct JsonlWriter {
 impl JsonlWriter {
     /// Starts an empty file, replacing what was there.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+        let file = File::create(path).context(CannotWrite::file(path))?;
         Ok(JsonlWriter { file, path: path.to_owned() })
     }
 
@@ -151,7 +152,7 @@ impl JsonlWriter {
     pub fn open_for_resume(path: &Path, iterations_done: u64) -> Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let mut file = options.open(path).context(CannotWrite::file(path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).with_context(|| format!("cannot read {}", path.display()))?;
         let (kept, lines) = length_to_keep(&bytes, iterations_done).with_context(|| path.display().to_string())?;
@@ -161,7 +162,7 @@ impl JsonlWriter {
                 path.display()
             );
         }
-        file.set_len(kept as u64).with_context(|| format!("cannot truncate {}", path.display()))?;
+        file.set_len(kept as u64).context(CannotWrite::file(path))?;
         file.seek(SeekFrom::Start(kept as u64)).with_context(|| format!("cannot seek in {}", path.display()))?;
         Ok(JsonlWriter { file, path: path.to_owned() })
     }
@@ -170,7 +171,7 @@ impl JsonlWriter {
     pub fn append(&mut self, metrics: &Metrics) -> Result<()> {
         let mut line = metrics.to_json();
         line.push('\n');
-        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write to {}", self.path.display()))
+        self.file.write_all(line.as_bytes()).context(CannotWrite::file(&self.path))
     }
 
     /// The file, to be synced in the moment before a checkpoint is declared complete.

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::metrics::{names, Metrics};
 use super::screen::{bars, knows_its_width, suspended, Screen};
+use crate::streams::Stream;
 
 /// Lines between two column headers.
 const HEADER_EVERY: u64 = 20;
@@ -38,7 +39,10 @@ impl Progress {
             });
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─");
             let bar = bars().add(ProgressBar::new(total).with_position(done).with_style(style));
-            bar.enable_steady_tick(Duration::from_millis(500));
+            // it panics where the operating system gives no thread; without, the bar moves at every iteration
+            if std::thread::Builder::new().spawn(|| ()).is_ok() {
+                bar.enable_steady_tick(Duration::from_millis(500));
+            }
             bar
         });
         let table = Table::new(tasks, total);
@@ -97,10 +101,7 @@ impl Drop for Progress {
 
 /// A full disk or a closed pipe behind the screen is no reason to end a run.
 fn print_line(line: &str) {
-    let _ = suspended(|| {
-        let mut out = std::io::stdout().lock();
-        writeln!(out, "{line}").and_then(|()| out.flush())
-    });
+    let _ = suspended(|| Stream::out().write_all(format!("{line}\n").as_bytes()));
 }
 
 /// Which metrics are shown, and how wide.

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::Result;
+
+use crate::cannot_write::make_folder;
 
 /// The files of one run.
 ///
@@ -35,7 +37,7 @@ impl RunFiles {
     /// Makes the run's folder and the folders inside it that the run itself fills from the start. Existing ones stay.
     pub fn create(&self) -> Result<()> {
         for folder in [self.root.clone(), self.tensorboard()] {
-            std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+            make_folder(&folder)?;
         }
         Ok(())
     }
@@ -93,14 +95,6 @@ impl RunFiles {
     }
 }
 
-/// Whether `path` is a folder or could be made one: the nearest thing on the way to it that exists is a folder.
-pub fn can_be_folder(path: &Path) -> Result<()> {
-    match path.ancestors().find(|p| p.exists()) {
-        Some(existing) if !existing.is_dir() => bail!("{} is not a folder", existing.display()),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,9 +115,5 @@ mod tests {
         std::fs::write(folder.path().join("runs"), b"").unwrap();
         let error = RunFiles::new(folder.path().join("runs/joint")).create().unwrap_err();
         assert!(format!("{error:#}").contains("runs/joint"), "{error:#}");
-        let error = can_be_folder(&folder.path().join("runs/joint/model")).unwrap_err().to_string();
-        assert!(error.ends_with("runs is not a folder"), "{error}");
-        can_be_folder(&folder.path().join("results/joint")).unwrap();
-        can_be_folder(Path::new("results")).unwrap();
     }
 }

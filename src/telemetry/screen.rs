@@ -4,9 +4,11 @@
 //! goes through [`suspended`], which takes the bar away for the moment of writing.
 
 use std::io::{IsTerminal, Write};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use indicatif::{MultiProgress, ProgressDrawTarget, TermLike};
+
+use crate::streams::Stream;
 
 /// How rank 0 shows its progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +67,7 @@ pub(super) fn knows_its_width() -> bool {
 }
 
 /// Runs `write` while no bar is on the screen.
-pub(super) fn suspended<T>(write: impl FnOnce() -> T) -> T {
+pub(crate) fn suspended<T>(write: impl FnOnce() -> T) -> T {
     match BARS.get() {
         Some(bars) => bars.suspend(write),
         None => write(),
@@ -75,11 +77,8 @@ pub(super) fn suspended<T>(write: impl FnOnce() -> T) -> T {
 /// The bars of this process, drawn on standard output.
 pub(super) fn bars() -> &'static MultiProgress {
     BARS.get_or_init(|| {
-        let target = if knows_its_width() {
-            ProgressDrawTarget::stdout()
-        } else {
-            ProgressDrawTarget::term_like_with_hz(Box::new(PipedTerminal), 4)
-        };
+        let per_second = if knows_its_width() { 20 } else { 4 };
+        let target = ProgressDrawTarget::term_like_with_hz(Box::new(Terminal::default()), per_second);
         MultiProgress::with_draw_target(target)
     })
 }
@@ -91,26 +90,36 @@ struct Records;
 impl Write for Records {
     fn write(&mut self, record: &[u8]) -> std::io::Result<usize> {
         match BARS.get() {
-            Some(bars) => bars.suspend(|| std::io::stdout().write_all(record)),
-            None => std::io::stderr().write_all(record),
+            Some(bars) => bars.suspend(|| Stream::out().write_all(record)),
+            None => Stream::err().write_all(record),
         }
         .map(|()| record.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stdout().flush()?;
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
-/// A terminal at the far end of a pipe (`mpirun`'s): it cannot be asked for its width, but obeys ANSI sequences. Bars
-/// must keep to one line there, for indicatif starts a second one by filling the first to its exact width.
-#[derive(Debug)]
-struct PipedTerminal;
+/// Standard output as a terminal, or with one at its far end (`mpirun`'s), which cannot be asked for its width but obeys
+/// ANSI sequences. Bars must keep to one line there, for indicatif starts a second one by filling the first to its exact
+/// width.
+///
+/// It never fails: indicatif panics where a terminal does, and a run outlives its screen.
+#[derive(Debug, Default)]
+struct Terminal {
+    /// What is written at the next flush, in one piece.
+    pending: Mutex<String>,
+}
 
-impl PipedTerminal {
+impl Terminal {
+    fn pending(&self) -> MutexGuard<'_, String> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn put(&self, text: &str) -> std::io::Result<()> {
-        std::io::stdout().write_all(text.as_bytes())
+        self.pending().push_str(text);
+        Ok(())
     }
 
     fn move_cursor(&self, count: usize, direction: char) -> std::io::Result<()> {
@@ -122,10 +131,21 @@ impl PipedTerminal {
     }
 }
 
-impl TermLike for PipedTerminal {
+/// Columns of the terminal that is standard output.
+fn columns() -> Option<u16> {
+    // SAFETY: plain data that the kernel fills; zeros where it does not.
+    let size = unsafe {
+        let mut size: libc::winsize = std::mem::zeroed();
+        libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &mut size);
+        size
+    };
+    Some(size.ws_col).filter(|&columns| columns > 0)
+}
+
+impl TermLike for Terminal {
     fn width(&self) -> u16 {
-        let columns = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
-        columns.unwrap_or(80).max(20)
+        let told = || std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
+        columns().or_else(told).unwrap_or(80).max(20)
     }
 
     fn move_cursor_up(&self, n: usize) -> std::io::Result<()> {
@@ -157,7 +177,10 @@ impl TermLike for PipedTerminal {
     }
 
     fn flush(&self) -> std::io::Result<()> {
-        std::io::stdout().flush()
+        let text = std::mem::take(&mut *self.pending());
+        // nobody is left to tell if the screen is gone
+        let _ = Stream::out().write_all(text.as_bytes());
+        Ok(())
     }
 }
 

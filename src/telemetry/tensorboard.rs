@@ -14,6 +14,7 @@ use prost::Message;
 
 use super::metrics::Metrics;
 use super::picture::{encode_png, Picture};
+use crate::cannot_write::CannotWrite;
 
 /// Added to the rotated checksum, so that a checksum over data that contains checksums stays a good one.
 const MASK_DELTA: u32 = 0xa282_ead8;
@@ -121,7 +122,7 @@ impl EventWriter {
     fn write(&mut self, event: Event) -> Result<()> {
         let record = frame(&event.encode_to_vec());
         let written = self.file.write_all(&record).and_then(|()| self.file.flush());
-        written.with_context(|| format!("cannot write to {}", self.path.display()))
+        written.context(CannotWrite::file(&self.path))
     }
 }
 
@@ -140,7 +141,7 @@ fn create_file(folder: &Path) -> Result<(File, PathBuf)> {
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(file) => return Ok((file, path)),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
-            Err(error) => return Err(error).with_context(|| format!("cannot create {}", path.display())),
+            Err(error) => return Err(error).context(CannotWrite::file(&path)),
         }
     }
     bail!("{}: a thousand event files of the same second", folder.display())

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{record, verdict::verdict, State, REWARD};
-use crate::comm::end_world;
+use crate::{comm::end_world, streams::complain};
 
 const TICK: Duration = Duration::from_millis(200);
 /// Between two looks for the alarm of another rank.
@@ -151,8 +151,7 @@ impl Dog {
     }
 
     fn end(&self, why: &str) -> ! {
-        // one write, so that the lines of several ranks do not run into each other; nobody is left to tell if it fails
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("error: {why}\n").as_bytes());
+        complain(&format!("error: {why}\n"));
         end_world(EXIT_CODE)
     }
 }

@@ -128,15 +128,15 @@ fn report(args: &Args, device: Device, ranks: usize, lines: &[Line]) {
             json!({"wire": wire, "bucket_mib": bucket_mib, "bytes": bytes, "seconds": seconds})
         };
         let all: Vec<Value> = lines.iter().map(of).collect();
-        println!("{}", json!({"device": format!("{device:?}"), "ranks": ranks, "sums": all}));
+        say!("{}", json!({"device": format!("{device:?}"), "ranks": ranks, "sums": all}));
         return;
     }
-    println!("sum of a gradient over {ranks} ranks on {device:?}; bus rate: 2(n − 1)/n times its bytes per second");
-    println!("{:<6} {:>11} {:>12} {:>10} {:>10}", "wire", "bucket MiB", "bytes", "seconds", "bus GB/s");
+    say!("sum of a gradient over {ranks} ranks on {device:?}; bus rate: 2(n − 1)/n times its bytes per second");
+    say!("{:<6} {:>11} {:>12} {:>10} {:>10}", "wire", "bucket MiB", "bytes", "seconds", "bus GB/s");
     for line in lines {
         let m = median(line.seconds.clone());
         let bus = 2.0 * (ranks - 1) as f64 / ranks as f64 * line.bytes as f64 / m;
-        println!("{:<6} {:>11} {:>12} {m:>10.5} {:>10.2}", line.wire, line.bucket_mib, line.bytes, bus / 1e9);
+        say!("{:<6} {:>11} {:>12} {m:>10.5} {:>10.2}", line.wire, line.bucket_mib, line.bytes, bus / 1e9);
     }
 }
 

@@ -86,16 +86,16 @@ fn print(config: &Config, ranks: usize, measured: &[Metrics], as_json: bool) -> 
             "samples": samples, "ranks": ranks, "threads": threads, "seconds": all,
             "samples_per_second_and_rank": rate, "times_the_papers": rate / PAPER,
         });
-        println!("{all}");
+        say!("{all}");
         return Ok(());
     }
-    println!("{samples} samples per iteration, {ranks} ranks, {} threads each", config.run.threads);
-    println!("{:<12} {:>10} {:>12}", "stage", "seconds", "samples/s");
+    say!("{samples} samples per iteration, {ranks} ranks, {} threads each", config.run.threads);
+    say!("{:<12} {:>10} {:>12}", "stage", "seconds", "samples/s");
     for (stage, values) in stages {
         let m = median(values);
-        println!("{stage:<12} {m:>10.4} {:>12.1}", samples as f64 / m);
+        say!("{stage:<12} {m:>10.4} {:>12.1}", samples as f64 / m);
     }
-    println!(
+    say!(
         "whole: {whole:.4} s, {rate:.3} samples/s per rank, {:.2} times the paper's {PAPER} per A100 (for its model and size)",
         rate / PAPER
     );

@@ -337,21 +337,15 @@ impl Bench<'_> {
                 .map(|line| json!({"what": line.what, "bytes": line.bytes, "seconds": line.seconds}))
                 .collect();
             let device = format!("{:?}", self.device);
-            println!("{}", json!({"device": device, "rates": self.rates.to_json(), "kernels": all}));
+            say!("{}", json!({"device": device, "rates": self.rates.to_json(), "kernels": all}));
             return;
         }
-        println!("{}", self.rates.describe());
-        println!("{:<64} {:>10} {:>9} {:>8}", "operation", "µs", "GB/s", "of copy");
+        say!("{}", self.rates.describe());
+        say!("{:<64} {:>10} {:>9} {:>8}", "operation", "µs", "GB/s", "of copy");
         for line in lines {
             let m = median(line.seconds.clone());
             let rate = line.bytes / m;
-            println!(
-                "{:<64} {:>10.1} {:>9.1} {:>6.1} %",
-                line.what,
-                m * 1e6,
-                rate / 1e9,
-                100.0 * rate / self.rates.copy
-            );
+            say!("{:<64} {:>10.1} {:>9.1} {:>6.1} %", line.what, m * 1e6, rate / 1e9, 100.0 * rate / self.rates.copy);
         }
     }
 }

@@ -85,7 +85,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     free().or_mistake()?;
     tch::set_num_threads(args.threads);
     let report = measure(&args)?;
-    println!("{}", serde_json::to_string_pretty(&report)?);
+    say!("{}", serde_json::to_string_pretty(&report)?);
     Ok(())
 }
 

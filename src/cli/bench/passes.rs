@@ -261,17 +261,17 @@ impl<'a> Bench<'a> {
                 "utilisation": utilisation, "ratio_drift": drift, "cuda_graph": self.args.cuda_graph,
                 "gradient_checkpointing": self.args.gradient_checkpointing,
             });
-            println!("{all}");
+            say!("{all}");
             return Ok(());
         }
-        println!("{}", rates.describe());
-        println!(
+        say!("{}", rates.describe());
+        say!(
             "{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per \
              rank, {:.1} % of the matrix product",
             100.0 * utilisation
         );
         if let Some(drift) = drift {
-            println!("ratio drift before the first step: {drift:.1e}");
+            say!("ratio drift before the first step: {drift:.1e}");
         }
         Ok(())
     }

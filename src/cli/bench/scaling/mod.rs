@@ -11,8 +11,10 @@ use std::path::PathBuf;
 
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
+    cannot_write::make_folder,
     comm::{agree, Communicator},
-    telemetry::write_atomic,
+    streams,
+    telemetry::{can_be_folder, write_atomic},
 };
 
 #[derive(clap::Args)]
@@ -42,12 +44,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if let Some(folder) = &args.report {
         let text = if comm.rank() == 0 { report::write(folder, &args.machine).map(Some) } else { Ok(None) };
         if let Some(text) = text.or_mistake()? {
-            print!("{text}");
+            streams::print(format_args!("{text}"));
         }
         return Ok(());
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
+    agree(comm, if comm.rank() == 0 { can_be_folder(&folder) } else { Ok(()) }).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
@@ -56,10 +59,10 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     };
     let measured = measurement::measure(&config, plan, comm)?;
     let write = || {
-        std::fs::create_dir_all(&folder)?;
+        make_folder(&folder)?;
         let path = folder.join(format!("ranks-{:04}.json", comm.size()));
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
-        println!("{}", report::one_line(&measured));
+        say!("{}", report::one_line(&measured));
         Ok(())
     };
     agree(comm, if comm.rank() == 0 { write() } else { Ok(()) })?;
