@@ -1,8 +1,8 @@
 //! The command line: one file per command.
 //!
 //! Exit codes: 0 done; 1 a failure at work, a late rank among them; 2 a mistake in what was asked for, found before any
-//! work; 74 the run's files cannot be written (EX_IOERR): the checkpoints that were complete still are; 75 saved and
-//! ready to be started again (EX_TEMPFAIL); 101 a panic.
+//! work; 74 the run's files cannot be written (EX_IOERR): the checkpoints that were complete still are; 75 stopped by a
+//! signal and ready to be started again (EX_TEMPFAIL); 101 a panic.
 
 mod bench;
 mod check;
@@ -89,11 +89,23 @@ pub enum Failure {
     Mistake(Error),
     /// Something failed on this rank.
     AtWork(Error),
+    /// A signal asked all ranks to stop, and what is done is on disk.
+    Interrupted,
+}
+
+impl Failure {
+    /// An interruption, or what `otherwise` makes of the error.
+    fn of(error: Error, otherwise: fn(Error) -> Failure) -> Self {
+        match signals::is_interruption(&error) {
+            true => Failure::Interrupted,
+            false => otherwise(error),
+        }
+    }
 }
 
 impl<E: Into<Error>> From<E> for Failure {
     fn from(error: E) -> Self {
-        Failure::AtWork(error.into())
+        Failure::of(error.into(), Failure::AtWork)
     }
 }
 
@@ -104,11 +116,11 @@ trait OrMistake<T> {
 
 impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
     fn or_mistake(self) -> Result<T, Failure> {
-        self.map_err(|e| Failure::Mistake(e.into()))
+        self.map_err(|e| Failure::of(e.into(), Failure::Mistake))
     }
 }
 
-/// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
+/// Exit code of what a signal has stopped and wants to be started again (EX_TEMPFAIL).
 const START_AGAIN: u8 = 75;
 
 /// Exit code where a run's files cannot be written.
@@ -137,8 +149,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2));
         }
     };
-    match dispatch(cli, comm) {
-        Ok(code) => code,
+    let command = cli.command.unwrap_or(Command::Train(cli.train));
+    let again = match &command {
+        Command::Train(_) => "go on with --resume auto",
+        _ => "the same command goes on where this one has stopped",
+    };
+    match dispatch(command, comm) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Interrupted) => {
+            if first {
+                log::info!("{again}");
+            }
+            ExitCode::from(START_AGAIN)
+        }
         Err(Failure::Mistake(e)) => {
             if first {
                 eprintln!("error: {e:#}");
@@ -172,15 +195,14 @@ fn print_usage(error: &clap::Error) {
     eprintln!("{} (see rldiff --help)", message.split_whitespace().collect::<Vec<_>>().join(" "));
 }
 
-fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
-    let command = cli.command.unwrap_or(Command::Train(cli.train));
-    if !matches!(command, Command::Train(_) | Command::Study(_)) {
+fn dispatch(command: Command, comm: &dyn Communicator) -> Result<(), Failure> {
+    if !matches!(command, Command::Train(_) | Command::Study(_) | Command::Eval(_) | Command::Encode(_)) {
         // the others have nothing to save: a signal ends them
         signals::release()?;
     }
     match command {
-        Command::Train(args) => return train::run(args, comm),
-        Command::Study(args) => return study::run(args, comm),
+        Command::Train(args) => train::run(args, comm),
+        Command::Study(args) => study::run(args, comm),
         Command::Check(args) => check::run(args, comm),
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
@@ -194,8 +216,7 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Doctor(args) => doctor::run(args, comm),
         Command::Tokenize(args) => tokenize::run(args, comm),
         Command::Bench(args) => bench::run(args, comm),
-    }?;
-    Ok(ExitCode::SUCCESS)
+    }
 }
 
 #[cfg(test)]

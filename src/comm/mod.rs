@@ -14,17 +14,20 @@ mod watched;
 
 pub use self::around::{Around, Operation};
 pub use self::local::Local;
-pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
+pub(crate) use self::mpi::{end_world, ring};
 pub use self::timed::{Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 
-use anyhow::{anyhow, bail, ensure, Result};
+use anyhow::{bail, ensure, Error, Result};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use crate::caught_panics;
+use crate::{
+    caught_panics,
+    signals::{self, Interrupted},
+};
 
 /// Number type of gradients on their way between ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,32 +117,54 @@ pub fn library_version() -> String {
     version.lines().next().unwrap_or("unknown").trim().to_string()
 }
 
-/// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
-/// that failed and why. A collective call; whoever calls it must reach it even after a failure.
-pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
-    let text = mine.err().map(|e| format!("{e:#}")).unwrap_or_default();
-    let failures: Vec<String> = comm
-        .all_gather_bytes(text.as_bytes())?
+/// What a rank that was interrupted says instead of a message.
+const INTERRUPTED: &str = "\0";
+
+/// What a rank tells the others of how it went; nothing of a success.
+fn outcome<T>(mine: &Result<T>) -> String {
+    match mine {
+        Ok(_) => String::new(),
+        Err(e) if e.is::<Interrupted>() => INTERRUPTED.to_string(),
+        Err(e) => format!("{e:#}"),
+    }
+}
+
+/// The same on all ranks, from the outcomes of all.
+fn judge(outcomes: &[Vec<u8>]) -> Result<()> {
+    let failures: Vec<String> = outcomes
         .iter()
         .enumerate()
-        .filter(|(_, text)| !text.is_empty())
+        .filter(|(_, text)| !text.is_empty() && **text != INTERRUPTED.as_bytes())
         .map(|(rank, text)| format!("rank {rank}: {}", String::from_utf8_lossy(text)))
         .collect();
     if !failures.is_empty() {
         bail!("{}", failures.join("; "));
     }
-    Ok(())
+    match outcomes.iter().all(Vec::is_empty) {
+        true => Ok(()),
+        false => Err(Interrupted.into()),
+    }
+}
+
+/// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
+/// that failed and why, or [`Interrupted`] everywhere where that is all that stopped some. A collective call; whoever
+/// calls it must reach it even after a failure.
+pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
+    judge(&comm.all_gather_bytes(outcome(&mine).as_bytes())?)
 }
 
 /// What every rank made by itself from the same settings, or the same error on all of them: once where all failed alike,
-/// by rank where they did not. A collective call, to be reached even after a failure.
+/// by rank where they did not, [`Interrupted`] where a signal is the reason. A collective call, to be reached even after
+/// a failure.
 pub fn all_made<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
-    let text = mine.as_ref().err().map(|e| format!("{e:#}")).unwrap_or_default();
-    let texts = comm.all_gather_bytes(text.as_bytes())?;
-    if !text.is_empty() && texts.iter().all(|other| other == text.as_bytes()) {
+    // what fails after a signal may have failed by it: programs that judge get signals, too
+    let mine = mine.or_else(|e| signals::check().map_err(Error::from).and(Err(e)));
+    let text = outcome(&mine);
+    let outcomes = comm.all_gather_bytes(text.as_bytes())?;
+    if !text.is_empty() && text != INTERRUPTED && outcomes.iter().all(|other| other == text.as_bytes()) {
         bail!("{text}");
     }
-    agree(comm, mine.as_ref().map(drop).map_err(|_| anyhow!("{text}")))?;
+    judge(&outcomes)?;
     mine
 }
 
