@@ -163,10 +163,11 @@ fn suffer(fault: &Fault) {
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
             hang()
         }
-        // SAFETY: a signal to this very thread.
-        Kind::Ask(signal) => unsafe {
-            libc::raise(signal);
-        },
+        Kind::Ask(signal) => {
+            log::warn!("the fault at {} asks to stop", fault.at);
+            // SAFETY: a signal to this very thread.
+            unsafe { libc::raise(signal) };
+        }
         Kind::Hang => hang(),
         Kind::Slow => std::thread::sleep(fault.sleep),
         Kind::Nan | Kind::Flip | Kind::Io(_) => {}

@@ -53,7 +53,7 @@ pub struct Trainer<'a> {
     empty_prompt: Tensor,
     /// Where the roll-out replays CUDA graphs.
     recorded: Option<RecordedUNet>,
-    /// The iteration has begun to change the weights, and a signal does not drop it any more.
+    /// The iteration is at changing the weights, and a signal does not drop it any more.
     changing: Option<Scope>,
 }
 
@@ -184,9 +184,9 @@ impl<'a> Trainer<'a> {
         Ok(metrics)
     }
 
-    /// From now on the iteration is finished, whatever comes.
+    /// From now on the iteration is finished, whatever comes: its samples are there, the weights are next.
     fn change(&mut self, iteration: u64) {
-        let words = || format!("iteration {} has begun to change the weights: it is finished first", iteration + 1);
+        let words = || format!("iteration {} is at changing the weights: it is finished first", iteration + 1);
         self.changing.get_or_insert_with(|| signals::finishing(words()));
     }
 
@@ -201,16 +201,18 @@ impl<'a> Trainer<'a> {
         keep: impl FnMut(&mut Task, &Pipeline, &mut IterationLog, Piece) -> Result<()>,
     ) -> Result<()> {
         let rolled = self.roll_out_mine(task, iteration, how, log, keep);
-        self.meet(rolled)
+        self.meet(iteration, rolled)
     }
 
-    /// What this rank has made where all ranks have; see [`signals::meet`].
-    fn meet<T>(&self, mine: Result<T>) -> Result<T> {
-        match self.changing {
-            // nothing is dropped
-            Some(_) => mine,
-            None => signals::meet(self.comm, mine),
+    /// What this rank has made for the iteration's first update where all ranks have, see [`signals::meet`]; nothing is
+    /// dropped after that.
+    fn meet<T>(&mut self, iteration: u64, mine: Result<T>) -> Result<T> {
+        if self.changing.is_some() {
+            return mine;
         }
+        let made = signals::meet(self.comm, mine)?;
+        self.change(iteration);
+        Ok(made)
     }
 
     fn roll_out_mine(
@@ -267,7 +269,7 @@ impl<'a> Trainer<'a> {
         keep: impl FnMut(Conditioning, Trajectory) -> Result<()>,
     ) -> Result<Judged> {
         let judged = self.sample_mine(task, iteration, how, log, keep);
-        self.meet(judged)
+        self.meet(iteration, judged)
     }
 
     fn sample_mine(
@@ -334,7 +336,6 @@ impl<'a> Trainer<'a> {
     ) -> Result<f64> {
         let config = self.config;
         let name = self.tasks[at.task].config.name.clone();
-        self.change(at.iteration);
         let _stage = watch::stage("update", &name);
         signals::check()?;
         let started = Instant::now();
@@ -375,7 +376,6 @@ impl<'a> Trainer<'a> {
     }
 
     fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
-        self.change(iteration);
         let _stage = watch::stage("pretrain", "");
         signals::check()?;
         let started = Instant::now();
