@@ -12,6 +12,7 @@ use crate::{
     memory,
     models::pipeline::Pipeline,
     prompts::{self, Prompt},
+    signals,
     task::{NoiseOf, Roller, Task},
     telemetry::Picture,
 };
@@ -56,9 +57,6 @@ struct Extent {
 /// Pictures of a prompt that a small evaluation keeps.
 const SHOWN_PER_PROMPT: usize = 4;
 
-/// Should the evaluation be given up? The same answer on all ranks.
-pub type Stop<'a> = dyn Fn() -> Result<bool> + 'a;
-
 /// One chunk's results on their way between ranks.
 #[derive(Serialize, Deserialize)]
 struct ChunkResult {
@@ -73,17 +71,18 @@ struct ChunkResult {
 }
 
 /// Evaluates every task of the config (also those with `train = false`) with the pipeline's current weights. A
-/// collective call; chunks go round robin over the ranks, and the result is the same on all of them. Before each round
-/// all ranks ask `stop` together; where it says so there is no result.
+/// collective call; chunks go round robin over the ranks, and the result is the same on all of them.
+///
+/// # Errors
+/// Among others [`signals::Interrupted`], on all ranks.
 pub fn evaluate(
     config: &Config,
     pipeline: &Pipeline,
     steps: &[Step],
     tasks: &mut [Task],
     comm: &dyn Communicator,
-    stop: &Stop,
-) -> Result<Option<Vec<TaskEvaluation>>> {
-    each_task(config, pipeline, steps, tasks, comm, stop, |task| {
+) -> Result<Vec<TaskEvaluation>> {
+    each_task(config, pipeline, steps, tasks, comm, |task| {
         let images = task.config.evaluation_images_per_prompt;
         let prompts = task.config.evaluation_samples / images;
         Extent { prompts, images, shown: config.evaluation.pictures, shown_per_prompt: images }
@@ -99,13 +98,12 @@ pub fn evaluate_few(
     tasks: &mut [Task],
     comm: &dyn Communicator,
 ) -> Result<Vec<TaskEvaluation>> {
-    let few = each_task(config, pipeline, steps, tasks, comm, &|| Ok(false), |task| {
+    each_task(config, pipeline, steps, tasks, comm, |task| {
         task.reward.set_group(task.config.evaluation_images_per_prompt);
         let images = if task.reward.group() > 1 { task.reward.group() } else { config.evaluation.images };
         let prompts = config.evaluation.prompts;
         Extent { prompts, images, shown: prompts * images, shown_per_prompt: SHOWN_PER_PROMPT }
-    })?;
-    Ok(few.expect("nothing stops it"))
+    })
 }
 
 fn each_task(
@@ -114,9 +112,8 @@ fn each_task(
     steps: &[Step],
     tasks: &mut [Task],
     comm: &dyn Communicator,
-    stop: &Stop,
     extent: impl Fn(&mut Task) -> Extent,
-) -> Result<Option<Vec<TaskEvaluation>>> {
+) -> Result<Vec<TaskEvaluation>> {
     let empty_prompt = pipeline.embed(&[""])?;
     let roller = Roller {
         pipeline,
@@ -131,7 +128,7 @@ fn each_task(
         .iter_mut()
         .map(|task| {
             let extent = extent(task);
-            evaluate_task(config, &roller, task, extent, comm, stop)
+            evaluate_task(config, &roller, task, extent, comm)
         })
         .collect()
 }
@@ -142,8 +139,7 @@ fn evaluate_task(
     task: &mut Task,
     extent: Extent,
     comm: &dyn Communicator,
-    stop: &Stop,
-) -> Result<Option<TaskEvaluation>> {
+) -> Result<TaskEvaluation> {
     let settings = &config.evaluation;
     let (per_prompt, total) = (extent.images, extent.prompts * extent.images);
     let groups =
@@ -153,15 +149,7 @@ fn evaluate_task(
     let is_shown = |sample: usize| sample < extent.shown && sample % per_prompt < extent.shown_per_prompt;
 
     let chunk = CHUNK.next_multiple_of(per_prompt);
-    let mut mine = Vec::new();
-    for round in 0..total.div_ceil(chunk * comm.size()) {
-        if stop()? {
-            return Ok(None);
-        }
-        let first = (round * comm.size() + comm.rank()) * chunk;
-        if first >= total {
-            continue;
-        }
+    let mut judge = |first: usize| -> Result<ChunkResult> {
         let count = chunk.min(total - first);
         let prompts = &prompt_of[first..first + count];
         let name = &task.config.name;
@@ -176,7 +164,7 @@ fn evaluate_task(
         for prompt in (0..count).step_by(per_prompt).filter(|_| per_prompt > 1) {
             of_prompts.push(diversity(&scored.images.narrow(0, prompt as i64, per_prompt as i64))?.to_bits());
         }
-        mine.push(ChunkResult {
+        Ok(ChunkResult {
             first,
             rewards: scored.scores.rewards.iter().map(|r| r.to_bits()).collect(),
             high_frequency: high_frequency_share(&scored.images)?.into_iter().map(f64::to_bits).collect(),
@@ -188,8 +176,10 @@ fn evaluate_task(
                     Ok((picture.width(), picture.height(), picture.rgb().to_vec()))
                 })
                 .collect::<Result<_>>()?,
-        });
-    }
+        })
+    };
+    let firsts = (comm.rank() * chunk..total).step_by(comm.size() * chunk);
+    let mine: Vec<ChunkResult> = signals::meet(comm, firsts.map(&mut judge).collect())?;
 
     let mut chunks: Vec<ChunkResult> = Vec::new();
     for bytes in comm.all_gather_bytes(&serde_json::to_vec(&mine)?)? {
@@ -209,7 +199,7 @@ fn evaluate_task(
     let shown = shown.collect::<Result<Vec<_>>>()?;
     let group = task.reward.group();
     let units = rewards.chunks(group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();
-    Ok(Some(TaskEvaluation { task: task.config.name.clone(), rewards, units, high_frequency, diversity, shown }))
+    Ok(TaskEvaluation { task: task.config.name.clone(), rewards, units, high_frequency, diversity, shown })
 }
 
 /// An image f32 `[3, H, W]` in \[0, 1\] as a picture for people.

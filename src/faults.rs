@@ -6,14 +6,14 @@
 //! | key | meaning |
 //! |---|---|
 //! | `at` | the point: see below |
-//! | `kind` | `kill` (SIGKILL), `hang`, `slow` (sleeps `ms` at every pass), `nan` and `flip` (numbers), `eio`, `full` (files) |
+//! | `kind` | `kill` (SIGKILL), `term` and `int` (SIGTERM, SIGINT), `hang`, `slow` (sleeps `ms` at every pass), `nan` and `flip` (numbers), `eio`, `full` (files) |
 //! | `rank` | only this rank |
 //! | `iteration` | only in this iteration, counted from 0 |
 //! | `file` | only files whose path contains this text |
 //! | `nth` | only the n-th time all this holds (1) |
 //! | `ms` | for `slow` |
 //!
-//! Points of the loop: `rollout`, `reward`, `advantage`, `update`, `optimizer`, `pretrain`, `saving`, `metrics`,
+//! Points of the loop: `loading`, `step` (of denoising, anywhere), `encode` (a batch of pairs), `rollout`, `reward`, `advantage`, `update`, `optimizer`, `pretrain`, `saving`, `metrics`,
 //! `evaluation`. Numbers: `rewards`, `log_prob`, `gradient`, `weights`, `moments`. Files: `write`, `fsync`, `rename`, `sync_folder`
 //! of every file that appears whole; of a checkpoint also `create_folder`, `digest`, `publish` (the rename of its folder),
 //! `sync_publish`, `published` and `remove` (of an older one).
@@ -35,6 +35,8 @@ const VARIABLE: &str = "RLDIFF_FAULT";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Kill,
+    /// A signal that asks to stop.
+    Ask(i32),
     Hang,
     Slow,
     Nan,
@@ -95,6 +97,8 @@ fn parse(text: &str) -> Result<Fault> {
             "kind" => {
                 fault.kind = match value {
                     "kill" => Kind::Kill,
+                    "term" => Kind::Ask(libc::SIGTERM),
+                    "int" => Kind::Ask(libc::SIGINT),
                     "hang" => Kind::Hang,
                     "slow" => Kind::Slow,
                     "nan" => Kind::Nan,
@@ -158,6 +162,11 @@ fn suffer(fault: &Fault) {
             // SAFETY: a signal to this very process.
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
             hang()
+        }
+        Kind::Ask(signal) => {
+            log::warn!("the fault at {} asks to stop", fault.at);
+            // SAFETY: a signal to this very thread.
+            unsafe { libc::raise(signal) };
         }
         Kind::Hang => hang(),
         Kind::Slow => std::thread::sleep(fault.sleep),

@@ -16,7 +16,7 @@ use crate::{
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
     rewards::{self, registry::Place, Pending, Reward, Scores},
-    watch,
+    signals, watch,
 };
 
 /// A task with everything it needs at run time.
@@ -42,6 +42,7 @@ impl Task {
         let place = Place { task: &config.name, index, seed, device, group: config.images_per_prompt };
         let prompts = prompts::registry::build(&config.prompts, comm);
         let prompts = prompts.with_context(|| format!("task {}: prompts", config.name))?;
+        signals::stop_here(comm)?;
         let reward = all_made(comm, rewards::registry::build(&config.reward, place));
         let reward = reward.with_context(|| format!("task {}: reward", config.name))?;
         reward.check_objects(&prompts.objects()).with_context(|| format!("task {}", config.name))?;
@@ -90,6 +91,7 @@ impl Task {
     ) -> Result<Begun> {
         let task = &self.config.name;
         let _stage = watch::stage(watch::REWARD, task);
+        signals::check()?;
         let _no_grad = tch::no_grad_guard();
         // rewards judge on the host
         let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);

@@ -27,6 +27,7 @@ use crate::{
     },
     prompts::Prompt,
     rewards::{self, Part},
+    signals::{self, Scope},
     stragglers::StageSeconds,
     task::{Begun, NoiseOf, Roller, Task},
     telemetry::Metrics,
@@ -52,6 +53,8 @@ pub struct Trainer<'a> {
     empty_prompt: Tensor,
     /// Where the roll-out replays CUDA graphs.
     recorded: Option<RecordedUNet>,
+    /// The iteration is at changing the weights, and a signal does not drop it any more.
+    changing: Option<Scope>,
 }
 
 /// Sees what a task has sampled, before it is trained on: (trainer, task, the scored samples where the method keeps whole
@@ -137,6 +140,7 @@ impl<'a> Trainer<'a> {
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
         let mut tasks = Task::all(config, pipeline.device, comm)?;
+        signals::stop_here(comm)?;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps, &mut tasks))?;
         let learner = Learner::new(&pipeline, config)?;
@@ -155,10 +159,14 @@ impl<'a> Trainer<'a> {
             stage_seconds: Vec::new(),
             lanes,
             method,
+            changing: None,
         })
     }
 
     /// One iteration. `observe` sees every task's samples before they are used up.
+    ///
+    /// # Errors
+    /// [`signals::Interrupted`] on all ranks, in a roll-out before the weights have changed: the state is the one before.
     pub fn iterate(&mut self, iteration: u64, observe: &mut Observe) -> Result<Metrics> {
         watch::iteration(iteration);
         let mut log = IterationLog::new(iteration, self.pipeline.device);
@@ -169,14 +177,45 @@ impl<'a> Trainer<'a> {
         if self.config.pretrain.mode == PretrainMode::Separate {
             self.pretrain(iteration, &mut log)?;
         }
+        self.changing = None;
         let (metrics, stage_seconds) = log.finish(self.comm, self.config)?;
         self.stage_seconds = stage_seconds;
         self.learner.ratio_drift = self.learner.ratio_drift.max(metrics.get("ratio_drift").unwrap_or(f64::NAN));
         Ok(metrics)
     }
 
-    /// Rolls out this rank's samples of a task, piece after piece in the order of their numbers.
+    /// From now on the iteration is finished, whatever comes: its samples are there, the weights are next.
+    fn change(&mut self, iteration: u64) {
+        let words = || format!("iteration {} is at changing the weights: it is finished first", iteration + 1);
+        self.changing.get_or_insert_with(|| signals::finishing(words()));
+    }
+
+    /// Rolls out this rank's samples of a task, piece after piece in the order of their numbers. A signal drops them, where
+    /// nothing has changed the weights yet. A collective call.
     pub(crate) fn roll_out(
+        &mut self,
+        task: usize,
+        iteration: u64,
+        how: &RollOut,
+        log: &mut IterationLog,
+        keep: impl FnMut(&mut Task, &Pipeline, &mut IterationLog, Piece) -> Result<()>,
+    ) -> Result<()> {
+        let rolled = self.roll_out_mine(task, iteration, how, log, keep);
+        self.meet(iteration, rolled)
+    }
+
+    /// What this rank has made for the iteration's first update where all ranks have, see [`signals::meet`]; nothing is
+    /// dropped after that.
+    fn meet<T>(&mut self, iteration: u64, mine: Result<T>) -> Result<T> {
+        if self.changing.is_some() {
+            return mine;
+        }
+        let made = signals::meet(self.comm, mine)?;
+        self.change(iteration);
+        Ok(made)
+    }
+
+    fn roll_out_mine(
         &mut self,
         task: usize,
         iteration: u64,
@@ -220,8 +259,20 @@ impl<'a> Trainer<'a> {
     }
 
     /// As [`Trainer::roll_out`] to the end, and judges what came out: a piece while the next one is rolled out, where the
-    /// reward is a program.
+    /// reward is a program. A collective call.
     pub(crate) fn sample(
+        &mut self,
+        task: usize,
+        iteration: u64,
+        how: &RollOut,
+        log: &mut IterationLog,
+        keep: impl FnMut(Conditioning, Trajectory) -> Result<()>,
+    ) -> Result<Judged> {
+        let judged = self.sample_mine(task, iteration, how, log, keep);
+        self.meet(iteration, judged)
+    }
+
+    fn sample_mine(
         &mut self,
         task: usize,
         iteration: u64,
@@ -231,7 +282,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Judged> {
         let mut judged = Judged::default();
         let mut under_way = None;
-        self.roll_out(task, iteration, how, log, |task, pipeline, log, piece| {
+        self.roll_out_mine(task, iteration, how, log, |task, pipeline, log, piece| {
             let name = task.config.name.clone();
             spoil_log_probs(&piece.trajectory);
             if let Some((lane, begun)) = under_way.take() {
@@ -286,6 +337,7 @@ impl<'a> Trainer<'a> {
         let config = self.config;
         let name = self.tasks[at.task].config.name.clone();
         let _stage = watch::stage("update", &name);
+        signals::check()?;
         let started = Instant::now();
         let mut broken = Vec::new();
         let _memory = {
@@ -325,6 +377,7 @@ impl<'a> Trainer<'a> {
 
     fn pretrain(&mut self, iteration: u64, log: &mut IterationLog) -> Result<()> {
         let _stage = watch::stage("pretrain", "");
+        signals::check()?;
         let started = Instant::now();
         let batch = self.config.pretrain.batch_per_lane;
         let _memory = memory::stage("pretraining step", batch, "lower pretrain.batch_per_lane");

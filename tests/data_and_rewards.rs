@@ -260,7 +260,16 @@ fn encoded_pairs_train() {
         one.stderr
     );
     encode(2, "two", &[]).expect_success("2 ranks");
-    fs::remove_file(folder.join("two/pairs-00001.h5")).unwrap();
+    ["two/pairs-00001.h5", "two/pairs-00002.h5"].map(|shard| fs::remove_file(folder.join(shard)).unwrap());
+    let mut stopped = rldiff(1, &folder);
+    stopped.args(["encode", "--out", "two", "--per-shard", "4"]).args(set(&[data]));
+    stopped.env("RLDIFF_FAULT", "at=encode,nth=2,kind=term");
+    let stopped = run_within(stopped, LIMIT);
+    assert_eq!(stopped.status.code(), Some(75), "{}", stopped.stderr);
+    for said in ["SIGTERM: leaving at the next batch of pairs", "the same command goes on where this one has stopped"] {
+        assert!(stopped.stderr.contains(said), "{}", stopped.stderr);
+    }
+    assert!(folder.join("two/pairs-00001.h5").exists() && !folder.join("two/pairs-00002.h5").exists());
     let rest = encode(1, "two", &[]).expect_success("the rest");
     assert!(rest.stdout.contains("1 shards written"), "{}", rest.stdout);
     encode(1, "exact", &["--precision", "f32"]).expect_success("f32");

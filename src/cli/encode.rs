@@ -9,8 +9,10 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::{agree, Communicator},
     config::PairData,
+    faults,
     pairs::{encode, EncodeSettings},
     run::load_model,
+    signals,
     telemetry::can_be_folder,
 };
 
@@ -39,6 +41,9 @@ enum Precision {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    signals::listen(comm.rank())?;
+    let _droppable = signals::droppable("leaving at the next batch of pairs; the shards that are whole are kept");
+    faults::install(comm.rank()).or_mistake()?;
     let config = args.config.load(comm).or_mistake()?;
     let pairs = || {
         ensure!(args.per_shard > 0, "--per-shard must be at least 1");

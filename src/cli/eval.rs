@@ -9,6 +9,7 @@ use crate::{
     comm::{agree, Communicator},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
     evaluation::{to_json, to_markdown, Evaluation},
+    faults, signals,
     telemetry::{can_be_file, write_atomic},
     user_file,
 };
@@ -33,6 +34,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    signals::listen(comm.rank())?;
+    let _droppable = signals::droppable("leaving at the next denoising step; the pieces that are judged are kept");
+    faults::install(comm.rank()).or_mistake()?;
     let mut config = load(&args.config, comm).or_mistake()?;
     if !args.models.is_empty() {
         config.models = args.models.iter().map(|path| EvalModel::at(path)).collect();

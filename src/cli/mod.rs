@@ -2,7 +2,8 @@
 //!
 //! Exit codes: 0 done; 1 a failure at work, a late rank among them; 2 a mistake in what was asked for, found before any
 //! work; 74 a file or standard output cannot be written (EX_IOERR), for a reason that the operating system gives: the
-//! checkpoints that were complete still are; 75 saved and ready to be started again (EX_TEMPFAIL); 101 a panic.
+//! checkpoints that were complete still are; 75 stopped by a signal and ready to be started again (EX_TEMPFAIL); 101 a
+//! panic.
 //!
 //! Standard output that a reader closes (`| head`) ends nothing and is no failure: a command does what it was asked to do
 //! and ends with the code it has without the reader. A training, or a study, goes on whatever becomes of standard output
@@ -93,11 +94,23 @@ pub enum Failure {
     Mistake(Error),
     /// Something failed on this rank.
     AtWork(Error),
+    /// A signal asked all ranks to stop, and what is done is on disk.
+    Interrupted,
+}
+
+impl Failure {
+    /// An interruption, or what `otherwise` makes of the error.
+    fn of(error: Error, otherwise: fn(Error) -> Failure) -> Self {
+        match signals::is_interruption(&error) {
+            true => Failure::Interrupted,
+            false => otherwise(error),
+        }
+    }
 }
 
 impl<E: Into<Error>> From<E> for Failure {
     fn from(error: E) -> Self {
-        Failure::AtWork(error.into())
+        Failure::of(error.into(), Failure::AtWork)
     }
 }
 
@@ -108,11 +121,11 @@ trait OrMistake<T> {
 
 impl<T, E: Into<Error>> OrMistake<T> for Result<T, E> {
     fn or_mistake(self) -> Result<T, Failure> {
-        self.map_err(|e| Failure::Mistake(e.into()))
+        self.map_err(|e| Failure::of(e.into(), Failure::Mistake))
     }
 }
 
-/// Exit code of a run that saved and wants to be started again (EX_TEMPFAIL).
+/// Exit code of what a signal has stopped and wants to be started again (EX_TEMPFAIL).
 const START_AGAIN: u8 = 75;
 
 /// Exit code where files cannot be written.
@@ -144,8 +157,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if printed.is_ok() { code } else { CANNOT_WRITE });
         }
     };
-    match dispatch(cli, comm) {
-        Ok(code) => code,
+    let command = cli.command.unwrap_or(Command::Train(cli.train));
+    let again = match &command {
+        Command::Train(_) => "go on with --resume auto",
+        _ => "the same command goes on where this one has stopped",
+    };
+    match dispatch(command, comm) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Interrupted) => {
+            if first {
+                log::info!("{again}");
+            }
+            ExitCode::from(START_AGAIN)
+        }
         Err(Failure::Mistake(e)) => {
             if first {
                 complain(&format!("error: {e:#}\n"));
@@ -195,18 +219,18 @@ fn print_usage(error: &clap::Error) -> Result<(), ()> {
     Ok(())
 }
 
-fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+fn dispatch(command: Command, comm: &dyn Communicator) -> Result<(), Failure> {
     // relative paths have no meaning there, and MKL ends the process
     let here = std::env::current_dir().map(drop).context("the working folder is gone; go to one that exists");
     comm::all_made(comm, here).or_mistake()?;
-    let command = cli.command.unwrap_or(Command::Train(cli.train));
-    if !matches!(command, Command::Train(_) | Command::Study(_)) {
+    if !matches!(command, Command::Train(_) | Command::Study(_) | Command::Eval(_) | Command::Encode(_)) {
         // the others have nothing to save: a signal ends them
         signals::release()?;
     }
+    let outlives = matches!(command, Command::Train(_) | Command::Study(_));
     match command {
-        Command::Train(args) => return train::run(args, comm),
-        Command::Study(args) => return study::run(args, comm),
+        Command::Train(args) => train::run(args, comm),
+        Command::Study(args) => study::run(args, comm),
         Command::Check(args) => check::run(args, comm),
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
@@ -221,8 +245,11 @@ fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         Command::Tokenize(args) => tokenize::run(args, comm),
         Command::Bench(args) => bench::run(args, comm),
     }?;
-    streams::outcome()?;
-    Ok(ExitCode::SUCCESS)
+    // a training and a study outlive their standard output
+    if !outlives {
+        streams::outcome()?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,16 +1,15 @@
 //! `rldiff study`: the paper's comparison as one command.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::path::PathBuf;
 
 use anyhow::{anyhow, Result};
+use tch::Device;
 
-use super::{device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
+use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, nccl, Communicator, Watched},
     config::StudyConfig,
-    faults,
-    run::Ending,
-    signals,
+    faults, signals,
     study::Plan,
 };
 
@@ -28,7 +27,9 @@ pub struct Args {
     quick: bool,
 }
 
-pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    signals::listen(comm.rank())?;
+    let _droppable = signals::droppable("leaving at the next step; what is done is kept");
     let watched = Watched::new(comm);
     let comm: &dyn Communicator = &watched;
     faults::install(comm.rank()).or_mistake()?;
@@ -37,32 +38,21 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(plan.members[0].config.run.threads as i32);
-    // again: MPI may have taken some for itself
-    signals::install()?;
-    plan.try_out(comm, device).or_mistake()?;
-    let ending = plan.train(comm, device)?;
-    if ending == Ending::Complete {
-        if comm.rank() == 0 {
-            log::info!("evaluating {} models", plan.evaluation.models.len());
-        }
-        // nothing is lost by a signal from here on: what is judged is on disk
-        signals::release()?;
-        let results = plan.evaluate(comm, device)?;
-        plan.report(comm, &results)?;
-    }
-    let first = comm.rank() == 0;
-    if let Some(nccl) = nccl {
+    let ended = go(&plan, comm, device);
+    if let (Some(nccl), Ok(()) | Err(Failure::Interrupted)) = (nccl, &ended) {
         nccl.close();
     }
-    Ok(match ending {
-        Ending::Complete => ExitCode::SUCCESS,
-        Ending::Interrupted => {
-            if first {
-                log::info!("the same command goes on where the study is");
-            }
-            ExitCode::from(START_AGAIN)
-        }
-    })
+    ended
+}
+
+fn go(plan: &Plan, comm: &dyn Communicator, device: Device) -> Result<(), Failure> {
+    plan.try_out(comm, device).or_mistake()?;
+    plan.train(comm, device)?;
+    if comm.rank() == 0 {
+        log::info!("evaluating {} models", plan.evaluation.models.len());
+    }
+    let results = plan.evaluate(comm, device)?;
+    Ok(plan.report(comm, &results)?)
 }
 
 /// Every rank reads; what only some find is an error on all.

@@ -1,14 +1,15 @@
 //! `rldiff [train]`: fine-tuning.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::path::PathBuf;
 
 use tch::Device;
 
-use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{nccl, Communicator, Watched},
+    config::Config,
     faults,
-    run::{Ending, Resume, Run},
+    run::{Resume, Run},
     signals,
     telemetry::RunFiles,
 };
@@ -28,7 +29,10 @@ pub struct Args {
     resume: Option<String>,
 }
 
-pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
+pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
+    signals::listen(comm.rank())?;
+    let _droppable =
+        signals::droppable("leaving before the next part of the loading; this start has trained nothing yet");
     let watched = Watched::new(comm);
     let comm: &dyn Communicator = &watched;
     faults::install(comm.rank()).or_mistake()?;
@@ -43,11 +47,24 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     tch::set_num_threads(config.run.threads as i32);
-    // again: MPI may have taken some for itself
-    signals::install()?;
-    let run = Run::prepare(&config, comm, device, files.clone(), &resume).or_mistake()?;
+    let ended = train(&args.config, &config, comm, device, files, &resume);
+    if let (Some(nccl), Ok(()) | Err(Failure::Interrupted)) = (nccl, &ended) {
+        nccl.close();
+    }
+    ended
+}
+
+fn train(
+    from: &ConfigArgs,
+    config: &Config,
+    comm: &dyn Communicator,
+    device: Device,
+    files: RunFiles,
+    resume: &Resume,
+) -> Result<(), Failure> {
+    let run = Run::prepare(config, comm, device, files.clone(), resume).or_mistake()?;
     if comm.rank() == 0 {
-        let what = match &args.config.config {
+        let what = match &from.config {
             Some(path) => path.display().to_string(),
             None => "the embedded joint experiment (no CONFIG was given)".to_string(),
         };
@@ -56,18 +73,5 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
         let with = if device == Device::Cpu { "" } else { " with a GPU each" };
         log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
     }
-    let ending = run.go()?;
-    let first = comm.rank() == 0;
-    if let Some(nccl) = nccl {
-        nccl.close();
-    }
-    Ok(match ending {
-        Ending::Complete => ExitCode::SUCCESS,
-        Ending::Interrupted => {
-            if first {
-                log::info!("go on with --resume auto");
-            }
-            ExitCode::from(START_AGAIN)
-        }
-    })
+    Ok(run.go()?)
 }

@@ -14,19 +14,20 @@ mod watched;
 
 pub use self::around::{Around, Operation};
 pub use self::local::Local;
-pub(crate) use self::mpi::end_world;
 pub use self::mpi::Mpi;
+pub(crate) use self::mpi::{end_world, ring};
 pub use self::timed::{Timed, Visit};
 pub use self::tree::{same_tree, tree_sum, Leaf, TreeSum};
 pub use self::watched::Watched;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Error, Result};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     caught_panics,
+    signals::{self, Interrupted},
     streams::complain,
 };
 
@@ -118,65 +119,90 @@ pub fn library_version() -> String {
     version.lines().next().unwrap_or("unknown").trim().to_string()
 }
 
-/// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
-/// that failed and why. A collective call; whoever calls it must reach it even after a failure.
-pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
-    let all = comm.all_gather_bytes(&Outcome::of(&mine).packed())?;
-    let failed: Vec<(usize, Outcome)> =
-        all.iter().map(|bytes| Outcome::unpacked(bytes)).enumerate().filter(|(_, o)| o.failed).collect();
-    if failed.is_empty() {
-        return Ok(());
-    }
-    let of_writing = failed.iter().any(|(_, outcome)| outcome.of_writing);
-    let texts: Vec<String> =
-        failed.into_iter().map(|(rank, outcome)| format!("rank {rank}: {}", outcome.text)).collect();
-    Err(OfRanks { text: texts.join("; "), of_writing }.into())
-}
-
-/// What a rank says of its own result.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Outcome {
-    failed: bool,
-    /// Whether it failed because it could not write.
-    of_writing: bool,
-    text: String,
+/// What a rank says of how it went.
+#[derive(Clone, Debug, PartialEq)]
+enum Outcome {
+    Success,
+    /// A signal has stopped it.
+    Interrupted,
+    /// `of_writing`: because it could not write.
+    Failure {
+        of_writing: bool,
+        text: String,
+    },
 }
 
 impl Outcome {
     fn of<T>(mine: &Result<T>) -> Self {
-        mine.as_ref().err().map_or_else(Outcome::default, |e| Outcome {
-            failed: true,
-            of_writing: CannotWrite::caused(e),
-            text: format!("{e:#}"),
-        })
+        match mine {
+            Ok(_) => Outcome::Success,
+            Err(e) if signals::is_interruption(e) => Outcome::Interrupted,
+            Err(e) => Outcome::Failure { of_writing: CannotWrite::caused(e), text: format!("{e:#}") },
+        }
     }
 
     /// Nothing for success.
     fn packed(&self) -> Vec<u8> {
-        match self.failed {
-            true => [&[u8::from(self.of_writing)], self.text.as_bytes()].concat(),
-            false => Vec::new(),
+        match self {
+            Outcome::Success => Vec::new(),
+            Outcome::Interrupted => vec![2],
+            Outcome::Failure { of_writing, text } => [&[u8::from(*of_writing)], text.as_bytes()].concat(),
         }
     }
 
     fn unpacked(bytes: &[u8]) -> Self {
-        let Some((mark, text)) = bytes.split_first() else { return Outcome::default() };
-        Outcome { failed: true, of_writing: *mark == 1, text: String::from_utf8_lossy(text).into_owned() }
+        match bytes.split_first() {
+            None => Outcome::Success,
+            Some((2, _)) => Outcome::Interrupted,
+            Some((mark, text)) => {
+                Outcome::Failure { of_writing: *mark == 1, text: String::from_utf8_lossy(text).into_owned() }
+            }
+        }
+    }
+
+    /// The same on all ranks, from what all of them say: an error that names each rank that failed and why, else
+    /// [`Interrupted`] where a signal has stopped some.
+    fn of_all(all: &[Vec<u8>]) -> Result<()> {
+        let all: Vec<Outcome> = all.iter().map(|bytes| Outcome::unpacked(bytes)).collect();
+        let (mut texts, mut any_of_writing) = (Vec::new(), false);
+        for (rank, outcome) in all.iter().enumerate() {
+            if let Outcome::Failure { of_writing, text } = outcome {
+                texts.push(format!("rank {rank}: {text}"));
+                any_of_writing |= of_writing;
+            }
+        }
+        if !texts.is_empty() {
+            return Err(OfRanks { text: texts.join("; "), of_writing: any_of_writing }.into());
+        }
+        match all.contains(&Outcome::Interrupted) {
+            true => Err(Interrupted.into()),
+            false => Ok(()),
+        }
     }
 }
 
+/// All ranks learn whether every one of them succeeded: `Ok` everywhere, or an error everywhere that names each rank
+/// that failed and why, or [`Interrupted`] everywhere where that is all that stopped some. A collective call; whoever
+/// calls it must reach it even after a failure.
+pub fn agree(comm: &dyn Communicator, mine: Result<()>) -> Result<()> {
+    Outcome::of_all(&comm.all_gather_bytes(&Outcome::of(&mine).packed())?)
+}
+
 /// What every rank made by itself from the same settings, or the same error on all of them: once where all failed alike,
-/// by rank where they did not. A collective call, to be reached even after a failure.
+/// by rank where they did not, [`Interrupted`] where a signal is the reason. A collective call, to be reached even after
+/// a failure.
 pub fn all_made<T>(comm: &dyn Communicator, mine: Result<T>) -> Result<T> {
+    // what fails after a signal may have failed by it: programs that judge get signals, too
+    let mine = mine.or_else(|e| signals::check().map_err(Error::from).and(Err(e)));
     let outcome = Outcome::of(&mine);
     let all = comm.all_gather_bytes(&outcome.packed())?;
-    if outcome.failed && all.iter().all(|other| Outcome::unpacked(other) == outcome) {
-        return Err(OfRanks { text: outcome.text, of_writing: outcome.of_writing }.into());
+    if let Outcome::Failure { of_writing, text } = &outcome {
+        if all.iter().all(|other| Outcome::unpacked(other) == outcome) {
+            return Err(OfRanks { text: text.clone(), of_writing: *of_writing }.into());
+        }
     }
-    match mine {
-        Ok(made) => agree(comm, Ok(())).map(|()| made),
-        Err(e) => Err(agree(comm, Err(e)).expect_err("this rank's own failure")),
-    }
+    Outcome::of_all(&all)?;
+    mine
 }
 
 /// Makes a panic on any thread of any rank end all ranks within seconds: it prints `rank R: message (file:line)` on

@@ -53,6 +53,52 @@ impl Number for u16 {
     }
 }
 
+/// How a rank that was asked to stop tells the others while all of them work by themselves: messages of one byte, in a
+/// communicator of their own.
+struct Bell {
+    comm: SimpleCommunicator,
+    /// This rank has told all others.
+    rung: bool,
+    /// By rank: it has told this one.
+    heard: Vec<bool>,
+}
+
+thread_local! {
+    /// Of the thread that started MPI, the only one that may call it.
+    static BELL: RefCell<Option<Bell>> = const { RefCell::new(None) };
+}
+
+/// Tells the other ranks, once, if this one was `asked` to stop; whether another one has told this rank so far. Nothing
+/// on threads that may not call MPI, and where there is none.
+pub(crate) fn ring(asked: bool) -> bool {
+    BELL.with_borrow_mut(|bell| {
+        let Some(Bell { comm, rung, heard }) = bell else { return false };
+        while let Some((message, status)) = comm.any_process().immediate_matched_probe() {
+            let _: (u8, _) = message.matched_receive();
+            heard[status.source_rank() as usize] = true;
+        }
+        if asked && !*rung {
+            *rung = true;
+            let me = comm.rank();
+            // a byte is on its way at once: no MPI waits for the receiver of so little
+            (0..comm.size()).filter(|&rank| rank != me).for_each(|rank| comm.process_at_rank(rank).send(&1u8));
+        }
+        heard.contains(&true)
+    })
+}
+
+/// Takes what was sent and not heard yet, so that MPI ends with nothing under way. A collective call.
+fn take_bell_down() {
+    let Some(Bell { comm, rung, heard }) = BELL.take() else { return };
+    let mut rang = vec![0u8; heard.len()];
+    comm.all_gather_into(&u8::from(rung), &mut rang[..]);
+    for (rank, _) in heard.iter().enumerate().filter(|(rank, heard)| rang[*rank] == 1 && !**heard) {
+        if rank as i32 != comm.rank() {
+            let _: (u8, _) = comm.process_at_rank(rank as i32).receive();
+        }
+    }
+}
+
 /// All ranks of MPI's world.
 pub struct Mpi {
     world: SimpleCommunicator,
@@ -86,6 +132,7 @@ impl Mpi {
             );
         }
         ensure!(provided >= Threading::Funneled, "this MPI supports only programs without threads");
+        BELL.set(Some(Bell { comm: world.duplicate(), rung: false, heard: vec![false; size] }));
         let host = world.split_shared(world.rank());
         let local_rank = (host.rank() as usize, host.size() as usize);
         Ok(Mpi { world, rank, size, local_rank, scratch: RefCell::new(vec![0; SUM_PIECE]), _universe: universe })
@@ -171,6 +218,12 @@ impl Mpi {
     fn broadcast<T: Equivalence>(&self, data: &mut [T], root: usize) {
         let root = self.world.process_at_rank(root as i32);
         data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece));
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        take_bell_down();
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     schedule::Step,
     transition::{self, Noise, Prediction},
 };
-use crate::models::unet::UNet;
+use crate::{faults, models::unet::UNet, signals};
 
 /// The text of a batch as the U-Net takes it.
 #[derive(Debug)]
@@ -118,6 +118,9 @@ impl Trajectory {
 
 /// Rolls out all `steps` from `x_t`, without gradients. `noise(i)` is that of step i. With `recorded` the
 /// U-Net's calls are replays.
+///
+/// # Errors
+/// A replay that fails; [`signals::Interrupted`] before a step, where what is under way can be dropped.
 pub fn roll_out<N: Into<Noise>>(
     unet: &UNet,
     recorded: Option<&RecordedUNet>,
@@ -129,6 +132,8 @@ pub fn roll_out<N: Into<Noise>>(
     let _no_grad = tch::no_grad_guard();
     let mut trajectory = Trajectory { latents: vec![x_t], log_probs: Vec::with_capacity(steps.len()) };
     for (i, step) in steps.iter().enumerate() {
+        faults::point("step");
+        signals::check()?;
         let x_t = trajectory.x_0();
         let output = match recorded {
             Some(recorded) => conditioning.predict_recorded(recorded, unet, x_t, step.t)?,

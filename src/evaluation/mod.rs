@@ -28,6 +28,7 @@ use crate::{
     comm::{agree, Communicator},
     config::EvalConfig,
     diffusion::schedule::Schedule,
+    signals,
     task::Roller,
     telemetry::can_be_folder,
 };
@@ -57,10 +58,14 @@ impl<'a> Evaluation<'a> {
     }
 
     /// Evaluates what is missing, and gives all results, the same on every rank. A collective call.
+    ///
+    /// # Errors
+    /// Among others [`signals::Interrupted`], on all ranks; the pieces that are judged are on disk.
     pub fn go(mut self, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Vec<ModelResult>> {
         let config = self.config;
         let mut results = Vec::new();
         for settings in &config.models {
+            signals::stop_here(comm)?;
             let loaded = model::load(settings, &config.eval, comm, device)
                 .with_context(|| format!("model {}", settings.name))?;
             let pipeline = &loaded.pipeline;

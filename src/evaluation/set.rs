@@ -27,7 +27,7 @@ use crate::{
         registry::{build, Place},
         Reward,
     },
-    store,
+    signals, store,
     task::{NoiseOf, Roller},
     telemetry::{save_png, write_atomic},
     watch,
@@ -155,20 +155,18 @@ pub fn evaluate_set(
 
     let chunk = CHUNK.next_multiple_of(set.config.images_per_prompt);
     let total = set.samples();
-    let mut parts: Vec<Part> = Vec::new();
-    for first in (comm.rank() * chunk..total).step_by(comm.size() * chunk) {
+    let mut part_at = |first: usize| -> Result<Part> {
         let file = folder.join(format!("part-{first:07}.json"));
         let count = chunk.min(total - first);
-        let part = match found(&file, &key_digest, config, set, &folder, first, count) {
-            Some(part) => part,
-            None => {
-                let part = draw_and_judge(config, roller, set, &folder, &key_digest, first, count)?;
-                write_atomic(&file, &serde_json::to_vec(&part)?)?;
-                part
-            }
-        };
-        parts.push(part);
-    }
+        if let Some(part) = found(&file, &key_digest, config, set, &folder, first, count) {
+            return Ok(part);
+        }
+        let part = draw_and_judge(config, roller, set, &folder, &key_digest, first, count)?;
+        write_atomic(&file, &serde_json::to_vec(&part)?)?;
+        Ok(part)
+    };
+    let firsts = (comm.rank() * chunk..total).step_by(comm.size() * chunk);
+    let parts: Vec<Part> = signals::meet(comm, firsts.map(&mut part_at).collect())?;
     let mut all: Vec<Part> = Vec::new();
     for bytes in comm.all_gather_bytes(&serde_json::to_vec(&parts)?)? {
         all.extend(serde_json::from_slice::<Vec<Part>>(&bytes).context("parts of another rank")?);
@@ -246,6 +244,7 @@ fn draw_and_judge(
     let (mut rewards, mut diagnostics) = (BTreeMap::new(), BTreeMap::new());
     for (metric, reward) in &mut set.metrics {
         let _stage = watch::stage(watch::REWARD, metric);
+        signals::check()?;
         let scores = reward
             .score_with_ids(&images, &of_samples, &ids)
             .with_context(|| format!("set {name}: metric {metric}"))?;

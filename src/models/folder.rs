@@ -15,7 +15,10 @@ use super::{
     weight_files::{read_weights, warn_of_bad_values},
     weights::{ensure_no_pointer, modernise_vae_names, tensor_bytes},
 };
-use crate::comm::Communicator;
+use crate::{
+    comm::Communicator,
+    signals::{self, Interrupted},
+};
 
 /// Where a model comes from.
 #[derive(Clone, Debug)]
@@ -57,7 +60,7 @@ impl ModelFiles {
     /// Reads the whole folder.
     ///
     /// # Errors
-    /// Names the missing or damaged file.
+    /// Names the missing or damaged file; [`Interrupted`] between two networks, where a signal may end the loading.
     pub fn read(location: &ModelLocation) -> Result<Self> {
         let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
         for &(path, required) in TEXT_FILES {
@@ -68,6 +71,7 @@ impl ModelFiles {
             }
         }
         for (component, stem) in COMPONENTS {
+            signals::check()?;
             let mut tensors = read_weights(location, &files.origin, component, stem)?;
             warn_of_bad_values(&tensors, &format!("{}: {component}", files.origin));
             if component == "vae" {
@@ -110,6 +114,8 @@ impl ModelFiles {
             return ModelFiles::read(location);
         }
         let read = if comm.rank() == 0 { Some(ModelFiles::read(location)) } else { None };
+        let interrupted = matches!(&read, Some(Err(e)) if signals::is_interruption(e));
+        signals::meet(comm, if interrupted { Err(Interrupted.into()) } else { Ok(()) })?;
         let mut header = match &read {
             Some(Ok(files)) => serde_json::to_vec(&Header::of(files))?,
             Some(Err(e)) => serde_json::to_vec(&Header { error: Some(format!("{e:#}")), ..Header::default() })?,

@@ -17,7 +17,9 @@ use super::{
 use crate::{
     comm::{agree, all_made, Communicator},
     config::WebdatasetPairs,
+    faults,
     models::{pipeline::Pipeline, weights::tensor_bytes},
+    signals,
     store::{self, EncodedPairs, PairIndex, PairReader, PairsHeader},
 };
 
@@ -38,7 +40,8 @@ pub struct EncodeSettings {
 /// collective call: the ranks share the shards. Gives the number of shards made by all ranks.
 ///
 /// # Errors
-/// Shards of pairs that cannot be used, or shards in `out` that were made of something else.
+/// Shards of pairs that cannot be used, or shards in `out` that were made of something else; [`signals::Interrupted`] on
+/// all ranks, with all whole shards kept.
 pub fn encode(
     pipeline: &Pipeline,
     pairs: &WebdatasetPairs,
@@ -105,6 +108,8 @@ fn encode_range(
     let [height, width] = decoder.size.map(i64::from);
     let indices: Vec<u64> = range.collect();
     for batch in indices.chunks(BATCH) {
+        faults::point("encode");
+        signals::check()?;
         let pairs = decode(shards, decoder, threads, batch)?;
         if pairs.is_empty() {
             continue;

@@ -3,12 +3,16 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{anyhow, bail, Context, Result};
 
 use super::protocol::{ensure_ready, Link, MAX_ANSWER};
+use crate::signals;
+
+/// Between two looks for a signal while a program is waited for.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A program at the other end of streams.
 pub trait Streams {
@@ -62,12 +66,17 @@ impl Lines {
     }
 }
 
-/// Waits for the next line.
+/// Waits for the next line; a signal ends the waiting where what is under way can be dropped.
 fn line(program: &mut impl Streams, timeout: Duration) -> Result<Vec<u8>> {
-    match program.lines().lines.recv_timeout(timeout) {
-        Ok(line) => line,
-        Err(RecvTimeoutError::Timeout) => bail!("no answer within {} s", timeout.as_secs_f64()),
-        Err(RecvTimeoutError::Disconnected) => bail!("{}", program.ending()),
+    let started = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(started.elapsed());
+        match program.lines().lines.recv_timeout(left.min(LOOK)) {
+            Ok(line) => return line,
+            Err(RecvTimeoutError::Timeout) if left > LOOK => signals::check()?,
+            Err(RecvTimeoutError::Timeout) => bail!("no answer within {} s", timeout.as_secs_f64()),
+            Err(RecvTimeoutError::Disconnected) => bail!("{}", program.ending()),
+        }
     }
 }
 

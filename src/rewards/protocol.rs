@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::{check_batch, rgb_bytes, Pending, Reward, Scores};
-use crate::prompts::Prompt;
+use crate::{prompts::Prompt, signals};
 
 /// A longer answer is not read.
 pub const MAX_ANSWER: u64 = 4 << 20;
@@ -94,6 +94,8 @@ impl<P: Program> External<P> {
                 Err(e) => e.context(self.program.shown()),
             };
             self.link.give_up();
+            // a signal may have ended the program as well
+            signals::check()?;
             if self.restarts == self.program.restarts() {
                 return Err(error.context(format!("after {} restarts", self.restarts)));
             }

@@ -19,7 +19,7 @@ use super::{
     lines::{wait_until_ready, Lines, Streams},
     protocol::{External, Link, Program},
 };
-use crate::config::ServerReward as Settings;
+use crate::{config::ServerReward as Settings, signals};
 
 /// How often a server that does not listen yet is tried.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -54,11 +54,14 @@ impl Program for Settings {
     }
 }
 
-/// Asks `attempt` until it succeeds or `until` is over; its last error.
+/// Asks `attempt` until it succeeds or `until` is over; its last error. A signal ends it.
 pub(super) fn insist<T>(until: Instant, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     loop {
         match attempt() {
-            Err(_) if Instant::now() + PAUSE < until => std::thread::sleep(PAUSE),
+            Err(_) if Instant::now() + PAUSE < until => {
+                signals::check()?;
+                std::thread::sleep(PAUSE);
+            }
             done => return done,
         }
     }

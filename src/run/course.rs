@@ -11,6 +11,7 @@ use crate::{
     comm::{agree, Communicator},
     config::Config,
     evaluate::{evaluate_few, TaskEvaluation},
+    signals,
     telemetry::{names, GridRow, Metrics, RunFiles, SampleSheet},
     train::Trainer,
     watch,
@@ -26,7 +27,16 @@ pub fn is_due(config: &Config, done: u64) -> bool {
     every > 0 && (done % every == 0 || done == config.run.iterations)
 }
 
+/// Whether the numbers of an iteration lack those of the evaluation that followed it: a signal has dropped it.
+pub fn is_missing(metrics: &Metrics) -> bool {
+    let of_evaluation = |name: &str| name.rsplit('/').next() == Some(names::EVALUATION_REWARD);
+    !metrics.iter().any(|(name, _)| of_evaluation(name))
+}
+
 /// Evaluates the trainer's policy and adds what it finds to `metrics`; rank 0 keeps the pictures. A collective call.
+///
+/// # Errors
+/// Among others [`signals::Interrupted`], on all ranks, with nothing added.
 pub fn evaluate(
     trainer: &mut Trainer,
     comm: &dyn Communicator,
@@ -36,6 +46,11 @@ pub fn evaluate(
     metrics: &mut Metrics,
 ) -> Result<()> {
     let started = Instant::now();
+    let of = if done == 0 { "of the base model".to_string() } else { format!("after iteration {done}") };
+    let _droppable = signals::droppable(match done {
+        0 => format!("the evaluation {of} is dropped at the next denoising step; nothing has been trained yet"),
+        _ => format!("the evaluation {of} is dropped at the next denoising step; the iteration itself is saved"),
+    });
     let _stage = watch::stage("evaluation", "");
     let few = evaluate_few(trainer.config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
     let prefix = if done == 0 { BASE } else { "" };
@@ -44,6 +59,7 @@ pub fn evaluate(
             metrics.set(names::of_task(&task.task, &format!("{prefix}{name}")), value);
         }
     }
+    let _finishing = signals::finishing(format!("the evaluation {of} is being written: that is finished first"));
     let kept = recorder.as_mut().map_or(Ok(()), |recorder| {
         few.iter().try_for_each(|task| recorder.samples(files, done, &task.task, &sheet(task)))
     });

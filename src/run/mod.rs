@@ -6,13 +6,14 @@ mod recorder;
 mod results;
 mod resume;
 mod trajectories;
+mod under_way;
 
 pub use resume::Resume;
 
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::{ensure, Context, Result};
@@ -23,8 +24,6 @@ use crate::{
     comm::{agree, same_tree, Communicator},
     config::Config,
     device::ensure_gpu,
-    faults,
-    learner::Learner,
     miniature,
     models::{
         folder::{ModelFiles, ModelLocation},
@@ -34,12 +33,10 @@ use crate::{
         weight_files::read_tensors,
     },
     policy::lanes::Lanes,
-    replicas, signals,
-    store::{self, Keep, SaveReport, Saver},
-    stragglers::Stragglers,
-    telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
+    signals, store,
+    telemetry::{can_be_folder, RunFiles, Summary},
     train::Trainer,
-    watch::{self, Limits, Watchdog},
+    watch,
 };
 use recorder::Recorder;
 
@@ -101,14 +98,6 @@ pub fn build_for(config: &Config) -> Build {
     }
 }
 
-/// How a run came to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    Complete,
-    /// A signal asked for it; the state is saved and `--resume auto` goes on from it.
-    Interrupted,
-}
-
 /// A run that is ready to start.
 pub struct Run<'a> {
     config: &'a Config,
@@ -124,7 +113,8 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Everything that can go wrong by a user's mistake, before any work and without a change on disk: the config, the
-    /// number of ranks, the model, the checkpoint. A collective call; errors are the same on all ranks.
+    /// number of ranks, the model, the checkpoint. A collective call; errors are the same on all ranks,
+    /// [`signals::Interrupted`] among them.
     pub fn prepare(
         config: &'a Config,
         comm: &'a dyn Communicator,
@@ -146,7 +136,12 @@ impl<'a> Run<'a> {
             );
         }
         agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
-        let mut trainer = Trainer::new(config, comm, load_for_training(config, comm, device)?)?;
+        let _stage = watch::stage("loading", "");
+        signals::stop_here(comm)?;
+        let pipeline = load_for_training(config, comm, device)?;
+        signals::stop_here(comm)?;
+        let mut trainer = Trainer::new(config, comm, pipeline)?;
+        signals::stop_here(comm)?;
         let (mut done, mut origin) = (0, None);
         if let Some(loaded) = resume::find(resume, &files, comm)? {
             let checkpoint = &loaded.checkpoint;
@@ -177,116 +172,6 @@ impl<'a> Run<'a> {
         Ok(Run { config, comm, files, trainer, done, origin, started })
     }
 
-    /// Trains, evaluates and writes everything, or saves and leaves when a signal asks for it. A collective call.
-    pub fn go(mut self) -> Result<Ending> {
-        let (config, comm) = (self.config, self.comm);
-        let first = comm.rank() == 0;
-        if self.is_finished()? {
-            if first {
-                say!("{}: all {} iterations are done; see {}", config.run.name, self.done, self.files.root().display());
-            }
-            return Ok(Ending::Complete);
-        }
-        if signals::asked_to_stop(comm)? {
-            if first {
-                log::info!("asked to stop before the first iteration: nothing to save");
-            }
-            return Ok(Ending::Interrupted);
-        }
-        let config_toml = toml::to_string_pretty(config)?;
-        let begun = if first { self.begin(&config_toml).map(Some) } else { Ok(None) };
-        let (mut recorder, begun) = match begun {
-            Ok(recorder) => (recorder, Ok(())),
-            Err(e) => (None, Err(e)),
-        };
-        agree(comm, begun).context(CannotWrite::new("the run's files"))?;
-        let hosts = watch::hosts(comm)?;
-        let limits = Limits { collective: config.run.collective_limit, reward: config.run.reward_limit };
-        let _watchdog = Watchdog::start(self.files.watch(), comm.rank(), hosts.clone(), limits)?;
-        let keep = Keep { last: config.run.keep_checkpoints, every: config.run.keep_every };
-        let mut saver = Saver::new(&self.files.checkpoints(), keep);
-        let mut stragglers = Stragglers::default();
-
-        let mut of_base = Metrics::default();
-        if self.done == 0 && course::is_due(config, 0) {
-            course::evaluate(&mut self.trainer, comm, &self.files, 0, &mut recorder, &mut of_base)?;
-        }
-        for iteration in self.done..config.run.iterations {
-            let (mut saved, mut stalled) = (None, Duration::ZERO);
-            let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
-                let started = Instant::now();
-                saved = saver.advance(comm).context(CannotWrite::new("the run's files"))?.or(saved.take());
-                stalled += started.elapsed();
-                let every = config.trajectories.every;
-                if let Some(batch) = batch.filter(|_| every > 0 && (iteration + 1) % every == 0) {
-                    trajectories::write(trainer, &self.files, task, iteration, batch, chosen)
-                        .context(CannotWrite::new("the run's files"))?;
-                }
-                Ok(())
-            })?;
-            let done = iteration + 1;
-            if iteration == 0 {
-                of_base.iter().for_each(|(name, value)| metrics.set(name, value));
-            }
-            if first {
-                let seconds = metrics.get(names::SECONDS).unwrap_or(0.0);
-                let lines = stragglers.note(&self.trainer.stage_seconds, seconds, &hosts);
-                lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
-            }
-            self.trainer.check_weights(done)?;
-            if course::is_due(config, done) {
-                course::evaluate(&mut self.trainer, comm, &self.files, done, &mut recorder, &mut metrics)?;
-            }
-            if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
-                replicas::compare(self.trainer.learner.vectors(), done, &hosts, comm)?;
-            }
-            let (every, last) = (config.run.checkpoint_every, done == config.run.iterations);
-            let stop = signals::asked_to_stop(comm)?;
-            let save_now = stop || every > 0 && (done % every == 0 || last);
-            let _stage = watch::stage("saving", "");
-            let started = Instant::now();
-            saved = saver.advance(comm).context(CannotWrite::new("the run's files"))?.or(saved);
-            if save_now {
-                let file = recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
-                saved = self
-                    .begin_save(&mut saver, done, &config_toml, file)
-                    .context(CannotWrite::new("the run's files"))?
-                    .or(saved);
-            }
-            stalled += started.elapsed();
-            metrics.set(names::SAVE_STALL, stalled.as_secs_f64());
-            if let Some(report) = saved {
-                metrics.set(names::SAVE_IN_BACKGROUND, report.took.as_secs_f64());
-            }
-            if let Some(recorder) = &mut recorder {
-                faults::point("metrics");
-                recorder.iteration(&metrics).context(CannotWrite::new("the run's files"))?;
-            }
-            if stop || last {
-                if let Some(report) = saver.finish(comm).context(CannotWrite::new("the run's files"))?.filter(|_| first)
-                {
-                    log::info!("{}", in_words(&report));
-                }
-            }
-            if stop {
-                if let Some(recorder) = recorder {
-                    recorder.finish();
-                    log::info!("asked to stop: saved after iteration {done}");
-                }
-                return Ok(Ending::Interrupted);
-            }
-        }
-        let events = recorder.map(Recorder::finish);
-        // the evaluation can be done again where the trained state is on disk
-        let is_saved = config.run.checkpoint_every > 0 || self.done == config.run.iterations;
-        let stop = || Ok(is_saved && signals::asked_to_stop(comm)?);
-        let ending = results::finish(config, comm, &self.files, self.trainer, events, self.started, &stop)?;
-        if first && ending == Ending::Interrupted {
-            log::info!("asked to stop: the training is done and saved, its evaluation is not");
-        }
-        Ok(ending)
-    }
-
     /// Whether all iterations are done and the results are theirs, not those of the run before it was extended. Rank 0
     /// looks.
     fn is_finished(&self) -> Result<bool> {
@@ -311,26 +196,4 @@ impl<'a> Run<'a> {
         fs::create_dir_all(&watch).with_context(|| format!("cannot create {}", watch.display()))?;
         Recorder::create(self.config, config_toml, &self.files, self.done)
     }
-
-    fn begin_save(
-        &self,
-        saver: &mut Saver,
-        iteration: u64,
-        config_toml: &str,
-        metrics: Option<File>,
-    ) -> Result<Option<SaveReport>> {
-        let learner = &self.trainer.learner;
-        let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
-        saver.begin(&Learner::checkpoint(iteration, &vectors, &meta, &layout, config_toml), metrics, self.comm)
-    }
-}
-
-fn in_words(report: &SaveReport) -> String {
-    format!(
-        "{}: {:.1} MB by this rank in {:.2} s, the loop waited {:.3} s",
-        report.path.display(),
-        report.bytes as f64 / 1e6,
-        report.took.as_secs_f64(),
-        report.stalled.as_secs_f64()
-    )
 }

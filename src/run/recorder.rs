@@ -11,7 +11,8 @@ use crate::{
 pub struct Recorder {
     pub metrics: JsonlWriter,
     events: EventWriter,
-    progress: Progress,
+    /// Until the training's end.
+    progress: Option<Progress>,
 }
 
 impl Recorder {
@@ -27,15 +28,28 @@ impl Recorder {
         Ok(Recorder {
             metrics,
             events: EventWriter::create(&files.tensorboard(), done)?,
-            progress: Progress::new(Screen::detect(), &names, done, config.run.iterations),
+            progress: Some(Progress::new(Screen::detect(), &names, done, config.run.iterations)),
         })
     }
 
     pub fn iteration(&mut self, metrics: &Metrics) -> Result<()> {
         self.metrics.append(metrics)?;
         self.events.metrics(metrics)?;
-        self.progress.iteration(metrics);
+        if let Some(progress) = &mut self.progress {
+            progress.iteration(metrics);
+        }
         Ok(())
+    }
+
+    /// Keeps the line of an iteration whose evaluation was dropped. It is not shown before it is whole.
+    pub fn without_evaluation(&mut self, metrics: &Metrics) -> Result<()> {
+        self.metrics.append(metrics)
+    }
+
+    /// Puts the whole line in the place of one that was kept by [`Recorder::without_evaluation`].
+    pub fn with_evaluation(&mut self, metrics: &Metrics) -> Result<()> {
+        self.metrics.replace_last(metrics)?;
+        self.events.metrics(metrics)
     }
 
     /// What a task's evaluation after `done` iterations drew, as a file and for TensorBoard.
@@ -47,8 +61,10 @@ impl Recorder {
     }
 
     /// Ends the progress display; the event file stays open for the pictures.
-    pub fn finish(self) -> EventWriter {
-        self.progress.finish();
-        self.events
+    pub fn finish(&mut self) -> &mut EventWriter {
+        if let Some(progress) = self.progress.take() {
+            progress.finish();
+        }
+        &mut self.events
     }
 }

@@ -5,13 +5,13 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::{load_model, Ending};
+use super::load_model;
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::Config,
-    evaluate::{evaluate, Stop, TaskEvaluation},
-    streams,
+    evaluate::{evaluate, TaskEvaluation},
+    signals, streams,
     telemetry::{
         before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
         RewardPanel, RunFiles, Summary, TaskSummary,
@@ -20,33 +20,43 @@ use crate::{
     watch,
 };
 
-/// Evaluates base and tuned model with the same noise, and writes the results; unless `stop` says so in between.
+/// Evaluates base and tuned model with the same noise, and writes the results.
+///
+/// # Errors
+/// Among others [`signals::Interrupted`], on all ranks, with nothing written and the trainer as it was.
 pub fn finish(
     config: &Config,
     comm: &dyn Communicator,
     files: &RunFiles,
-    mut trainer: Trainer,
-    events: Option<EventWriter>,
+    trainer: &mut Trainer,
+    events: Option<&mut EventWriter>,
     started: Instant,
-    stop: &Stop,
-) -> Result<Ending> {
+) -> Result<()> {
     let first = comm.rank() == 0;
     if first {
         log::info!("evaluating the tuned and the base model on held-out prompts");
     }
+    let droppable = signals::droppable(
+        "the evaluation at the end is dropped at the next denoising step; the state after the last iteration is kept",
+    );
     let weights = trainer.result();
-    if let Some(average) = trainer.learner.average.clone() {
-        trainer.learner.params.buffer_mut().copy_from(&average);
+    let _stage = watch::stage("evaluation", "");
+    let last = trainer.learner.average.clone().map(|average| {
+        let params = &mut trainer.learner.params;
+        let last = params.buffer().clone();
+        params.buffer_mut().copy_from(&average);
+        params.publish();
+        last
+    });
+    let evaluated = evaluate_both(config, comm, trainer);
+    if let (Err(_), Some(last)) = (&evaluated, last) {
+        // to be saved
+        trainer.learner.params.buffer_mut().copy_from(&last);
         trainer.learner.params.publish();
     }
-    let _stage = watch::stage("evaluation", "");
-    let Some(tuned) = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
-        return Ok(Ending::Interrupted);
-    };
-    let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
-    let Some(base) = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm, stop)? else {
-        return Ok(Ending::Interrupted);
-    };
+    let (base, tuned) = evaluated?;
+    drop(droppable);
+    let _finishing = signals::finishing("the results are being written: that is finished first");
     let save = || -> Result<()> {
         let pipeline = &trainer.pipeline;
         pipeline.save(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
@@ -56,8 +66,21 @@ pub fn finish(
         write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
     };
     let written = if first { save() } else { Ok(()) };
-    agree(comm, written).context(CannotWrite::new("the run's files"))?;
-    Ok(Ending::Complete)
+    agree(comm, written).context(CannotWrite::new("the run's files"))
+}
+
+/// The base model's evaluation and the tuned one's. A collective call.
+fn evaluate_both(
+    config: &Config,
+    comm: &dyn Communicator,
+    trainer: &mut Trainer,
+) -> Result<(Vec<TaskEvaluation>, Vec<TaskEvaluation>)> {
+    signals::stop_here(comm)?;
+    let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
+    let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
+    signals::stop_here(comm)?;
+    let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
+    Ok((base, tuned))
 }
 
 fn write_results(
@@ -67,7 +90,7 @@ fn write_results(
     base: &[TaskEvaluation],
     tuned: &[TaskEvaluation],
     ratio_drift: f64,
-    events: Option<EventWriter>,
+    events: Option<&mut EventWriter>,
     started: Instant,
 ) -> Result<()> {
     let history = read_metrics(&files.metrics())?;
@@ -104,7 +127,7 @@ fn write_results(
         base.iter().zip(tuned).zip(&summary.tasks).map(|((b, t), s)| section(b, t, s)).collect();
     let sheet = before_after_sheet(&format!("{}: before and after, the same noise", config.run.name), &sections)?;
     save_png(&files.before_after(), &sheet, &[("config".into(), toml::to_string_pretty(config)?)])?;
-    if let Some(mut events) = events {
+    if let Some(events) = events {
         events.picture(config.run.iterations, "before_after", &sheet)?;
     }
     let panels: Vec<RewardPanel> = config

@@ -90,9 +90,8 @@ fn first_difference(key: &str, before: &toml::Value, now: &toml::Value) -> Optio
 /// samples of later iterations go: the run will write them again, perhaps on fewer ranks. (Metrics are cut when they are
 /// opened.)
 pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
-    let here = fs::canonicalize(files.checkpoints()).ok();
     let there = checkpoint.parent().and_then(|folder| fs::canonicalize(folder).ok());
-    if here.is_none() || here != there {
+    if !is_in(checkpoint, files) {
         move_aside(files.root())?;
         files.create()?;
         let Some(of_run) = there.as_deref().and_then(Path::parent).map(RunFiles::new) else { return Ok(()) };
@@ -121,6 +120,13 @@ pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a checkpoint is one of this run's folder.
+pub fn is_in(checkpoint: &Path, files: &RunFiles) -> bool {
+    let here = fs::canonicalize(files.checkpoints()).ok();
+    let there = checkpoint.parent().and_then(|folder| fs::canonicalize(folder).ok());
+    here.is_some() && here == there
 }
 
 /// The sheets of samples of all tasks: task, iterations done, file.

@@ -29,7 +29,7 @@ use crate::{
     comm::{agree, Communicator},
     config::{Config, EvalConfig, EvalModel, StudyConfig},
     evaluation::{Evaluation, ModelResult},
-    run::{Ending, Resume, Run},
+    run::{Resume, Run},
     telemetry::{can_be_folder, write_atomic, RunFiles},
 };
 
@@ -98,7 +98,7 @@ impl Plan {
     }
 
     /// Trains what is not trained yet. A collective call.
-    pub fn train(&self, comm: &dyn Communicator, device: Device) -> Result<Ending> {
+    pub fn train(&self, comm: &dyn Communicator, device: Device) -> Result<()> {
         for (i, member) in self.members.iter().enumerate() {
             if comm.rank() == 0 {
                 let (name, count) = (&member.name, self.members.len());
@@ -106,11 +106,9 @@ impl Plan {
             }
             let run = Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
                 .with_context(|| format!("run {}, seed {}", member.name, member.seed))?;
-            if run.go()? == Ending::Interrupted {
-                return Ok(Ending::Interrupted);
-            }
+            run.go()?;
         }
-        Ok(Ending::Complete)
+        Ok(())
     }
 
     /// Evaluates all models. A collective call.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 
-use super::number;
+use super::{atomic_file::write_atomic, number};
 use crate::cannot_write::CannotWrite;
 
 /// Key of the iteration in a line of `metrics.jsonl`.
@@ -174,6 +174,17 @@ impl JsonlWriter {
         self.file.write_all(line.as_bytes()).context(CannotWrite::file(&self.path))
     }
 
+    /// Puts `metrics` in the place of the last line, its iteration's. At any moment the file has one of the two.
+    pub fn replace_last(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut bytes = std::fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
+        let (kept, _) = length_to_keep(&bytes, metrics.iteration).with_context(|| self.path.display().to_string())?;
+        bytes.truncate(kept);
+        bytes.extend(format!("{}\n", metrics.to_json()).into_bytes());
+        write_atomic(&self.path, &bytes)?;
+        *self = JsonlWriter::open_for_resume(&self.path, metrics.iteration + 1)?;
+        Ok(())
+    }
+
     /// The file, to be synced in the moment before a checkpoint is declared complete.
     pub fn file(&self) -> Result<File> {
         self.file.try_clone().with_context(|| format!("cannot sync {}", self.path.display()))
@@ -303,6 +314,19 @@ mod tests {
             JsonlWriter::open_for_resume(&path, 1).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), b"");
         }
+    }
+
+    #[test]
+    fn the_last_line_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        write(&path, 0..3);
+        let mut writer = JsonlWriter::open_for_resume(&path, 3).unwrap();
+        let mut whole = sample(2);
+        whole.set("composition/evaluation_reward", 0.5);
+        writer.replace_last(&whole).unwrap();
+        writer.append(&sample(3)).unwrap();
+        assert_eq!(read_metrics(&path).unwrap(), [sample(0), sample(1), whole, sample(3)]);
     }
 
     #[test]
