@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use tch::{Device, Kind};
 
 use super::{Failure, OrMistake};
-use crate::{comm::Communicator, config::load, learner::Learner, run::load_for_training, store};
+use crate::{comm::Communicator, config::load, folders::NewFolder, learner::Learner, run::load_for_training, store};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -44,7 +44,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 }
 
 fn export(args: &Args) -> Result<()> {
-    ensure!(!args.out.exists(), "{} exists already", args.out.display());
+    let new = match args.lora {
+        false => Some(NewFolder::begin(&args.out, "export")?),
+        true => None,
+    };
+    let is_free = new.is_some() || std::fs::symlink_metadata(&args.out).is_err();
+    ensure!(is_free, "{} exists already: give another --out", args.out.display());
     let (path, checkpoint, warnings) = store::find(&args.checkpoint)?;
     warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let mut config = load::parse(&checkpoint.config_toml, &format!("{}: its config", path.display()), &[])?;
@@ -60,8 +65,11 @@ fn export(args: &Args) -> Result<()> {
         Type::Bf16 => Kind::BFloat16,
     };
     let trained = learner.result();
-    if args.lora {
-        return pipeline.save_lora(&args.out, &trained, kind);
+    match new {
+        None => pipeline.save_lora(&args.out, &trained, kind),
+        Some(new) => {
+            pipeline.save_into(new.path(), kind, Some(&pipeline.unet_with(&trained)?))?;
+            new.finish()
+        }
     }
-    pipeline.save(&args.out, kind, Some(&pipeline.unet_with(&trained)?))
 }

@@ -143,7 +143,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             if first {
                 eprintln!("error: {e:#}");
             }
-            ExitCode::from(2)
+            ExitCode::from(if e.downcast_ref::<CannotWrite>().is_some() { CANNOT_WRITE as u8 } else { 2 })
         }
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");

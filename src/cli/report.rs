@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Failure, OrMistake};
-use crate::{comm::Communicator, report, telemetry::write_atomic};
+use crate::{comm::Communicator, folders::outputs, report, telemetry::write_atomic};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -19,11 +19,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() != 0 {
         return Ok(());
     }
-    let page = report::page(&args.runs).or_mistake()?;
-    let out = args.out.unwrap_or_else(|| match args.runs.as_slice() {
+    let out = args.out.clone().unwrap_or_else(|| match args.runs.as_slice() {
         [run] => run.join("report.html"),
         _ => PathBuf::from("report.html"),
     });
+    let page = report::page(&args.runs).or_mistake()?;
+    outputs::may_replace(&out, report::is_page).or_mistake()?;
     write_atomic(&out, page.as_bytes())?;
     println!("{}", out.display());
     Ok(())

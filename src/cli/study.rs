@@ -9,6 +9,7 @@ use crate::{
     comm::{agree, nccl, Communicator, Watched},
     config::StudyConfig,
     faults,
+    folders::FolderLock,
     run::Ending,
     signals,
     study::Plan,
@@ -33,6 +34,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let comm: &dyn Communicator = &watched;
     faults::install(comm.rank()).or_mistake()?;
     let plan = plan(&args, comm).or_mistake()?;
+    let _lock = FolderLock::hold(comm, &plan.out, "study", || plan.check_place()).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);

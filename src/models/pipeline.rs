@@ -18,7 +18,11 @@ use super::{
     vae::{Vae, VaeConfig},
     weights::{save_safetensors, write_safetensors},
 };
-use crate::{kernels::on_device, telemetry::write_atomic};
+use crate::{
+    folders::{replace_folder, NewFolder},
+    kernels::on_device,
+    telemetry::write_atomic,
+};
 
 pub struct Pipeline {
     /// Where the networks lie, and what they take and give.
@@ -254,13 +258,27 @@ impl Pipeline {
 
     /// Writes the model as a diffusers folder, weights in `kind` (f32, f16, bf16). `unet` replaces the U-Net's
     /// weights where given (an average of them, for example). The folder appears whole or not at all.
+    ///
+    /// # Errors
+    /// Something is at `dir` already, or it cannot be written.
     pub fn save(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
+        let new = NewFolder::begin(dir, "model")?;
+        self.save_into(new.path(), kind, unet)?;
+        new.finish()
+    }
+
+    /// As [`Pipeline::save`], inside a folder that this process holds: an earlier model there is replaced, and files in it
+    /// that are no part of a model stay.
+    pub fn save_again(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         let partial = dir.with_extension("partial");
-        if partial.exists() {
-            fs::remove_dir_all(&partial).with_context(|| format!("cannot clear {}", partial.display()))?;
-        }
+        self.save_into(&partial, kind, unet)?;
+        replace_folder(&partial, dir)
+    }
+
+    /// Writes the files of [`Pipeline::save`] into a folder.
+    pub fn save_into(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         for (path, bytes) in &self.texts {
-            write(&partial.join(path), bytes)?;
+            write(&dir.join(path), bytes)?;
         }
         let named =
             |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
@@ -273,12 +291,9 @@ impl Pipeline {
                     None => named(&self.unet_parameters),
                 },
             };
-            save_safetensors(&partial.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
+            save_safetensors(&dir.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
         }
-        if dir.exists() {
-            fs::remove_dir_all(dir).with_context(|| format!("cannot replace {}", dir.display()))?;
-        }
-        fs::rename(&partial, dir).with_context(|| format!("cannot rename {} to {}", partial.display(), dir.display()))
+        Ok(())
     }
 }
 

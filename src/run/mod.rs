@@ -10,7 +10,7 @@ mod trajectories;
 pub use resume::Resume;
 
 use std::{
-    fs::{self, File},
+    fs::File,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use crate::{
     config::Config,
     device::ensure_gpu,
     faults,
+    folders::FolderLock,
     learner::Learner,
     miniature,
     models::{
@@ -36,7 +37,7 @@ use crate::{
     replicas, signals,
     store::{self, Keep, SaveReport, Saver},
     stragglers::Stragglers,
-    telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
+    telemetry::{names, Metrics, RunFiles, Summary},
     train::Trainer,
     watch::{self, Limits, Watchdog},
 };
@@ -124,6 +125,8 @@ pub struct Run<'a> {
     config: &'a Config,
     comm: &'a dyn Communicator,
     files: RunFiles,
+    /// Rank 0's hold on the run's folder.
+    lock: Option<FolderLock>,
     trainer: Trainer<'a>,
     /// Iterations that a checkpoint holds.
     done: u64,
@@ -133,8 +136,9 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Everything that can go wrong by a user's mistake, before any work and without a change on disk: the config, the
-    /// number of ranks, the model, the checkpoint. A collective call; errors are the same on all ranks.
+    /// Everything that can go wrong by a user's mistake, before any work: the config, the number of ranks, the folder and who
+    /// else uses it, the model, the checkpoint. On disk only the folder's lock changes, and only until this is dropped. A
+    /// collective call; errors are the same on all ranks.
     pub fn prepare(
         config: &'a Config,
         comm: &'a dyn Communicator,
@@ -155,7 +159,9 @@ impl<'a> Run<'a> {
                 comm.size()
             );
         }
-        agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
+        let lock = FolderLock::hold(comm, files.root(), "train", || resume::check_place(config, &files, resume))?;
+        // waiting for an earlier start of the same job gives signals their usual effect
+        signals::install()?;
         let mut trainer = Trainer::new(config, comm, load_for_training(config, comm, device)?)?;
         let (mut done, mut origin) = (0, None);
         if let Some(loaded) = resume::find(resume, &files, comm)? {
@@ -184,7 +190,7 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        Ok(Run { config, comm, files, trainer, done, origin, started })
+        Ok(Run { config, comm, files, lock, trainer, done, origin, started })
     }
 
     /// Trains, evaluates and writes everything, or saves and leaves when a signal asks for it. A collective call.
@@ -227,6 +233,7 @@ impl<'a> Run<'a> {
             course::evaluate(&mut self.trainer, comm, &self.files, 0, &mut recorder, &mut of_base)?;
         }
         for iteration in self.done..config.run.iterations {
+            self.lock.as_ref().map_or(Ok(()), FolderLock::check)?;
             let (mut saved, mut stalled) = (None, Duration::ZERO);
             let mut metrics = self.trainer.iterate(iteration, &mut |trainer, task, batch, chosen| {
                 let started = Instant::now();
@@ -308,17 +315,14 @@ impl<'a> Run<'a> {
     }
 
     /// Rank 0, before the first iteration: the folder and its writers.
-    fn begin(&self, config_toml: &str) -> Result<Recorder> {
+    fn begin(&mut self, config_toml: &str) -> Result<Recorder> {
+        let lock = self.lock.as_mut().context("rank 0 holds the run's folder")?;
         match &self.origin {
-            None => resume::move_aside(self.files.root())?,
-            Some(checkpoint) => resume::return_to(checkpoint, self.done, &self.files)?,
+            None => resume::move_aside(lock, &self.files)?,
+            Some(checkpoint) => resume::return_to(checkpoint, self.done, lock, &self.files)?,
         }
         store::checkpoint::clear_leftovers(&self.files.checkpoints())?;
-        let watch = self.files.watch();
-        if watch.exists() {
-            fs::remove_dir_all(&watch).with_context(|| format!("cannot clear {}", watch.display()))?;
-        }
-        fs::create_dir_all(&watch).with_context(|| format!("cannot create {}", watch.display()))?;
+        watch::clear(&self.files.watch())?;
         Recorder::create(self.config, config_toml, &self.files, self.done)
     }
 

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
+    folders::{can_be_folder, outputs},
     telemetry::write_atomic,
 };
 
@@ -54,10 +55,15 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         warm_up: args.warm_up,
         measured: args.measured,
     };
+    let path = folder.join(format!("ranks-{:04}.json", comm.size()));
+    let check = || {
+        can_be_folder(&folder)?;
+        outputs::may_replace(&path, outputs::is_json_with(&["ranks", "weak", "gradient_bytes"]))
+    };
+    agree(comm, if comm.rank() == 0 { check() } else { Ok(()) }).or_mistake()?;
     let measured = measurement::measure(&config, plan, comm)?;
     let write = || {
         std::fs::create_dir_all(&folder)?;
-        let path = folder.join(format!("ranks-{:04}.json", comm.size()));
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
         println!("{}", report::one_line(&measured));
         Ok(())
