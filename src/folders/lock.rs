@@ -211,10 +211,22 @@ impl FolderLock {
         }
     }
 
+    /// Gives the folder another name, under which it is held.
+    pub fn rename(&self, to: &Path) -> io::Result<()> {
+        let mut held = of(&self.held);
+        fs::rename(&held.folder, to)?;
+        held.folder = fs::canonicalize(to)?;
+        // it stays, however little is in it
+        held.made.clear();
+        Ok(())
+    }
+
     /// Gives what is in the folder the name `NAME.1`, or the next that is free, and holds a new one in its place.
     pub fn set_aside(&mut self) -> Result<()> {
-        let mut held = of(&self.held);
-        let (folder, command) = (held.folder.clone(), held.owner.command.clone());
+        let (folder, command) = {
+            let held = of(&self.held);
+            (held.folder.clone(), held.owner.command.clone())
+        };
         let name = folder.file_name().with_context(|| format!("{} cannot be set aside", folder.display()))?;
         let mut n = 1;
         let target = loop {
@@ -228,14 +240,10 @@ impl FolderLock {
                 Err(e) => return Err(e).with_context(|| format!("cannot create {}", target.display())),
             }
         };
-        if let Err(e) = fs::rename(&folder, &target) {
+        if let Err(e) = self.rename(&target) {
             let _ = fs::remove_dir(&target);
             return Err(e).with_context(|| format!("cannot move {} aside", folder.display()));
         }
-        held.folder = target.clone();
-        // what is below them stays
-        held.made.clear();
-        drop(held);
         *self = FolderLock::take(&folder, &command)?;
         log::info!("what an earlier run left in {} is now in {}", folder.display(), target.display());
         Ok(())

@@ -44,9 +44,12 @@ impl NewFolder {
 
     /// Gives the folder its name.
     pub fn finish(mut self) -> Result<()> {
-        drop(self.lock.take());
+        let lock = self.lock.take().context("a folder that is finished twice")?;
         // fails where there is something by now
-        let renamed = fs::rename(&self.partial, &self.folder);
+        let renamed = lock.rename(&self.folder);
+        if renamed.is_err() {
+            self.lock = Some(lock);
+        }
         renamed.with_context(|| format!("cannot rename {} to {}", self.partial.display(), self.folder.display()))?;
         self.is_finished = true;
         Ok(())
