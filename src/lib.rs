@@ -24,6 +24,7 @@
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
 //! What all of them print goes through [`streams`].
+//! A folder that is written has one owner, and keeps what is not ours: [`folders`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
 //!
@@ -76,6 +77,7 @@ pub mod draw;
 pub mod evaluate;
 pub mod evaluation;
 pub mod faults;
+pub mod folders;
 pub mod human_eval;
 pub mod image_file;
 pub mod image_statistics;

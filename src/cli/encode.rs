@@ -7,13 +7,13 @@ use clap::ValueEnum;
 
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, Communicator},
+    comm::Communicator,
     config::PairData,
     faults,
+    folders::{can_be_folder, FolderLock},
     pairs::{encode, EncodeSettings},
     run::load_model,
     signals,
-    telemetry::can_be_folder,
 };
 
 #[derive(clap::Args)]
@@ -53,7 +53,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         }
     };
     let pairs = pairs().or_mistake()?;
-    agree(comm, can_be_folder(&args.out)).or_mistake()?;
+    let _lock = FolderLock::hold(comm, &args.out, "encode", || can_be_folder(&args.out)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;

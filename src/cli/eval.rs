@@ -9,8 +9,10 @@ use crate::{
     comm::{agree, Communicator},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
     evaluation::{to_json, to_markdown, Evaluation},
-    faults, signals,
-    telemetry::{can_be_file, write_atomic},
+    faults,
+    folders::{can_be_file, outputs},
+    signals,
+    telemetry::write_atomic,
     user_file,
 };
 
@@ -41,6 +43,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if !args.models.is_empty() {
         config.models = args.models.iter().map(|path| EvalModel::at(path)).collect();
     }
+    let replaceable = |path: &PathBuf| outputs::may_replace(path, outputs::is_json_with(&["model", "path", "sets"]));
+    agree(comm, args.json.as_ref().filter(|_| comm.rank() == 0).map_or(Ok(()), replaceable)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.eval.threads as i32);
     let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.eval.name));

@@ -10,10 +10,10 @@ use super::{Failure, OrMistake};
 use crate::{
     comm::Communicator,
     config::load,
+    folders::{can_be_file, NewFolder},
     learner::Learner,
     run::load_for_training,
     store,
-    telemetry::{can_be_file, can_be_folder},
 };
 
 #[derive(clap::Args)]
@@ -51,10 +51,14 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 }
 
 fn export(args: &Args) -> Result<()> {
-    ensure!(!args.out.exists(), "{} exists already", args.out.display());
-    match args.lora {
-        true => can_be_file(&args.out)?,
-        false => can_be_folder(&args.out)?,
+    let new = match args.lora {
+        false => Some(NewFolder::begin(&args.out, "export")?),
+        true => None,
+    };
+    let is_free = new.is_some() || std::fs::symlink_metadata(&args.out).is_err();
+    ensure!(is_free, "{} exists already: give another --out", args.out.display());
+    if args.lora {
+        can_be_file(&args.out)?;
     }
     let (path, checkpoint, warnings) = store::find(&args.checkpoint)?;
     warnings.iter().for_each(|warning| log::warn!("{warning}"));
@@ -71,8 +75,11 @@ fn export(args: &Args) -> Result<()> {
         Type::Bf16 => Kind::BFloat16,
     };
     let trained = learner.result();
-    if args.lora {
-        return pipeline.save_lora(&args.out, &trained, kind);
+    match new {
+        None => pipeline.save_lora(&args.out, &trained, kind),
+        Some(new) => {
+            pipeline.save_into(new.path(), kind, Some(&pipeline.unet_with(&trained)?))?;
+            new.finish()
+        }
     }
-    pipeline.save(&args.out, kind, Some(&pipeline.unet_with(&trained)?))
 }

@@ -13,6 +13,7 @@ use crate::{
     config::{eval::is_evaluation, load, EvalConfig, EvalSet},
     draw::{warn_of_cut_prompts, Drawing, Painter},
     evaluation::draw_prompts,
+    folders::{can_be_file, outputs, FolderLock},
     human_eval::{
         pages::{State, StudyFiles},
         study::{Model, Pairing, Study},
@@ -23,7 +24,7 @@ use crate::{
     models::{folder::ModelFiles, pipeline::Pipeline},
     run::{load_model, model_location},
     streams,
-    telemetry::{can_be_file, can_be_folder, save_png, write_atomic},
+    telemetry::{save_png, write_atomic},
     text_file, user_file,
 };
 
@@ -120,7 +121,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, digests);
     let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
     let prompts: BTreeSet<&str> = queries.iter().map(|query| query.prompt.as_str()).collect();
-    agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
+    let files = StudyFiles::new(&args.out);
+    let _lock = FolderLock::hold(comm, &args.out, "human-eval", || files.check_place()).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
 
@@ -136,7 +138,6 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         }
     }
     let study = plan(&digests).or_mistake()?;
-    let files = StudyFiles::new(&args.out);
     let state = all_made(comm, files.state(&study)).or_mistake()?;
     // all ranks have looked before one of them changes anything
     comm.barrier()?;
@@ -257,6 +258,11 @@ fn tally(args: &TallyArgs) -> Result<(), Failure> {
     let study = Study::read(&path).or_mistake()?;
     [&args.json, &args.markdown].into_iter().flatten().try_for_each(|path| can_be_file(path)).or_mistake()?;
     let sessions = votes::read_all(&study, &args.votes).or_mistake()?;
+    let replaceable = |path: &Option<PathBuf>, is_ours: &dyn Fn(&[u8]) -> bool| {
+        path.as_ref().map_or(Ok(()), |path| outputs::may_replace(path, is_ours))
+    };
+    replaceable(&args.json, &outputs::is_json_with(&["study", "raters", "comparisons"])).or_mistake()?;
+    replaceable(&args.markdown, &|bytes| bytes.starts_with(b"# Human evaluation: ")).or_mistake()?;
     let tally = Tally::of(&study, &sessions);
     let markdown = tally.markdown();
     if let Some(path) = &args.json {

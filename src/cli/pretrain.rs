@@ -8,8 +8,8 @@ use tch::Kind;
 use super::{Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
+    folders::NewFolder,
     miniature::pretrain::{self, PretrainSettings},
-    telemetry::can_be_folder,
 };
 
 #[derive(clap::Args)]
@@ -37,23 +37,25 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         ..defaults
     };
     let free = || {
-        ensure!(!args.out.exists(), "{} exists already", args.out.display());
         ensure!(settings.vae_steps > 0 && settings.unet_steps > 0, "--vae-steps and --unet-steps must be at least 1");
-        if comm.rank() == 0 {
-            can_be_folder(&args.out)?;
-        }
         pretrain::check_ranks(comm)
     };
-    agree(comm, free()).context("pretrain").or_mistake()?;
+    let first = comm.rank() == 0;
+    let begun = if first { NewFolder::begin(&args.out, "pretrain").map(Some) } else { Ok(None) };
+    let (new, begun) = match begun {
+        Ok(new) => (new, Ok(())),
+        Err(e) => (None, Err(e)),
+    };
+    agree(comm, begun.and(free())).context("pretrain").or_mistake()?;
     // the bits of the result depend on the number of threads
     tch::set_num_threads(1);
-    let first = comm.rank() == 0;
     let model = pretrain::run(settings, comm, &mut |line| {
         if first {
             say!("{line}");
         }
     })?;
-    agree(comm, if first { model.save(&args.out, Kind::Half, None) } else { Ok(()) })?;
+    let save = |new: NewFolder| model.save_into(new.path(), Kind::Half, None).and_then(|()| new.finish());
+    agree(comm, new.map_or(Ok(()), save))?;
     if first {
         say!("model in {}", args.out.display());
     }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use super::{Failure, OrMistake};
 use crate::{
     comm::Communicator,
+    folders::{can_be_file, outputs},
     report,
-    telemetry::{can_be_file, write_atomic},
+    telemetry::write_atomic,
 };
 
 #[derive(clap::Args)]
@@ -23,12 +24,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     if comm.rank() != 0 {
         return Ok(());
     }
-    let page = report::page(&args.runs).or_mistake()?;
-    let out = args.out.unwrap_or_else(|| match args.runs.as_slice() {
+    let out = args.out.clone().unwrap_or_else(|| match args.runs.as_slice() {
         [run] => run.join("report.html"),
         _ => PathBuf::from("report.html"),
     });
     can_be_file(&out).or_mistake()?;
+    let page = report::page(&args.runs).or_mistake()?;
+    outputs::may_replace(&out, report::is_page).or_mistake()?;
     write_atomic(&out, page.as_bytes())?;
     say!("{}", out.display());
     Ok(())

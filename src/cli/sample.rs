@@ -1,18 +1,22 @@
 //! `rldiff sample`: pictures from prompts.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMistake};
 use crate::{
-    cannot_write::make_folder,
+    cannot_write::{make_folder, CannotWrite},
     comm::{agree, Communicator},
     draw::{warn_of_cut_prompts, Drawing, Painter},
+    folders::{can_be_folder, outputs, FolderLock},
     memory,
     run::load_with_adapters,
-    telemetry::{can_be_folder, image_grid, save_png, GridRow, Picture},
+    telemetry::{image_grid, save_png, GridRow, Picture},
     text_file,
 };
 
@@ -29,7 +33,7 @@ pub struct Args {
     /// `embedded`, a diffusers folder, or a run's folder (its tuned model).
     #[arg(long, default_value = "embedded", value_name = "DIR")]
     model: String,
-    /// Folder for the pictures.
+    /// Folder for the pictures; those of an earlier sample there are replaced.
     #[arg(long, default_value = "samples", value_name = "DIR")]
     out: PathBuf,
     /// Pictures per prompt.
@@ -58,7 +62,8 @@ struct Drawn {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let drawing = args.drawing.drawing();
     let prompts = prompts(&args, &drawing).or_mistake()?;
-    agree(comm, if comm.rank() == 0 { can_be_folder(&args.out) } else { Ok(()) }).or_mistake()?;
+    let check = || can_be_folder(&args.out).and_then(|()| earlier(&args.out).map(drop));
+    let _lock = FolderLock::hold(comm, &args.out, "sample", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
     let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm, device).or_mistake()?;
@@ -94,7 +99,36 @@ fn prompts(args: &Args, drawing: &Drawing) -> Result<Vec<String>> {
     Ok(texts)
 }
 
-/// One PNG per picture and the grid of all.
+/// The name of a picture.
+fn file_name(prompt: usize, image: usize) -> String {
+    format!("{prompt:04}-{image:02}.png")
+}
+
+const GRID: &str = "grid.png";
+
+/// The pictures that an earlier sample has left in `out`.
+///
+/// # Errors
+/// A file is called like one and is none.
+fn earlier(out: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(entries) = fs::read_dir(out) else { return Ok(Vec::new()) };
+    let is_called = |name: &str| {
+        let numbers = name.strip_suffix(".png").and_then(|name| name.split_once('-'));
+        let number = |text: &str, digits| text.len() >= digits && text.bytes().all(|b| b.is_ascii_digit());
+        name == GRID || numbers.is_some_and(|(prompt, image)| number(prompt, 4) && number(image, 2))
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("cannot read {}", out.display()))?.path();
+        if is_called(&path.file_name().unwrap_or_default().to_string_lossy()) {
+            outputs::may_replace(&path, outputs::is_own_png)?;
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// One PNG per picture and the grid of all; the others of an earlier sample go.
 fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>]) -> Result<()> {
     let mut drawn: Vec<Drawn> = Vec::new();
     for bytes in gathered {
@@ -120,11 +154,18 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
     for d in drawn {
         let picture = Picture::new(d.width, d.height, d.rgb)?;
         let prompt = d.sample / args.images;
-        let path = args.out.join(format!("{prompt:04}-{:02}.png", d.sample % args.images));
+        let path = args.out.join(file_name(prompt, d.sample % args.images));
         save_png(&path, &picture, &settings(&prompts[prompt], Some(d.sample)))?;
         rows[prompt].pictures.push(picture);
     }
-    save_png(&args.out.join("grid.png"), &image_grid("", &rows)?, &settings(&prompts.join("\n"), None))?;
+    save_png(&args.out.join(GRID), &image_grid("", &rows)?, &settings(&prompts.join("\n"), None))?;
+    let is_new = |path: &Path| {
+        let all = (0..prompts.len()).flat_map(|prompt| (0..args.images).map(move |image| file_name(prompt, image)));
+        path.ends_with(GRID) || all.into_iter().any(|name| path.ends_with(name))
+    };
+    for path in earlier(&args.out)?.iter().filter(|path| !is_new(path)) {
+        fs::remove_file(path).context("cannot remove it").context(CannotWrite::file(path))?;
+    }
     say!("{} pictures and grid.png in {}", prompts.len() * args.images, args.out.display());
     Ok(())
 }

@@ -11,13 +11,15 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{validate::validate_reward, RewardConfig},
+    folders::can_be_file,
+    folders::outputs,
     image_file,
     prompts::Prompt,
     rewards::{
         registry::{build, Place},
         Reward,
     },
-    telemetry::{can_be_file, write_atomic, Estimate},
+    telemetry::{write_atomic, Estimate},
     text_file,
 };
 
@@ -81,6 +83,9 @@ fn prepare(args: &Args, device: Device) -> Result<Prepared> {
     ensure!(args.group > 0 && args.batch > 0, "--group and --batch must be at least 1");
     let config = parse_reward(&args.reward).with_context(|| format!("--reward {}", args.reward))?;
     let files = list(&args.images)?;
+    args.json.as_ref().map_or(Ok(()), |path| {
+        outputs::may_replace(path, outputs::is_json_with(&["reward", "mean", "stderr", "images"]))
+    })?;
     ensure!(
         files.len() % args.group == 0,
         "{} images do not make whole groups of {} (--group)",

@@ -9,7 +9,9 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, nccl, Communicator, Watched},
     config::StudyConfig,
-    faults, signals,
+    faults,
+    folders::FolderLock,
+    signals,
     study::Plan,
 };
 
@@ -34,6 +36,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let comm: &dyn Communicator = &watched;
     faults::install(comm.rank()).or_mistake()?;
     let plan = plan(&args, comm).or_mistake()?;
+    let _lock = FolderLock::hold(comm, &plan.out, "study", || plan.check_place()).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);

@@ -5,6 +5,7 @@
 
 use super::tree::add_right;
 use super::Communicator;
+use crate::folders;
 use ::mpi::datatype::PartitionMut;
 use ::mpi::environment::{is_finalized, is_initialized, Universe};
 use ::mpi::point_to_point::send_receive_into;
@@ -308,7 +309,9 @@ pub(crate) fn end_world(code: i32) -> ! {
     if is_initialized() && !is_finalized() {
         // a launcher drops what it has not yet forwarded when a rank aborts: give it time for the message
         std::thread::sleep(Duration::from_millis(200));
+        folders::release_all();
         SimpleCommunicator::world().abort(code);
     }
+    folders::release_all();
     leave()
 }

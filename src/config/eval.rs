@@ -6,6 +6,7 @@ use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{load::read_toml, validate::validate_reward, Compute, Config, PromptConfig, RewardConfig};
+use crate::folders::check_name;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -141,7 +142,7 @@ impl EvalConfig {
 
     pub fn validate(&self) -> Result<()> {
         let e = &self.eval;
-        ensure!(is_folder_name(&e.name), "eval.name {:?} must be a plain folder name", e.name);
+        check_name("eval.name", &e.name)?;
         ensure!(e.threads > 0, "eval.threads must be at least 1");
         let o = &self.rollout;
         ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
@@ -158,10 +159,8 @@ impl EvalConfig {
         }
         for (i, set) in self.sets.iter().enumerate() {
             let name = &set.name;
-            ensure!(
-                is_folder_name(name) && !name.contains(['.', ' ']),
-                "set name {name:?}: no dots, slashes or spaces"
-            );
+            ensure!(!name.contains(['.', ' ', '/']), "set name {name:?}: no dots, slashes or spaces");
+            check_name("set name", name)?;
             ensure!(self.sets[..i].iter().all(|s| s.name != *name), "two sets are named {name}");
             ensure!(set.images_per_prompt > 0, "set.{name}.images_per_prompt must be at least 1");
             ensure!(!set.metrics.is_empty(), "set.{name}.metrics must name rewards");
@@ -184,12 +183,13 @@ impl EvalModel {
     /// Its folder in the results.
     pub fn folder(&self) -> String {
         let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' };
-        self.name.chars().map(plain).collect::<String>().trim_matches(['-', '.']).to_string()
+        let name: String = self.name.chars().map(plain).collect();
+        match name.trim_matches(['-', '.']) {
+            // "." and the like
+            "" => "model".to_string(),
+            name => name.to_string(),
+        }
     }
-}
-
-fn is_folder_name(name: &str) -> bool {
-    !name.is_empty() && !name.contains('/') && name != "." && name != ".."
 }
 
 #[cfg(test)]

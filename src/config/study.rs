@@ -10,6 +10,7 @@ use super::{
     load::{self, read_toml},
     Config, EvalConfig,
 };
+use crate::folders::check_name;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -76,7 +77,7 @@ impl StudyConfig {
 
     fn validate(&self) -> Result<()> {
         let s = &self.study;
-        ensure!(!s.name.is_empty() && !s.name.contains('/'), "study.name {:?} must be a plain folder name", s.name);
+        check_name("study.name", &s.name)?;
         ensure!(!s.seeds.is_empty(), "study.seeds must name seeds");
         for (i, seed) in s.seeds.iter().enumerate() {
             ensure!(!s.seeds[..i].contains(seed), "study.seeds names {seed} twice");

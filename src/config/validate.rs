@@ -3,6 +3,7 @@
 use anyhow::{ensure, Context, Result};
 
 use super::{ClassifierConfig, Config, PairData, PretrainMode, RewardConfig, TaskConfig};
+use crate::folders::check_name;
 
 /// Sizes that follow from a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +23,7 @@ impl Config {
     /// Names the key and what it must be.
     pub fn validate(&self) -> Result<Derived> {
         let r = &self.run;
-        ensure!(!r.name.is_empty() && !r.name.contains('/'), "run.name {:?} must be a plain folder name", r.name);
+        check_name("run.name", &r.name)?;
         ensure!(r.lanes > 0, "run.lanes must be at least 1");
         ensure!(r.threads > 0, "run.threads must be at least 1");
         ensure!(r.iterations < u64::from(u32::MAX), "run.iterations must be below 2^32");
@@ -101,6 +102,7 @@ impl Config {
     fn validate_task(&self, task: &TaskConfig) -> Result<()> {
         let name = &task.name;
         ensure!(!name.is_empty() && !name.contains(['/', '.', ' ']), "task name {name:?}: no dots, slashes or spaces");
+        check_name("task name", name)?;
         ensure!(task.weight.is_finite() && task.weight >= 0.0, "task.{name}.weight must not be negative");
         ensure!(task.images_per_prompt > 0, "task.{name}.images_per_prompt must be at least 1");
         let piece = self.run.lanes * task.images_per_prompt;

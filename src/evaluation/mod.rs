@@ -28,9 +28,9 @@ use crate::{
     comm::{agree, Communicator},
     config::EvalConfig,
     diffusion::schedule::Schedule,
+    folders::FolderLock,
     signals,
     task::Roller,
-    telemetry::can_be_folder,
 };
 use set::{evaluate_set, Set};
 
@@ -41,20 +41,23 @@ pub const CHUNK: usize = 16;
 pub struct Evaluation<'a> {
     config: &'a EvalConfig,
     sets: Vec<Set>,
+    /// Rank 0's hold on the folder of the results.
+    _lock: Option<FolderLock>,
 }
 
 impl<'a> Evaluation<'a> {
-    /// Everything that can go wrong by a user's mistake: prompts, metrics, models. Nothing is written. A collective call.
+    /// Everything that can go wrong by a user's mistake: prompts, metrics, models. Only the folder's lock is. A collective
+    /// call.
     pub fn prepare(config: &'a EvalConfig, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Self> {
         config.validate()?;
-        agree(comm, if comm.rank() == 0 { can_be_folder(out) } else { Ok(()) })?;
+        let lock = FolderLock::hold(comm, out, "eval", || results::check_place(config, out))?;
         let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
         let sets = sets.collect::<Result<Vec<_>>>()?;
         for model in &config.models {
             let tried = if comm.rank() == 0 { model::try_out(model) } else { Ok(()) };
             agree(comm, tried).with_context(|| format!("model {}", model.name))?;
         }
-        Ok(Evaluation { config, sets })
+        Ok(Evaluation { config, sets, _lock: lock })
     }
 
     /// Evaluates what is missing, and gives all results, the same on every rank. A collective call.

@@ -8,7 +8,11 @@ use serde_json::{json, Value};
 
 use super::set::picture_file;
 use crate::{
-    config::EvalConfig,
+    config::{eval::is_evaluation, EvalConfig},
+    folders::{
+        can_be_folder,
+        outputs::{is_json_with, is_own_png, may_replace, png_has},
+    },
     telemetry::{image_grid, number, read_png, save_png, write_atomic, Estimate, GridRow},
 };
 
@@ -153,6 +157,49 @@ pub fn to_markdown(results: &[ModelResult]) -> String {
     text
 }
 
+/// Whether the results may go to `out`: what is in their places was written by an evaluation.
+///
+/// # Errors
+/// Names the first file that was not.
+pub fn check_place(config: &EvalConfig, out: &Path) -> Result<()> {
+    can_be_folder(out)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    may_replace(&out.join("config.toml"), |bytes| is_evaluation(&text(bytes)))?;
+    may_replace(&out.join("results.json"), is_json_with(&["model", "path", "sets"]))?;
+    may_replace(&out.join("results.md"), |bytes| {
+        text(bytes).starts_with("## ") && text(bytes).contains("| fine detail |")
+    })?;
+    // sheets had no mark once, and are written after the results
+    let done = out.join("results.json").is_file();
+    for set in &config.sets {
+        may_replace(&out.join(format!("{}.png", set.name)), |bytes| is_own_png(bytes) || done)?;
+        for model in &config.models {
+            let folder = out.join(model.folder());
+            let file = folder.join(format!("{}.json", set.name));
+            may_replace(&file, is_json_with(&["set", "key", "prompts"]))?;
+            if !file.is_file() {
+                check_pictures(&folder.join(&set.name))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the pictures of a set that was not finished are those of an evaluation.
+fn check_pictures(folder: &Path) -> Result<()> {
+    can_be_folder(folder)?;
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries {
+        let path = entry?.path();
+        match path.extension().map(|extension| extension.to_string_lossy().into_owned()).as_deref() {
+            Some("json") => may_replace(&path, is_json_with(&["key", "first", "rewards"]))?,
+            Some("png") => may_replace(&path, |bytes| png_has(bytes, "prompt", |_| true))?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// The files of rank 0: figures, tables, sheets.
 pub fn write(config: &EvalConfig, out: &Path, results: &[ModelResult]) -> Result<()> {
     let mut json = serde_json::to_vec_pretty(&to_json(results))?;
@@ -160,6 +207,7 @@ pub fn write(config: &EvalConfig, out: &Path, results: &[ModelResult]) -> Result
     write_atomic(&out.join("results.json"), &json)?;
     write_atomic(&out.join("results.md"), to_markdown(results).as_bytes())?;
     write_atomic(&out.join("config.toml"), toml::to_string_pretty(config)?.as_bytes())?;
+    let mark = [("software".to_string(), format!("rldiff {}", crate::CODE_VERSION))];
     let names: Vec<&str> = config.models.iter().map(|model| model.name.as_str()).collect();
     for set in &results[0].sets {
         let shown = config.eval.pictures.min(set.prompts.len());
@@ -173,7 +221,7 @@ pub fn write(config: &EvalConfig, out: &Path, results: &[ModelResult]) -> Result
         let rows: Vec<GridRow> = rows.collect::<Result<_>>()?;
         if !rows.is_empty() {
             let title = format!("{}, the same noise: {}", set.set, names.join(", "));
-            save_png(&out.join(format!("{}.png", set.set)), &image_grid(&title, &rows)?, &[])?;
+            save_png(&out.join(format!("{}.png", set.set)), &image_grid(&title, &rows)?, &mark)?;
         }
     }
     Ok(())

@@ -21,7 +21,11 @@ use super::{
     questions::Form,
     study::{Query, Study},
 };
-use crate::{cannot_write::make_folder, telemetry::write_atomic};
+use crate::{
+    cannot_write::make_folder,
+    folders::{can_be_folder, contents::first_entry},
+    telemetry::write_atomic,
+};
 
 const INDEX: &str = include_str!("pages/index.html");
 const STYLE: &str = include_str!("pages/style.css");
@@ -60,13 +64,21 @@ impl StudyFiles {
     }
 
     /// # Errors
+    /// If the folder holds anything but a study.
+    pub fn check_place(&self) -> Result<()> {
+        can_be_folder(&self.root)?;
+        if !self.study().exists() && first_entry(&self.root)?.is_some() {
+            bail!("{} is not empty: give another --out", self.root.display());
+        }
+        Ok(())
+    }
+
+    /// # Errors
     /// If the folder holds anything but this very study.
     pub fn state(&self, study: &Study) -> Result<State> {
+        self.check_place()?;
         let root = self.root.display();
         if !self.study().exists() {
-            if std::fs::read_dir(&self.root).is_ok_and(|mut entries| entries.next().is_some()) {
-                bail!("{root} is not empty: give another --out");
-            }
             return Ok(State::Absent);
         }
         if Study::read(&self.study())? != *study {

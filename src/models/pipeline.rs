@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     cannot_write::{make_folder, CannotWrite, Unfinished},
+    folders::{replace_folder, NewFolder},
     kernels::on_device,
     telemetry::write_atomic,
 };
@@ -260,17 +261,28 @@ impl Pipeline {
     /// weights where given (an average of them, for example). The folder appears whole or not at all.
     ///
     /// # Errors
-    /// What cannot be written ([`CannotWrite`]); what was begun is removed.
+    /// Something is at `dir` already, or it cannot be written ([`CannotWrite`](crate::cannot_write::CannotWrite)); what was begun is removed.
     pub fn save(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
+        let new = NewFolder::begin(dir, "model")?;
+        self.save_into(new.path(), kind, unet)?;
+        new.finish()
+    }
+
+    /// As [`Pipeline::save`], inside a folder that this process holds: an earlier model there is replaced, and files in it
+    /// that are no part of a model stay.
+    pub fn save_again(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         let partial = dir.with_extension("partial");
-        if partial.exists() {
-            fs::remove_dir_all(&partial)
-                .with_context(|| format!("cannot clear {}", partial.display()))
-                .context(CannotWrite::file(dir))?;
-        }
         let begun = Unfinished::at(&partial);
+        self.save_into(&partial, kind, unet)?;
+        replace_folder(&partial, dir)?;
+        begun.keep();
+        Ok(())
+    }
+
+    /// Writes the files of [`Pipeline::save`] into a folder.
+    pub fn save_into(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         for (path, bytes) in &self.texts {
-            write(&partial.join(path), bytes)?;
+            write(&dir.join(path), bytes)?;
         }
         let named =
             |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
@@ -283,15 +295,8 @@ impl Pipeline {
                     None => named(&self.unet_parameters),
                 },
             };
-            save_safetensors(&partial.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
+            save_safetensors(&dir.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;
         }
-        if dir.exists() {
-            fs::remove_dir_all(dir).context("cannot replace it").context(CannotWrite::file(dir))?;
-        }
-        fs::rename(&partial, dir)
-            .with_context(|| format!("cannot rename {}", partial.display()))
-            .context(CannotWrite::file(dir))?;
-        begun.keep();
         Ok(())
     }
 }

@@ -37,6 +37,17 @@ pub fn page(folders: &[PathBuf]) -> Result<String> {
     Ok(document(&title, &sections::all(&runs)?))
 }
 
+/// What every page of [`document`] begins with, up to its title.
+const HEAD: &str = "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+                    <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n";
+/// What it has and other pages have not.
+const MARK: &str = "<div id=\"values\" aria-live=\"polite\" hidden></div>\n<script>\n";
+
+/// Whether `bytes` are a page that [`document`] made, of any version.
+pub fn is_page(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_ok_and(|text| text.starts_with(HEAD) && text.contains(MARK))
+}
+
 /// A page of these sections, style and script inside.
 pub(crate) fn document(title: &str, sections: &[Section]) -> String {
     let links: String =
@@ -47,10 +58,9 @@ pub(crate) fn document(title: &str, sections: &[Section]) -> String {
         .collect();
     let title = html::escape(title);
     format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+        "{HEAD}<title>{title}</title>\n\
          <link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <header><h1>{title}</h1><nav aria-label=\"Sections\">{links}</nav></header>\n<main>\n{body}</main>\n\
-         <div id=\"values\" aria-live=\"polite\" hidden></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+         {MARK}{SCRIPT}</script>\n</body>\n</html>\n"
     )
 }

@@ -11,7 +11,6 @@ mod under_way;
 pub use resume::Resume;
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -20,10 +19,10 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
-    cannot_write::CannotWrite,
-    comm::{agree, same_tree, Communicator},
+    comm::{same_tree, Communicator},
     config::Config,
     device::ensure_gpu,
+    folders::FolderLock,
     miniature,
     models::{
         folder::{ModelFiles, ModelLocation},
@@ -34,9 +33,9 @@ use crate::{
     },
     policy::lanes::Lanes,
     signals, store,
-    telemetry::{can_be_folder, RunFiles, Summary},
+    telemetry::{RunFiles, Summary},
     train::Trainer,
-    watch,
+    user_file, watch,
 };
 use recorder::Recorder;
 
@@ -103,6 +102,8 @@ pub struct Run<'a> {
     config: &'a Config,
     comm: &'a dyn Communicator,
     files: RunFiles,
+    /// Rank 0's hold on the run's folder.
+    lock: Option<FolderLock>,
     trainer: Trainer<'a>,
     /// Iterations that a checkpoint holds.
     done: u64,
@@ -112,9 +113,9 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Everything that can go wrong by a user's mistake, before any work and without a change on disk: the config, the
-    /// number of ranks, the model, the checkpoint. A collective call; errors are the same on all ranks,
-    /// [`signals::Interrupted`] among them.
+    /// Everything that can go wrong by a user's mistake, before any work: the config, the number of ranks, the folder and who
+    /// else uses it, the model, the checkpoint. On disk only the folder's lock changes, and only until this is dropped. A
+    /// collective call; errors are the same on all ranks, [`signals::Interrupted`] among them.
     pub fn prepare(
         config: &'a Config,
         comm: &'a dyn Communicator,
@@ -135,7 +136,9 @@ impl<'a> Run<'a> {
                 comm.size()
             );
         }
-        agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
+        let lock = FolderLock::hold(comm, files.root(), "train", || resume::check_place(config, &files, resume))?;
+        // waiting for an earlier start of the same job gives signals their usual effect
+        signals::install()?;
         let _stage = watch::stage("loading", "");
         signals::stop_here(comm)?;
         let pipeline = load_for_training(config, comm, device)?;
@@ -169,7 +172,7 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        Ok(Run { config, comm, files, trainer, done, origin, started })
+        Ok(Run { config, comm, files, lock, trainer, done, origin, started })
     }
 
     /// Whether all iterations are done and the results are theirs, not those of the run before it was extended. Rank 0
@@ -183,17 +186,14 @@ impl<'a> Run<'a> {
     }
 
     /// Rank 0, before the first iteration: the folder and its writers.
-    fn begin(&self, config_toml: &str) -> Result<Recorder> {
+    fn begin(&mut self, config_toml: &str) -> Result<Recorder> {
+        let lock = self.lock.as_mut().context("rank 0 holds the run's folder")?;
         match &self.origin {
-            None => resume::move_aside(self.files.root())?,
-            Some(checkpoint) => resume::return_to(checkpoint, self.done, &self.files)?,
+            None => resume::move_aside(lock, &self.files)?,
+            Some(checkpoint) => resume::return_to(checkpoint, self.done, lock, &self.files)?,
         }
         store::checkpoint::clear_leftovers(&self.files.checkpoints())?;
-        let watch = self.files.watch();
-        if watch.exists() {
-            fs::remove_dir_all(&watch).with_context(|| format!("cannot clear {}", watch.display()))?;
-        }
-        fs::create_dir_all(&watch).with_context(|| format!("cannot create {}", watch.display()))?;
+        watch::clear(&self.files.watch())?;
         Recorder::create(self.config, config_toml, &self.files, self.done)
     }
 }

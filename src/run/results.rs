@@ -59,7 +59,7 @@ pub fn finish(
     let _finishing = signals::finishing("the results are being written: that is finished first");
     let save = || -> Result<()> {
         let pipeline = &trainer.pipeline;
-        pipeline.save(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
+        pipeline.save_again(&files.model(), Kind::Float, Some(&pipeline.unet_with(&weights)?))?;
         if pipeline.lora.is_some() {
             pipeline.save_lora(&files.lora(), &weights, Kind::Float)?;
         }

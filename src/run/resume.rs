@@ -10,6 +10,7 @@ use anyhow::{bail, ensure, Context, Result};
 use crate::{
     comm::Communicator,
     config::{load, Config},
+    folders::{can_be_folder, contents, outputs, FolderLock, Place},
     store::{self, Checkpoint, Loaded},
     telemetry::{RunFiles, SampleSheet},
 };
@@ -89,10 +90,10 @@ fn first_difference(key: &str, before: &toml::Value, now: &toml::Value) -> Optio
 /// is another folder's, what is here is moved aside and that folder's metrics and samples are taken over. Trajectories and
 /// samples of later iterations go: the run will write them again, perhaps on fewer ranks. (Metrics are cut when they are
 /// opened.)
-pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
+pub fn return_to(checkpoint: &Path, done: u64, lock: &mut FolderLock, files: &RunFiles) -> Result<()> {
     let there = checkpoint.parent().and_then(|folder| fs::canonicalize(folder).ok());
     if !is_in(checkpoint, files) {
-        move_aside(files.root())?;
+        move_aside(lock, files)?;
         files.create()?;
         let Some(of_run) = there.as_deref().and_then(Path::parent).map(RunFiles::new) else { return Ok(()) };
         let copy = |from: &Path, to: &Path| {
@@ -108,18 +109,10 @@ pub fn return_to(checkpoint: &Path, done: u64, files: &RunFiles) -> Result<()> {
         return Ok(());
     }
     for (_, _, path) in samples(files)?.into_iter().filter(|(_, at, _)| *at > done) {
+        ensure!(SampleSheet::is_at(&path), "{} is in the way: a sheet of samples is to be there", path.display());
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
-    let Ok(shards) = fs::read_dir(files.trajectories()) else { return Ok(()) };
-    for entry in shards {
-        let path = entry?.path();
-        let iteration =
-            path.file_name().and_then(|name| name.to_str()?.strip_prefix("iteration-")?.parse::<u64>().ok());
-        if iteration.is_some_and(|iteration| iteration >= done) {
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-    }
-    Ok(())
+    store::TrajectoryShard::remove_from(&files.trajectories(), done)
 }
 
 /// Whether a checkpoint is one of this run's folder.
@@ -141,40 +134,44 @@ fn samples(files: &RunFiles) -> Result<Vec<(String, u64, PathBuf)>> {
     Ok(all)
 }
 
-/// Renames what an earlier run left, so that nothing is lost.
-pub fn move_aside(root: &Path) -> Result<()> {
-    if !root.exists() {
+/// Whether the run goes on in its folder, or begins in one of its own: the folder of an earlier run is set aside for it.
+///
+/// # Errors
+/// What is in the folder is no run's, or the run needs something that would be set aside.
+pub fn check_place(config: &Config, files: &RunFiles, resume: &Resume) -> Result<()> {
+    let root = files.root();
+    if goes_on_in(files, resume) {
+        can_be_folder(root)?;
+        return outputs::may_replace(&files.config(), contents::is_run_config);
+    }
+    if Place::of_run(root)? == Place::Free {
         return Ok(());
     }
-    ensure!(root.is_dir(), "{} is not a folder", root.display());
-    let mut entries = fs::read_dir(root).with_context(|| format!("cannot read {}", root.display()))?;
-    if entries.next().is_none() {
-        return Ok(());
+    let mut needed = contents::paths_of(&toml::Value::try_from(config)?);
+    if let Resume::From(path) = resume {
+        needed.push(("--resume".to_owned(), path.clone()));
     }
-    let name = root.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut candidates = (1..).map(|n| root.with_file_name(format!("{name}.{n}")));
-    let target = candidates.find(|p| !p.exists()).expect("some number is free");
-    fs::rename(root, &target).with_context(|| format!("cannot move {} aside", root.display()))?;
-    log::info!("what an earlier run left in {} is now in {}", root.display(), target.display());
-    Ok(())
+    contents::set_aside_is_safe(root, &needed)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn earlier_results_are_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("joint");
-        move_aside(&root).unwrap();
-        for n in 1..=2 {
-            fs::create_dir(&root).unwrap();
-            move_aside(&root).unwrap();
-            fs::write(root.join("a"), n.to_string()).unwrap();
-            move_aside(&root).unwrap();
-            assert_eq!(fs::read_to_string(folder.path().join(format!("joint.{n}/a"))).unwrap(), n.to_string());
-            assert!(!root.exists());
+fn goes_on_in(files: &RunFiles, resume: &Resume) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).ok();
+    let here = real(&files.checkpoints());
+    match resume {
+        Resume::No => false,
+        Resume::Auto => store::checkpoint::is_any(&files.checkpoints()),
+        Resume::From(path) => {
+            let checkpoints = RunFiles::new(path.clone()).checkpoints();
+            let of_run = if checkpoints.is_dir() { real(&checkpoints) } else { path.parent().and_then(real) };
+            here.is_some() && here == of_run
         }
+    }
+}
+
+/// Renames what an earlier run left, so that nothing is lost.
+pub fn move_aside(lock: &mut FolderLock, files: &RunFiles) -> Result<()> {
+    match contents::first_entry(files.root())? {
+        Some(_) => lock.set_aside(),
+        None => Ok(()),
     }
 }

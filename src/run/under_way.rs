@@ -9,6 +9,7 @@ use crate::{
     cannot_write::CannotWrite,
     comm::agree,
     faults,
+    folders::FolderLock,
     learner::Learner,
     replicas, signals,
     store::{Keep, SaveReport, Saver},
@@ -107,6 +108,7 @@ impl Run<'_> {
         stragglers: &mut Stragglers,
     ) -> Result<()> {
         let (config, comm) = (self.config, self.comm);
+        self.lock.as_ref().map_or(Ok(()), FolderLock::check)?;
         let done = iteration + 1;
         let droppable = signals::droppable(match iteration {
             0 => {
@@ -128,7 +130,8 @@ impl Run<'_> {
             stalled += started.elapsed();
             let every = config.trajectories.every;
             if let Some(batch) = batch.filter(|_| every > 0 && done % every == 0) {
-                trajectories::write(trainer, &self.files, task, iteration, batch, chosen).context(CannotWrite::new("the run's files"))?;
+                trajectories::write(trainer, &self.files, task, iteration, batch, chosen)
+                    .context(CannotWrite::new("the run's files"))?;
             }
             Ok(())
         })?;

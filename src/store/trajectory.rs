@@ -15,9 +15,12 @@
 //!
 //! Attributes: `format`, `task` (text), `iteration`, `rank`, `seed` (u64), `eta`, `guidance_scale` (f64).
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use half::f16;
 
 use super::h5;
@@ -103,6 +106,40 @@ impl TrajectoryShard {
             }
         })?;
         Ok(path)
+    }
+}
+
+impl TrajectoryShard {
+    /// Removes the shards of iteration `first` and all later ones, and their folders where nothing else is in them.
+    pub fn remove_from(trajectories: &Path, first: u64) -> Result<()> {
+        let Ok(iterations) = fs::read_dir(trajectories) else { return Ok(()) };
+        for entry in iterations {
+            let folder = entry?.path();
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let iteration = name.strip_prefix("iteration-").and_then(|number| number.parse::<u64>().ok());
+            if iteration.is_some_and(|iteration| iteration >= first) && folder.is_dir() {
+                let removed = remove_shards(&folder);
+                removed.with_context(|| format!("cannot remove the shards in {}", folder.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn remove_shards(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // TASK-rank-NNN.h5, or .TASK-rank-NNN.h5.PID.tmp where it was being written
+        let name = name.strip_suffix(".tmp").and_then(|name| name.rsplit_once('.')).map_or(name.as_str(), |n| n.0);
+        let rank = name.strip_suffix(".h5").and_then(|name| name.rsplit_once("-rank-")).map(|(_, rank)| rank);
+        if rank.is_some_and(|rank| rank.parse::<usize>().is_ok()) && !entry.file_type()?.is_dir() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    match fs::remove_dir(folder) {
+        Err(e) if e.kind() != io::ErrorKind::DirectoryNotEmpty => Err(e),
+        _ => Ok(()),
     }
 }
 

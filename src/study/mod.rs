@@ -29,8 +29,14 @@ use crate::{
     comm::{agree, Communicator},
     config::{Config, EvalConfig, EvalModel, StudyConfig},
     evaluation::{Evaluation, ModelResult},
+    folders::{
+        can_be_folder,
+        outputs::{is_json_with, may_replace},
+        Place,
+    },
+    report,
     run::{Resume, Run},
-    telemetry::{can_be_folder, write_atomic, RunFiles},
+    telemetry::{write_atomic, RunFiles},
 };
 
 /// The name of the model before training.
@@ -83,8 +89,23 @@ impl Plan {
             lora: String::new(),
         }));
         evaluation.validate().context("the study's evaluation")?;
-        can_be_folder(&out)?;
         Ok(Plan { config, out, members, evaluation })
+    }
+
+    /// Whether the study may go to its folder: what is in the places of its runs and pages was written by runs and a study.
+    ///
+    /// # Errors
+    /// Names what is in the way.
+    pub fn check_place(&self) -> Result<()> {
+        can_be_folder(&self.out)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let is_study = |bytes: &[u8]| text(bytes).parse::<toml::Table>().is_ok_and(|table| table.contains_key("study"));
+        may_replace(&self.out.join("config.toml"), is_study)?;
+        may_replace(&self.out.join("study.json"), is_json_with(&["seeds", "tables", "findings"]))?;
+        let is_markdown = |bytes: &[u8]| text(bytes).contains("All models draw the same prompts from the same noise.");
+        may_replace(&self.out.join("study.md"), is_markdown)?;
+        may_replace(&self.out.join("study.html"), report::is_page)?;
+        self.members.iter().try_for_each(|member| Place::of_run(member.files.root()).map(drop))
     }
 
     /// Builds every run once, so that a reward, a prompt set or a model that cannot be had is found before any work. A

@@ -1,6 +1,6 @@
 //! Plain RGB pictures, and PNG files with text chunks.
 
-use std::io::Cursor;
+use std::io::{BufRead, Cursor, Seek};
 use std::path::Path;
 
 use anyhow::{bail, ensure, Context, Result};
@@ -162,6 +162,20 @@ pub(crate) fn picture_size(bytes: &[u8]) -> Result<(usize, usize)> {
     Ok((reader.info().width as usize, reader.info().height as usize))
 }
 
+/// The text chunks of any PNG that stand before its pixels, without decoding these.
+pub fn png_text(png: impl BufRead + Seek) -> Result<Vec<(String, String)>> {
+    text_of(png::Decoder::new(png).read_info()?.info())
+}
+
+fn text_of(info: &png::Info) -> Result<Vec<(String, String)>> {
+    let latin1 = info.uncompressed_latin1_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.text.clone()));
+    let mut text: Vec<_> = latin1.collect();
+    for chunk in &info.utf8_text {
+        text.push((chunk.keyword.clone(), chunk.get_text()?));
+    }
+    Ok(text)
+}
+
 pub(super) fn decode_png(bytes: &[u8]) -> Result<(Picture, Vec<(String, String)>)> {
     let mut reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
     let mut rgb = vec![0; reader.output_buffer_size().context("picture too large")?];
@@ -169,12 +183,7 @@ pub(super) fn decode_png(bytes: &[u8]) -> Result<(Picture, Vec<(String, String)>
     if (frame.color_type, frame.bit_depth) != (png::ColorType::Rgb, png::BitDepth::Eight) {
         bail!("{:?} with {:?} bits, expected 8-bit RGB", frame.color_type, frame.bit_depth);
     }
-    let info = reader.info();
-    let latin1 = info.uncompressed_latin1_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.text.clone()));
-    let mut text: Vec<_> = latin1.collect();
-    for chunk in &info.utf8_text {
-        text.push((chunk.keyword.clone(), chunk.get_text()?));
-    }
+    let text = text_of(reader.info())?;
     Ok((Picture::new(frame.width as usize, frame.height as usize, rgb)?, text))
 }
 

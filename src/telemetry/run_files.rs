@@ -29,6 +29,25 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
+    /// Everything that a run and what is done with it afterwards put into its folder.
+    pub const NAMES: [&str; 15] = [
+        "config.toml",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "reward_curves.png",
+        "before_after.png",
+        "summary.json",
+        "model",
+        "model.partial",
+        "model.replaced",
+        "pytorch_lora_weights.safetensors",
+        "checkpoints",
+        "watch",
+        "trajectories",
+        "report.html",
+    ];
+
     /// Names only; touches no file.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         RunFiles { root: root.into() }

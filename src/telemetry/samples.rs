@@ -1,11 +1,15 @@
 //! What a model draws for the same few prompts and noise as training goes on: one file per task and evaluation.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{ensure, Context, Result};
 
 use super::grid::GridRow;
-use super::picture::{read_png, save_png, Picture};
+use super::picture::{png_text, read_png, save_png, Picture};
 
 /// Keyword of the text chunk with the prompts.
 const PROMPTS: &str = "prompts";
@@ -69,6 +73,14 @@ impl SampleSheet {
         Ok(SampleSheet { rows: rows.collect() })
     }
 
+    /// Whether there is a sheet at `path`, by its text alone.
+    pub fn is_at(path: &Path) -> bool {
+        let text = File::open(path).map_err(anyhow::Error::from).and_then(|file| png_text(BufReader::new(file)));
+        text.is_ok_and(|text| {
+            [PROMPTS, "columns"].iter().all(|wanted| text.iter().any(|(keyword, _)| keyword == wanted))
+        })
+    }
+
     /// Name of the sheet after `done` iterations.
     pub fn name(done: u64) -> String {
         format!("iteration-{done:06}.png")
@@ -117,9 +129,11 @@ mod tests {
             assert_eq!((&read.caption, &read.pictures), (&row.caption, &row.pictures));
         }
         assert!(SampleSheet::list(&folder.path().join("absent")).unwrap().is_empty());
+        assert!(SampleSheet::is_at(&listed[1].1));
         // any other picture
         let other = folder.path().join("other.png");
         save_png(&other, &picture(1), &[]).unwrap();
+        assert!(!SampleSheet::is_at(&other) && !SampleSheet::is_at(folder.path()));
         assert!(SampleSheet::read(&other).unwrap_err().to_string().contains("other.png is no sheet of samples"));
         let mut uneven = sheet.clone();
         uneven.rows[1].pictures.pop();

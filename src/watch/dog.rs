@@ -38,7 +38,7 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// `folder` is one that all ranks see and that is empty; `hosts` in rank order.
+    /// `folder` is one that all ranks see, as [`super::clear`] leaves it; `hosts` in rank order.
     pub fn start(folder: PathBuf, rank: usize, hosts: Vec<String>, limits: Limits) -> std::io::Result<Self> {
         let (stop, stopped) = channel();
         let dog = Dog { folder, rank, hosts, limits };
@@ -73,6 +73,12 @@ struct Dog {
     rank: usize,
     hosts: Vec<String>,
     limits: Limits,
+}
+
+/// Whether a watchdog writes files of this name.
+pub(super) fn is_own(name: &str) -> bool {
+    let of_rank = name.strip_prefix("rank-").and_then(|name| name.strip_suffix(".json").or(name.strip_suffix(".tmp")));
+    name == "alarm" || of_rank.is_some_and(|rank| rank.parse::<usize>().is_ok())
 }
 
 impl Dog {

@@ -10,10 +10,13 @@ mod dog;
 mod verdict;
 
 use std::{
+    fs,
+    path::Path,
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 pub use dog::{Limits, Watchdog};
@@ -133,6 +136,21 @@ impl Record {
         let waiting = self.collective.as_ref().map(|c| (c.name.to_string(), c.since.elapsed().as_secs_f64()));
         State { rank, entered: self.entered, doing, waiting }
     }
+}
+
+/// Makes the folder of [`Watchdog::start`], and removes what the alarm of an earlier start has left in it.
+pub fn clear(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let clear = || -> std::io::Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if dog::is_own(&entry.file_name().to_string_lossy()) && !entry.file_type()?.is_dir() {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    };
+    clear().with_context(|| format!("cannot clear {}", folder.display()))
 }
 
 /// Names of the ranks' hosts, in rank order. A collective call.

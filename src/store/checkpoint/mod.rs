@@ -81,6 +81,11 @@ fn folder_of(checkpoints: &Path, iteration: u64) -> PathBuf {
     checkpoints.join(format!("iteration-{iteration:06}"))
 }
 
+/// Is there a checkpoint in `checkpoints` whose manifest is sound?
+pub fn is_any(checkpoints: &Path) -> bool {
+    list(checkpoints).is_ok_and(|all| all.iter().any(|(_, path)| Manifest::read(path).is_ok()))
+}
+
 /// Complete checkpoints of a folder by iteration, oldest first.
 fn list(checkpoints: &Path) -> std::io::Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();

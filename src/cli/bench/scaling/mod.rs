@@ -13,8 +13,9 @@ use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
     cannot_write::make_folder,
     comm::{agree, Communicator},
+    folders::{can_be_folder, outputs},
     streams,
-    telemetry::{can_be_folder, write_atomic},
+    telemetry::write_atomic,
 };
 
 #[derive(clap::Args)]
@@ -50,17 +51,21 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
-    agree(comm, if comm.rank() == 0 { can_be_folder(&folder) } else { Ok(()) }).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
         warm_up: args.warm_up,
         measured: args.measured,
     };
+    let path = folder.join(format!("ranks-{:04}.json", comm.size()));
+    let check = || {
+        can_be_folder(&folder)?;
+        outputs::may_replace(&path, outputs::is_json_with(&["ranks", "weak", "gradient_bytes"]))
+    };
+    agree(comm, if comm.rank() == 0 { check() } else { Ok(()) }).or_mistake()?;
     let measured = measurement::measure(&config, plan, comm)?;
     let write = || {
         make_folder(&folder)?;
-        let path = folder.join(format!("ranks-{:04}.json", comm.size()));
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;
         say!("{}", report::one_line(&measured));
         Ok(())

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     cli::bench::median,
+    folders::outputs,
     telemetry::{plot_series, write_atomic, Series},
 };
 
@@ -42,6 +43,12 @@ pub struct Model {
 pub fn write(folder: &Path, machine: &Machine) -> Result<String> {
     let measured = read(folder)?;
     let own = measured.iter().any(|m| m.ranks > 1).then(|| model_of(&measured)).transpose()?;
+    // none of these names is a user's by chance, but a file may be
+    let is_plot = |bytes: &[u8]| outputs::png_has(bytes, "Title", |_| true);
+    outputs::may_replace(&folder.join("model.json"), outputs::is_json_with(&["origin", "network", "sections"]))?;
+    ["scaling.png", "scaling-predicted.png"]
+        .iter()
+        .try_for_each(|name| outputs::may_replace(&folder.join(name), is_plot))?;
     if let Some(model) = &own {
         write_atomic(&folder.join("model.json"), &serde_json::to_vec_pretty(model)?)?;
     }

@@ -21,6 +21,9 @@ const LONGEST_NAME: usize = 255;
 /// Whether `path` is a folder or could be made one: the nearest thing on the way to it that exists is a folder that can be
 /// written to.
 pub fn can_be_folder(path: &Path) -> Result<()> {
+    if path.components().next().is_some_and(|first| first.as_os_str() == "~") {
+        bail!("{}: the shell has not put your home in the place of ~; write it without quotes", path.display());
+    }
     let long = path.iter().find(|name| name.len() > LONGEST_NAME);
     ensure!(long.is_none(), "{}: a name has at most {LONGEST_NAME} bytes", path.display());
     for place in path.ancestors() {
@@ -29,7 +32,9 @@ pub fn can_be_folder(path: &Path) -> Result<()> {
             Ok(there) if there.is_dir() => return can_write_into(place),
             Ok(_) => bail!("{} is not a folder", place.display()),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                ensure!(fs::symlink_metadata(place).is_err(), "{} is a link to nothing", place.display());
+                if let Ok(target) = fs::read_link(place) {
+                    bail!("{} is a symbolic link to nothing ({})", place.display(), target.display());
+                }
             }
             Err(e) if e.kind() == ErrorKind::PermissionDenied => return Err(e).context(CannotWrite::file(path)),
             Err(e) => bail!("{}: {e}", place.display()),
@@ -84,7 +89,11 @@ mod tests {
         fs::write(at("file"), b"").unwrap();
         symlink(at("nowhere"), at("link")).unwrap();
         assert!(refused(can_be_folder(&at("file/joint/model"))).ends_with("file is not a folder"));
-        assert!(refused(can_be_folder(&at("link"))).ends_with("link is a link to nothing"));
+        assert!(
+            refused(can_be_folder(&at("link"))).contains("link is a symbolic link to nothing (")
+                && !Path::new("~").exists()
+        );
+        assert!(refused(can_be_folder(Path::new("~/runs/a"))).contains("the shell has not"));
         assert!(refused(can_be_folder(&at("new").join("x".repeat(256)))).ends_with("at most 255 bytes"));
         assert!(refused(can_be_file(folder.path())).ends_with("is a folder, not a file"));
         assert!(refused(can_be_file(&at("absent/a.json"))).contains("there is no folder"));
