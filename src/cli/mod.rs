@@ -195,10 +195,17 @@ fn print_usage(error: &clap::Error) -> Result<(), ()> {
     Ok(())
 }
 
+/// What libraries need and end the process without.
+fn surroundings() -> Result<(), Error> {
+    // relative paths have no meaning there, and MKL does not start
+    std::env::current_dir().context("the working folder is gone; go to one that exists")?;
+    // libtorch asks it for the processor
+    std::fs::metadata("/proc/cpuinfo").context("/proc is not mounted here; libtorch needs /proc/cpuinfo")?;
+    Ok(())
+}
+
 fn dispatch(cli: Cli, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
-    // relative paths have no meaning there, and MKL ends the process
-    let here = std::env::current_dir().map(drop).context("the working folder is gone; go to one that exists");
-    comm::all_made(comm, here).or_mistake()?;
+    comm::all_made(comm, surroundings()).or_mistake()?;
     let command = cli.command.unwrap_or(Command::Train(cli.train));
     if !matches!(command, Command::Train(_) | Command::Study(_)) {
         // the others have nothing to save: a signal ends them

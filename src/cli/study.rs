@@ -8,6 +8,7 @@ use super::{device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
 use crate::{
     comm::{agree, nccl, Communicator, Watched},
     config::StudyConfig,
+    device::threads::use_threads,
     faults,
     run::Ending,
     signals,
@@ -36,7 +37,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    tch::set_num_threads(plan.members[0].config.run.threads as i32);
+    use_threads(plan.members[0].config.run.threads, comm).or_mistake()?;
     // again: MPI may have taken some for itself
     signals::install()?;
     plan.try_out(comm, device).or_mistake()?;

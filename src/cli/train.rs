@@ -7,6 +7,7 @@ use tch::Device;
 use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
 use crate::{
     comm::{nccl, Communicator, Watched},
+    device::threads::use_threads,
     faults,
     run::{Ending, Resume, Run},
     signals,
@@ -42,7 +43,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<ExitCode, Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    tch::set_num_threads(config.run.threads as i32);
+    use_threads(config.run.threads, comm).or_mistake()?;
     // again: MPI may have taken some for itself
     signals::install()?;
     let run = Run::prepare(&config, comm, device, files.clone(), &resume).or_mistake()?;
