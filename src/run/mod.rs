@@ -39,6 +39,7 @@ use crate::{
     stragglers::Stragglers,
     telemetry::{can_be_folder, names, Metrics, RunFiles, Summary},
     train::Trainer,
+    user_file,
     watch::{self, Limits, Watchdog},
 };
 use recorder::Recorder;
