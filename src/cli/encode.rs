@@ -9,6 +9,7 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::Communicator,
     config::PairData,
+    device::threads::use_threads,
     faults,
     folders::{can_be_folder, FolderLock},
     pairs::{encode, EncodeSettings},
@@ -55,7 +56,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let pairs = pairs().or_mistake()?;
     let _lock = FolderLock::hold(comm, &args.out, "encode", || can_be_folder(&args.out)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    tch::set_num_threads(config.run.threads as i32);
+    use_threads(config.run.threads, comm).or_mistake()?;
     let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;
     let settings = EncodeSettings { per_shard: args.per_shard, half: args.precision == Precision::F16 };
     let made = encode(&pipeline, pairs, &args.out, settings, comm).or_mistake()?;

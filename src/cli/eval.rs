@@ -8,6 +8,7 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::{agree, Communicator},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
+    device::threads::use_threads,
     evaluation::{to_json, to_markdown, Evaluation},
     faults,
     folders::{can_be_file, outputs},
@@ -46,7 +47,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let replaceable = |path: &PathBuf| outputs::may_replace(path, outputs::is_json_with(&["model", "path", "sets"]));
     agree(comm, args.json.as_ref().filter(|_| comm.rank() == 0).map_or(Ok(()), replaceable)).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    tch::set_num_threads(config.eval.threads as i32);
+    use_threads(config.eval.threads, comm).or_mistake()?;
     let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.eval.name));
     let json = args.json.as_deref().filter(|_| comm.rank() == 0);
     agree(comm, json.map_or(Ok(()), can_be_file)).or_mistake()?;

@@ -131,7 +131,7 @@ const START_AGAIN: u8 = 75;
 /// Exit code where files cannot be written.
 const CANNOT_WRITE: u8 = 74;
 
-/// What rank 0 has to report a failure of all ranks.
+/// What rank 0 has to report that a file cannot be written.
 const AFTER_RANK_0: Duration = Duration::from_secs(2);
 
 /// Runs the program; `args` begin with its name.
@@ -179,16 +179,17 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");
             let text = memory::explain(&text).unwrap_or(text);
-            let of_all = e.downcast_ref::<OfRanks>().is_some();
-            if of_all && !first {
+            let of_writing = CannotWrite::caused(&e);
+            let once = of_writing && e.downcast_ref::<OfRanks>().is_some();
+            if once && !first {
                 // rank 0 says it for all of them, and ends them
                 std::thread::sleep(AFTER_RANK_0);
-            } else if of_all || comm.size() == 1 {
+            } else if once || comm.size() == 1 {
                 complain(&format!("error: {text}\n"));
             } else {
                 complain(&format!("error: rank {}: {text}\n", comm.rank()));
             }
-            comm.abort(if CannotWrite::caused(&e) { CANNOT_WRITE.into() } else { 1 })
+            comm.abort(if of_writing { CANNOT_WRITE.into() } else { 1 })
         }
     }
 }
@@ -219,10 +220,17 @@ fn print_usage(error: &clap::Error) -> Result<(), ()> {
     Ok(())
 }
 
+/// What libraries need and end the process without.
+fn surroundings() -> Result<(), Error> {
+    // relative paths have no meaning there, and MKL does not start
+    std::env::current_dir().context("the working folder is gone; go to one that exists")?;
+    // libtorch asks it for the processor
+    std::fs::metadata("/proc/cpuinfo").context("/proc is not mounted here; libtorch needs /proc/cpuinfo")?;
+    Ok(())
+}
+
 fn dispatch(command: Command, comm: &dyn Communicator) -> Result<(), Failure> {
-    // relative paths have no meaning there, and MKL ends the process
-    let here = std::env::current_dir().map(drop).context("the working folder is gone; go to one that exists");
-    comm::all_made(comm, here).or_mistake()?;
+    comm::all_made(comm, surroundings()).or_mistake()?;
     if !matches!(command, Command::Train(_) | Command::Study(_) | Command::Eval(_) | Command::Encode(_)) {
         // the others have nothing to save: a signal ends them
         signals::release()?;

@@ -9,6 +9,7 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, nccl, Communicator, Watched},
     config::StudyConfig,
+    device::threads::use_threads,
     faults,
     folders::FolderLock,
     signals,
@@ -40,7 +41,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    tch::set_num_threads(plan.members[0].config.run.threads as i32);
+    use_threads(plan.members[0].config.run.threads, comm).or_mistake()?;
     let ended = go(&plan, comm, device);
     if let (Some(nccl), Ok(()) | Err(Failure::Interrupted)) = (nccl, &ended) {
         nccl.close();

@@ -8,6 +8,7 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::{nccl, Communicator, Watched},
     config::Config,
+    device::threads::use_threads,
     faults,
     run::{Resume, Run},
     signals,
@@ -46,7 +47,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    tch::set_num_threads(config.run.threads as i32);
+    use_threads(config.run.threads, comm).or_mistake()?;
     let ended = train(&args.config, &config, comm, device, files, &resume);
     if let (Some(nccl), Ok(()) | Err(Failure::Interrupted)) = (nccl, &ended) {
         nccl.close();

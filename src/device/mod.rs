@@ -5,6 +5,7 @@
 
 pub mod parts;
 pub mod stopwatch;
+pub mod threads;
 pub mod torch_cuda;
 
 use std::collections::BTreeSet;
