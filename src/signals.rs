@@ -231,6 +231,12 @@ fn acknowledge() {
     }
 }
 
+/// This rank has heard of a signal to another one.
+pub(crate) fn asked_elsewhere() {
+    ASKED_ELSEWHERE.store(true, Ordering::SeqCst);
+    acknowledge();
+}
+
 /// Work may go on, as far as this rank knows: nobody was asked to stop, or what is under way is finished first. The first
 /// check of an asked rank tells the other ranks. From the thread of the communicator; costs nothing worth mentioning.
 ///
@@ -239,7 +245,7 @@ fn acknowledge() {
 pub fn check() -> Result<(), Interrupted> {
     let mine = ASKED_TO_STOP.load(Ordering::SeqCst) != 0;
     if ring(mine) {
-        ASKED_ELSEWHERE.store(true, Ordering::SeqCst);
+        asked_elsewhere();
     }
     if !mine && !ASKED_ELSEWHERE.load(Ordering::SeqCst) {
         return Ok(());

@@ -142,7 +142,10 @@ fn judge(outcomes: &[Vec<u8>]) -> Result<()> {
     }
     match outcomes.iter().all(Vec::is_empty) {
         true => Ok(()),
-        false => Err(Interrupted.into()),
+        false => {
+            signals::asked_elsewhere();
+            Err(Interrupted.into())
+        }
     }
 }
 
