@@ -46,6 +46,8 @@ static ASKED_ELSEWHERE: AtomicBool = AtomicBool::new(false);
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 /// When the first SIGINT came, in milliseconds; 0 for not yet.
 static FIRST_INT: AtomicI64 = AtomicI64::new(0);
+/// Bits of the signals of terminals that were ignored when the program was started.
+static IGNORED: AtomicI32 = AtomicI32::new(0);
 static ACKNOWLEDGED: AtomicBool = AtomicBool::new(false);
 static SCOPES: Mutex<Vec<(u64, Kind, String)>> = Mutex::new(Vec::new());
 
@@ -89,6 +91,21 @@ extern "C" fn remember(signal: libc::c_int) {
             libc::write(wake, [0u8].as_ptr().cast(), 1);
         }
         *libc::__errno_location() = errno;
+    }
+}
+
+/// Notes which signals whoever started the program has ignored. It runs before the libraries are set up (main.rs has it
+/// in `.preinit_array`): UCX, which MPICH brings along, takes SIGHUP for itself then.
+pub extern "C" fn note_ignored() {
+    for signal in OF_TERMINALS {
+        // SAFETY: the struct is plain data; nothing is changed.
+        let ignored = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
+        };
+        if ignored {
+            IGNORED.fetch_or(1 << signal, Ordering::SeqCst);
+        }
     }
 }
 
@@ -138,13 +155,8 @@ fn set_handlers(handler: libc::sighandler_t) -> Result<()> {
         // SAFETY: the structs are plain data; our handler does only what is allowed in one.
         let installed = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            if OF_TERMINALS.contains(&signal)
-                && libc::sigaction(signal, std::ptr::null(), &mut action) == 0
-                && action.sa_sigaction == libc::SIG_IGN
-            {
-                continue;
-            }
-            action.sa_sigaction = handler;
+            let ignored = IGNORED.load(Ordering::SeqCst) & (1 << signal) != 0;
+            action.sa_sigaction = if ignored { libc::SIG_IGN } else { handler };
             // reads and writes under way go on instead of failing with EINTR
             action.sa_flags = libc::SA_RESTART;
             libc::sigemptyset(&mut action.sa_mask);
@@ -219,6 +231,12 @@ fn acknowledge() {
     }
 }
 
+/// This rank has heard of a signal to another one.
+pub(crate) fn asked_elsewhere() {
+    ASKED_ELSEWHERE.store(true, Ordering::SeqCst);
+    acknowledge();
+}
+
 /// Work may go on, as far as this rank knows: nobody was asked to stop, or what is under way is finished first. The first
 /// check of an asked rank tells the other ranks. From the thread of the communicator; costs nothing worth mentioning.
 ///
@@ -227,7 +245,7 @@ fn acknowledge() {
 pub fn check() -> Result<(), Interrupted> {
     let mine = ASKED_TO_STOP.load(Ordering::SeqCst) != 0;
     if ring(mine) {
-        ASKED_ELSEWHERE.store(true, Ordering::SeqCst);
+        asked_elsewhere();
     }
     if !mine && !ASKED_ELSEWHERE.load(Ordering::SeqCst) {
         return Ok(());

@@ -260,7 +260,9 @@ fn encoded_pairs_train() {
         one.stderr
     );
     encode(2, "two", &[]).expect_success("2 ranks");
-    ["two/pairs-00001.h5", "two/pairs-00002.h5"].map(|shard| fs::remove_file(folder.join(shard)).unwrap());
+    for shard in ["two/pairs-00001.h5", "two/pairs-00002.h5"] {
+        fs::remove_file(folder.join(shard)).unwrap();
+    }
     let mut stopped = rldiff(1, &folder);
     stopped.args(["encode", "--out", "two", "--per-shard", "4"]).args(set(&[data]));
     stopped.env("RLDIFF_FAULT", "at=encode,nth=2,kind=term");

@@ -175,7 +175,10 @@ impl Outcome {
             return Err(OfRanks { text: texts.join("; "), of_writing: any_of_writing }.into());
         }
         match all.contains(&Outcome::Interrupted) {
-            true => Err(Interrupted.into()),
+            true => {
+                signals::asked_elsewhere();
+                Err(Interrupted.into())
+            }
             false => Ok(()),
         }
     }

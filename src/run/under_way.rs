@@ -56,6 +56,7 @@ impl Run<'_> {
             Err(e) => (None, Err(e)),
         };
         agree(comm, begun).context(CannotWrite::new("the run's files"))?;
+        let _between = signals::droppable("leaving before the next piece of work; what is done is kept");
         let hosts = watch::hosts(comm)?;
         let limits = Limits { collective: config.run.collective_limit, reward: config.run.reward_limit };
         let _watchdog = Watchdog::start(self.files.watch(), comm.rank(), hosts.clone(), limits)?;
