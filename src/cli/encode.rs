@@ -9,7 +9,7 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::Communicator,
     config::PairData,
-    folders::{can_be_folder, FolderLock},
+    folders::{can_take, FolderLock},
     pairs::{encode, EncodeSettings},
     run::load_model,
 };
@@ -48,7 +48,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         }
     };
     let pairs = pairs().or_mistake()?;
-    let _lock = FolderLock::hold(comm, &args.out, "encode", || can_be_folder(&args.out)).or_mistake()?;
+    let check = || can_take(&args.out, |name| name.starts_with("pairs-") && name.ends_with(".h5"));
+    let _lock = FolderLock::hold(comm, &args.out, "encode", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(config.run.threads as i32);
     let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;

@@ -12,7 +12,7 @@ mod new_folder;
 pub mod outputs;
 mod owner;
 
-pub use contents::{can_be_folder, check_name, Place};
+pub use contents::{can_be_folder, can_take, check_name, Place};
 pub use lock::{release_all, FolderLock};
 pub use new_folder::{can_be_new, replace_folder, NewFolder};
 pub use owner::Owner;
