@@ -164,6 +164,7 @@ fn nccl_works(comm: nccl::Nccl, device: Device) -> Result<()> {
 
 fn hdf5_works() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("rldiff-doctor-{}", std::process::id()));
+    std::fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let worked = store::round_trip(&folder).with_context(|| format!("in {}", folder.display()));
     // best effort: the folder is temporary
     let _ = std::fs::remove_dir_all(&folder);

@@ -11,7 +11,7 @@ use crate::{
     config::PairData,
     device::threads::use_threads,
     faults,
-    folders::{can_be_folder, FolderLock},
+    folders::{can_take, FolderLock},
     pairs::{encode, EncodeSettings},
     run::load_model,
     signals,
@@ -54,7 +54,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         }
     };
     let pairs = pairs().or_mistake()?;
-    let _lock = FolderLock::hold(comm, &args.out, "encode", || can_be_folder(&args.out)).or_mistake()?;
+    let check = || can_take(&args.out, |name| name.starts_with("pairs-") && name.ends_with(".h5"));
+    let _lock = FolderLock::hold(comm, &args.out, "encode", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     use_threads(config.run.threads, comm).or_mistake()?;
     let pipeline = load_model(&config.model.path, comm, device).or_mistake()?;

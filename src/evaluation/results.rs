@@ -10,7 +10,7 @@ use super::set::picture_file;
 use crate::{
     config::{eval::is_evaluation, EvalConfig},
     folders::{
-        can_be_folder,
+        can_be_folder, can_take,
         outputs::{is_json_with, is_own_png, may_replace, png_has},
     },
     telemetry::{image_grid, number, read_png, save_png, write_atomic, Estimate, GridRow},
@@ -162,7 +162,8 @@ pub fn to_markdown(results: &[ModelResult]) -> String {
 /// # Errors
 /// Names the first file that was not.
 pub fn check_place(config: &EvalConfig, out: &Path) -> Result<()> {
-    can_be_folder(out)?;
+    let of_models: Vec<String> = config.models.iter().map(|model| model.folder()).collect();
+    can_take(out, |name| ["config.toml", "results.json"].contains(&name) || of_models.iter().any(|own| own == name))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     may_replace(&out.join("config.toml"), |bytes| is_evaluation(&text(bytes)))?;
     may_replace(&out.join("results.json"), is_json_with(&["model", "path", "sets"]))?;

@@ -82,6 +82,22 @@ pub fn first_entry(folder: &Path) -> Result<Option<OsString>> {
     Ok(names.into_iter().filter(|name| !counts_as_nothing(&name.to_string_lossy())).min())
 }
 
+/// Whether `folder` is empty or holds an entry that `is_own` knows by its name as one of the command's.
+///
+/// # Errors
+/// Names the first of what is there instead.
+pub fn can_take(folder: &Path, is_own: impl Fn(&str) -> bool) -> Result<()> {
+    can_be_folder(folder)?;
+    match first_entry(folder)? {
+        Some(first) if !names(folder).iter().any(|name| is_own(name)) => bail!(
+            "{} is not empty ({} is in it) and was not written by this command: give another --out",
+            folder.display(),
+            Path::new(&first).display()
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// Whether a run has written `root`: its config, metrics and event files are there; or nothing is there but what a run
 /// writes, and a part of it that only a run writes, where it was killed before it had all of them.
 pub fn is_run(root: &Path) -> bool {
@@ -186,6 +202,19 @@ mod tests {
         for good in ["joint", "a b", "müller-2", ".hidden", "a..b", "-x", &"x".repeat(200)] {
             check_name("run.name", good).unwrap();
         }
+    }
+
+    #[test]
+    fn a_folder_is_taken_where_it_is_empty_or_has_something_of_ones_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = |name: &str| name.starts_with("pairs-");
+        can_take(&folder.path().join("new"), own).unwrap();
+        can_take(folder.path(), own).unwrap();
+        fs::write(folder.path().join("a.jpg"), b"").unwrap();
+        let error = can_take(folder.path(), own).unwrap_err().to_string();
+        assert!(error.contains("is not empty (a.jpg is in it)"), "{error}");
+        fs::write(folder.path().join("pairs-00000.h5"), b"").unwrap();
+        can_take(folder.path(), own).unwrap();
     }
 
     /// A folder that looks like a run's.

@@ -76,6 +76,8 @@ struct Held {
     /// Folders that were made on the way, the outermost first.
     made: Vec<PathBuf>,
     renewed: Instant,
+    /// The lock says of what is left in the folder that a process was killed there.
+    stays: bool,
 }
 
 /// All that this process holds, for the ways out that drop nothing.
@@ -87,7 +89,9 @@ pub fn release_all() {
     let Ok(all) = ALL.try_lock() else { return };
     for held in all.iter().filter_map(Weak::upgrade) {
         if let Ok(held) = held.try_lock() {
-            held.release();
+            if !held.stays {
+                held.release();
+            }
         }
     }
 }
@@ -139,7 +143,10 @@ impl FolderLock {
                 .and_then(|real| acquire(&real.join(LOCK), &owner, times).map(|holder| (real, holder)));
             match taken {
                 Ok((real, None)) => {
-                    return Self::start(Held { folder: real, owner, made, renewed: Instant::now() }, times)
+                    return Self::start(
+                        Held { folder: real, owner, made, renewed: Instant::now(), stays: false },
+                        times,
+                    )
                 }
                 Ok((_, Some(holder))) => {
                     remove_empty(&made);
@@ -193,6 +200,11 @@ impl FolderLock {
             // what has been deleted by hand comes back with the next renewal
             _ => Ok(()),
         }
+    }
+
+    /// Where the process ends without dropping this, the lock stays for others to see that it is dead.
+    pub fn stay(&self) {
+        of(&self.held).stays = true;
     }
 
     /// Gives the folder another name, under which it is held.

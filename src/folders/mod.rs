@@ -13,7 +13,7 @@ pub mod outputs;
 mod owner;
 mod places;
 
-pub use contents::{check_name, Place};
+pub use contents::{can_take, check_name, Place};
 pub use lock::{release_all, FolderLock};
 pub use new_folder::{can_be_new, replace_folder, NewFolder};
 pub use owner::Owner;

@@ -31,6 +31,7 @@ impl NewFolder {
             bail!("{} is in the way: remove it, or give another --out", partial.display());
         }
         let lock = FolderLock::take(&partial, command)?;
+        lock.stay();
         empty(&partial)?;
         Ok(NewFolder { folder: folder.to_path_buf(), partial, lock: Some(lock), is_finished: false })
     }

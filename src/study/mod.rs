@@ -30,7 +30,7 @@ use crate::{
     config::{Config, EvalConfig, EvalModel, StudyConfig},
     evaluation::{Evaluation, ModelResult},
     folders::{
-        can_be_folder,
+        can_take,
         outputs::{is_json_with, may_replace},
         Place,
     },
@@ -97,7 +97,7 @@ impl Plan {
     /// # Errors
     /// Names what is in the way.
     pub fn check_place(&self) -> Result<()> {
-        can_be_folder(&self.out)?;
+        can_take(&self.out, |name| ["config.toml", "study.json", "runs", "evaluation"].contains(&name))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let is_study = |bytes: &[u8]| text(bytes).parse::<toml::Table>().is_ok_and(|table| table.contains_key("study"));
         may_replace(&self.out.join("config.toml"), is_study)?;
