@@ -2,13 +2,28 @@
 //! (Hu et al., arXiv 2106.09685). A starts as in PEFT (uniform, bound 1/√inputs), B at zero, so training starts at the
 //! base model.
 //!
-//! Files have the layout that diffusers' `load_lora_weights` reads: `unet.<module>.lora_A.weight` and `lora_B.weight`.
-//! That reader takes alpha = rank where no alpha is given, so alpha/rank is multiplied into B when a file is written.
+//! Trained adapters are layers of the U-Net of their own (this file). Written files have the layout that diffusers'
+//! `load_lora_weights` reads: `unet.<module>.lora_A.weight` and `lora_B.weight`. That reader takes alpha = rank where no
+//! alpha is given, so alpha/rank is multiplied into B when a file is written.
+//!
+//! Adapters that are only used come in every layout, for any layer, and are added to the weights:
+//!
+//! ```text
+//! layouts.rs   names of tensors -> layers        ldm_names.rs   the same by the original code's names
+//! config.rs    alpha by PEFT's configuration     adapter.rs     files and folders
+//! merging.rs   W + alpha/rank·B·A
+//! ```
+
+pub mod adapter;
+mod config;
+mod layouts;
+mod ldm_names;
+mod merging;
 
 use std::collections::BTreeMap;
 
-use anyhow::{bail, ensure, Context, Result};
-use tch::{Device, Kind, Tensor};
+use anyhow::{Context, Result};
+use tch::{Device, Tensor};
 
 use super::parameters::Parameters;
 
@@ -69,32 +84,6 @@ pub fn merge(unet: &Parameters, adapters: &BTreeMap<String, Tensor>, scale: f64)
 pub fn to_file(adapters: &BTreeMap<String, Tensor>, scale: f64) -> BTreeMap<String, Tensor> {
     let scaled = |name: &str, t: &Tensor| if name.ends_with(".lora_B.weight") { t * scale } else { t.shallow_clone() };
     adapters.iter().map(|(name, t)| (format!("unet.{name}"), scaled(name, t))).collect()
-}
-
-/// Adapters and their settings (alpha = rank) from the tensors of a LoRA file.
-///
-/// # Errors
-/// A tensor that is no adapter of the U-Net, or adapters of different ranks.
-pub fn from_file(tensors: BTreeMap<String, Tensor>) -> Result<(LoraSettings, BTreeMap<String, Tensor>)> {
-    let mut adapters = BTreeMap::new();
-    let (mut rank, mut targets) = (None, Vec::<String>::new());
-    for (name, tensor) in tensors {
-        let Some(inner) = name.strip_prefix("unet.") else { bail!("tensor {name} is no adapter of the U-Net") };
-        let layer = inner.strip_suffix(".lora_A.weight").or_else(|| inner.strip_suffix(".lora_B.weight"));
-        let Some(layer) = layer else { bail!("tensor {name} is neither lora_A nor lora_B") };
-        let target = ["to_q", "to_k", "to_v", "to_out.0"].into_iter().find(|t| layer.ends_with(&format!(".{t}")));
-        let Some(target) = target else { bail!("tensor {name}: adapters of this layer are not supported") };
-        if !targets.iter().any(|t| t == target) {
-            targets.push(target.to_string());
-        }
-        if inner.ends_with(".lora_A.weight") {
-            let here = tensor.size()[0];
-            ensure!(*rank.get_or_insert(here) == here, "tensor {name} has rank {here}, others {rank:?}");
-        }
-        adapters.insert(inner.to_string(), tensor.to_kind(Kind::Float));
-    }
-    let rank = rank.context("the file holds no adapter")?;
-    Ok((LoraSettings { rank, alpha: rank as f64, targets }, adapters))
 }
 
 #[cfg(test)]

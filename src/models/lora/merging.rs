@@ -1,0 +1,226 @@
+//! An adapter into the weights of a model that is being loaded: W + scale·alpha/rank·B·A for every layer, in f64, rounded
+//! once to f32. With DoRA's magnitudes m (Liu et al., arXiv 2402.09353) the rows of that sum are brought to the lengths m.
+
+use std::collections::BTreeMap;
+
+use anyhow::{bail, ensure, Context, Result};
+use tch::{Kind, Tensor};
+
+use super::{
+    adapter::{Adapter, LayerAdapter},
+    layouts::{Network, Part},
+    ldm_names,
+};
+use crate::models::folder::ModelFiles;
+
+/// What became of an adapter.
+#[derive(Debug, Default, PartialEq)]
+pub struct Merged {
+    pub unet_layers: usize,
+    pub text_layers: usize,
+    /// Names of tensors of layers that the model does not have.
+    pub without_layer: Vec<String>,
+    /// Whether any weight has another value than before.
+    pub changed: bool,
+}
+
+impl Merged {
+    /// One line for each thing that has no effect.
+    pub fn warn(&self, origin: &str) {
+        if let Some(first) = self.without_layer.first() {
+            log::warn!(
+                "{origin}: {} layers of the adapter are none of the model's and have no effect, the first is {first}",
+                self.without_layer.len()
+            );
+        }
+        if !self.changed {
+            log::warn!("{origin}: the adapter changes no weight (its products are zero, or the scale is)");
+        }
+    }
+}
+
+/// Layers of a network by their paths with underscores.
+fn layers(network: Network, weights: &BTreeMap<String, Tensor>) -> BTreeMap<String, String> {
+    let paths = weights.keys().filter_map(|name| name.strip_suffix(".weight"));
+    let mut layers: BTreeMap<String, String> = BTreeMap::new();
+    for path in paths {
+        let plain = match network {
+            Network::TextEncoder => path.strip_prefix("text_model.").unwrap_or(path),
+            Network::UNet => path,
+        };
+        layers.insert(plain.replace('.', "_"), path.to_string());
+    }
+    if network == Network::UNet {
+        for (ldm, path) in ldm_names::layers(layers.values()) {
+            layers.entry(ldm.replace('.', "_")).or_insert(path);
+        }
+    }
+    layers
+}
+
+impl Adapter {
+    /// Adds the adapter, multiplied by `scale`, to the weights in `files`; those that change become f32.
+    ///
+    /// # Errors
+    /// The adapter is of another model: the message says by which layer that shows, and how.
+    pub fn merge_into(&self, files: &mut ModelFiles, scale: f64) -> Result<Merged> {
+        let merged = self.merge(files, scale).with_context(|| self.origin.clone())?;
+        let (unet, text) = (merged.unet_layers, merged.text_layers);
+        log::debug!("{}: adapts {unet} layers of the U-Net and {text} of the text encoder", self.origin);
+        Ok(merged)
+    }
+
+    fn merge(&self, files: &mut ModelFiles, scale: f64) -> Result<Merged> {
+        let _no_grad = tch::no_grad_guard();
+        ensure!(scale.is_finite(), "the adapter's scale is {scale}, which is no finite number");
+        let empty = BTreeMap::new();
+        let weights_of = |network: Network| files.weights.get(network.component()).unwrap_or(&empty);
+        let tables = [Network::UNet, Network::TextEncoder].map(|network| layers(network, weights_of(network)));
+        let table = |network: Network| &tables[usize::from(network == Network::TextEncoder)];
+        let mut merged = Merged::default();
+        let mut matched = Vec::new();
+        for ((network, layer), adapter) in &self.layers {
+            match table(*network).get(layer) {
+                Some(path) => matched.push((*network, path, adapter)),
+                None => merged.without_layer.push(adapter.name.clone()),
+            }
+        }
+        for (network, path, adapter) in &matched {
+            let weight = &weights_of(*network)[&format!("{path}.weight")];
+            ensure_text_width(path, weight, adapter)?;
+        }
+        ensure!(
+            !matched.is_empty(),
+            "none of the adapter's {} layers is one of the model's: it is of another kind of model (the first is {})",
+            self.layers.len(),
+            merged.without_layer.first().map_or("", String::as_str)
+        );
+        let mut seen = BTreeMap::new();
+        for (network, path, adapter) in &matched {
+            if let Some(other) = seen.insert((*network, *path), &adapter.name) {
+                bail!("{other} and {} are for the same layer {path}", adapter.name);
+            }
+        }
+        for (network, path, adapter) in matched {
+            let weights = files.weights.get_mut(network.component()).context("a network without weights")?;
+            let changed = merge_layer(weights, path, adapter, scale).with_context(|| adapter.name.clone())?;
+            merged.changed |= changed;
+            match network {
+                Network::UNet => merged.unet_layers += 1,
+                Network::TextEncoder => merged.text_layers += 1,
+            }
+        }
+        Ok(merged)
+    }
+}
+
+/// Fails where the adapter's layer takes text embeddings of another width than the model's: the commonest mistake.
+fn ensure_text_width(path: &str, weight: &Tensor, adapter: &LayerAdapter) -> Result<()> {
+    let takes_text = path.ends_with("attn2.to_k") || path.ends_with("attn2.to_v");
+    let Some(down) = adapter.get(Part::Down).filter(|_| takes_text) else { return Ok(()) };
+    let (Some(&theirs), Some(&ours)) = (down.size().get(1), weight.size().get(1)) else { return Ok(()) };
+    let known = |width: i64| match width {
+        768 => " (as in Stable Diffusion 1)",
+        1024 => " (as in Stable Diffusion 2)",
+        2048 => " (as in SDXL)",
+        _ => "",
+    };
+    ensure!(
+        theirs == ours,
+        "the adapter is of a model whose text embeddings are {theirs} wide{}, this model's are {ours} wide{} (tensor {})",
+        known(theirs),
+        known(ours),
+        adapter.name
+    );
+    Ok(())
+}
+
+/// Adapts one layer; whether a value changed.
+fn merge_layer(weights: &mut BTreeMap<String, Tensor>, path: &str, adapter: &LayerAdapter, scale: f64) -> Result<bool> {
+    let (weight_name, bias_name) = (format!("{path}.weight"), format!("{path}.bias"));
+    let before = weights.get(&weight_name).with_context(|| format!("tensor {weight_name} is missing"))?;
+    let wide = before.to_kind(Kind::Double);
+    let mut weight = wide.shallow_clone();
+    let factor = adapter.scale * scale;
+    if let (Some(down), Some(up)) = (adapter.get(Part::Down), adapter.get(Part::Up)) {
+        weight += product(down, up, adapter.get(Part::Mid), &wide.size())? * factor;
+    }
+    if let Some(difference) = adapter.get(Part::WeightDifference) {
+        ensure_shape(difference, &wide.size())?;
+        weight += difference.view_as(&wide) * scale;
+    }
+    if let Some(magnitude) = adapter.get(Part::Magnitude) {
+        let size = wide.size();
+        ensure!(
+            magnitude.numel() as i64 == size[0],
+            "its magnitudes have shape {:?}, the model's layer has {} outputs",
+            magnitude.size(),
+            size[0]
+        );
+        let lengths = weight.flatten(1, -1).square().sum_dim_intlist(1, false, Kind::Double).sqrt();
+        let mut rows = vec![1; size.len()];
+        rows[0] = size[0];
+        weight = weight * (magnitude.view([-1]) / lengths).view(rows.as_slice());
+    }
+    let weight = weight.to_kind(Kind::Float);
+    ensure!(weight.isfinite().all().int64_value(&[]) != 0, "the adapted weight is not finite");
+    let mut changed = weight != before.to_kind(Kind::Float);
+    weights.insert(weight_name, weight);
+
+    let factors = [(Part::UpBias, factor), (Part::BiasDifference, scale)];
+    for (part, factor) in factors {
+        let Some(difference) = adapter.get(part) else { continue };
+        let bias = weights.get(&bias_name).context("the adapter has a bias for this layer, the model's has none")?;
+        ensure_shape(difference, &bias.size())?;
+        let sum = (bias.to_kind(Kind::Double) + difference.view_as(bias) * factor).to_kind(Kind::Float);
+        changed |= sum != bias.to_kind(Kind::Float);
+        weights.insert(bias_name.clone(), sum);
+    }
+    Ok(changed)
+}
+
+fn ensure_shape(difference: &Tensor, size: &[i64]) -> Result<()> {
+    let theirs = difference.size();
+    ensure!(theirs == size, "its shape is {theirs:?}, the model's layer has {size:?}: the adapter is of another model");
+    Ok(())
+}
+
+/// B·A in the shape of the layer's weight, `[outputs, inputs]` or `[outputs, inputs, height, width]`. Trailing ones are
+/// read as no dimensions, so that adapters of 1×1 convolutions fit linear layers and the other way round.
+fn product(down: &Tensor, up: &Tensor, mid: Option<&Tensor>, size: &[i64]) -> Result<Tensor> {
+    let spatial = |shape: &[i64]| -> Vec<i64> {
+        let rest = shape.get(2..).unwrap_or_default();
+        if rest.iter().all(|&n| n == 1) {
+            Vec::new()
+        } else {
+            rest.to_vec()
+        }
+    };
+    let (a, b) = (down.size(), up.size());
+    let fits = |shape: &[i64]| matches!(shape.len(), 2 | 4);
+    ensure!(fits(&a) && fits(&b) && fits(size), "lora_A has shape {a:?}, lora_B {b:?}, the model's layer {size:?}");
+    ensure!(a[0] == b[1], "the rank is {} by lora_A {a:?} and {} by lora_B {b:?}", a[0], b[1]);
+    let kernel = match mid {
+        Some(mid) => {
+            let m = mid.size();
+            ensure!(m.len() == 4 && m[..2] == [a[0], a[0]], "lora_mid has shape {m:?}, the rank is {}", a[0]);
+            ensure!(spatial(&a).is_empty(), "lora_A has shape {a:?} beside a lora_mid");
+            spatial(&m)
+        }
+        None => spatial(&a),
+    };
+    ensure!(
+        spatial(&b).is_empty() && [b[0], a[1]] == size[..2] && kernel == spatial(size),
+        "lora_A {a:?} and lora_B {b:?} are for a layer of shape {:?}, the model's has {size:?}: the adapter is of another model",
+        [vec![b[0], a[1]], kernel].concat()
+    );
+    let (a, b) = (down.flatten(1, -1), up.flatten(1, -1));
+    let product = match mid {
+        // W[o, i, h, w] = Σ_jk B[o, j] M[j, k, h, w] A[k, i]
+        Some(mid) => {
+            b.matmul(&mid.flatten(1, -1)).view([size[0], mid.size()[1], -1]).transpose(1, 2).matmul(&a).transpose(1, 2)
+        }
+        None => b.matmul(&a),
+    };
+    Ok(product.reshape(size))
+}
