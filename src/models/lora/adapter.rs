@@ -102,7 +102,9 @@ impl Adapter {
             if layer.parts.insert(place.part, tensor).is_some() {
                 bail!("tensor {name} is there twice, under two names: the file holds more than one adapter");
             }
-            layer.name = name;
+            if layer.name.is_empty() {
+                layer.name = name;
+            }
         }
 
         let configs = [Network::UNet, Network::TextEncoder].map(|network| -> Result<Option<PeftConfig>> {

@@ -224,3 +224,170 @@ fn product(down: &Tensor, up: &Tensor, mid: Option<&Tensor>, size: &[i64]) -> Re
     };
     Ok(product.reshape(size))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use tch::Device;
+
+    use super::*;
+    use crate::{
+        comm::Local,
+        miniature::EMBEDDED_MODEL,
+        models::{
+            folder::ModelLocation,
+            pipeline::Pipeline,
+            weights::{read_safetensors, write_safetensors},
+        },
+    };
+
+    /// Adapters of the embedded miniature and what diffusers, PEFT and transformers compute with them.
+    fn data(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/adapters").join(name)
+    }
+
+    fn reference() -> BTreeMap<String, Tensor> {
+        let path = data("reference.safetensors");
+        read_safetensors(&std::fs::read(&path).unwrap(), &path.display().to_string()).unwrap()
+    }
+
+    fn base() -> ModelFiles {
+        ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap()
+    }
+
+    /// Prediction and text embedding of the miniature with an adapter, and what became of it.
+    fn with(path: &Path, scale: f64, reference: &BTreeMap<String, Tensor>) -> (Tensor, Tensor, Merged) {
+        let mut files = base();
+        let adapter = Adapter::read(path, &Local).unwrap();
+        assert!(adapter.guesses.is_empty(), "{:?}", adapter.guesses);
+        let merged = adapter.merge_into(&mut files, scale).unwrap();
+        let pipeline = Pipeline::from_files(files, Device::Cpu).unwrap();
+        let _no_grad = tch::no_grad_guard();
+        let eps = pipeline.unet.forward(&reference["sample"], &Tensor::from_slice(&[501i64]), &reference["text"]);
+        let embedding = pipeline.text_encoder.forward(&reference["ids"]).narrow(1, 8, 4);
+        (eps, embedding, merged)
+    }
+
+    fn gap(a: &Tensor, b: &Tensor) -> f64 {
+        (a.to_kind(Kind::Double) - b).abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn every_layout_gives_what_diffusers_and_peft_compute() {
+        let reference = reference();
+        for (file, golden, embedding, layers) in [
+            ("peft.safetensors", "peft", "base", (8, 0)),
+            ("dora.safetensors", "dora", "base", (6, 0)),
+            ("biases.safetensors", "biases", "base", (2, 0)),
+            ("locon.safetensors", "locon", "base", (3, 0)),
+            ("diffusers-folder", "wide", "wide", (17, 3)),
+            ("kohya-wide-and-text.safetensors", "wide", "wide", (17, 3)),
+            ("text-linear-layers.safetensors", "base", "wide", (0, 3)),
+            ("text-old.safetensors", "base", "wide", (0, 3)),
+            ("peft-folder", "rslora", "rslora", (2, 3)),
+        ] {
+            let (eps, words, merged) = with(&data(file), 1.0, &reference);
+            assert_eq!((merged.unet_layers, merged.text_layers), layers, "{file}");
+            assert_eq!((merged.without_layer.len(), merged.changed), (0, true), "{file}");
+            let (golden, embedding) = (&reference[&format!("eps.{golden}")], &reference[&format!("embedding.{embedding}")]);
+            // f32 against f64, of values up to 4: observed below 5e-6
+            assert!(gap(&eps, golden) < 2e-5, "{file}: {:e}", gap(&eps, golden));
+            assert!(gap(&words, embedding) < 2e-5, "{file}: {:e}", gap(&words, embedding));
+            if layers.0 > 0 {
+                let effect = gap(golden, &reference["eps.base"]);
+                assert!(effect > 1e-2, "{file}: the reference shows no effect, {effect:e}");
+            }
+        }
+        assert!(gap(&reference["embedding.wide"], &reference["embedding.base"]) > 1e-2);
+    }
+
+    #[test]
+    fn layouts_of_one_adapter_give_the_same_bits() {
+        let reference = reference();
+        let (expected, _, _) = with(&data("peft.safetensors"), 1.0, &reference);
+        for file in [
+            "no-prefix.safetensors",
+            "peft-named.safetensors",
+            "peft.bin",
+            "down-up.safetensors",
+            "old-processors.safetensors",
+            "oldest-processors.safetensors",
+            "kohya.safetensors",
+            "kohya-f16.safetensors",
+            "kohya-ldm-names.safetensors",
+        ] {
+            assert_eq!(with(&data(file), 1.0, &reference).0, expected, "{file}");
+        }
+        let (none, _, merged) = with(&data("peft.safetensors"), 0.0, &reference);
+        assert_eq!((none, merged.changed), (with(&data("text-old.safetensors"), 1.0, &reference).0, false));
+    }
+
+    /// The tensors of peft.safetensors changed by `change`, in a file.
+    fn changed(change: impl Fn(&mut BTreeMap<String, Tensor>)) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("changed.safetensors");
+        let mut tensors = read_safetensors(&std::fs::read(data("peft.safetensors")).unwrap(), "peft").unwrap();
+        change(&mut tensors);
+        std::fs::write(&path, write_safetensors(&tensors, Kind::Float).unwrap()).unwrap();
+        (folder, path)
+    }
+
+    const TO_K: &str = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight";
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let options = (Kind::Float, Device::Cpu);
+        type Change = Box<dyn Fn(&mut BTreeMap<String, Tensor>)>;
+        let set = |name: &'static str, shape: &'static [i64]| -> Change {
+            Box::new(move |t| drop(t.insert(name.to_string(), Tensor::ones(shape, options))))
+        };
+        for (change, words) in [
+            (set(TO_K, &[2, 768]), ["text embeddings are 768 wide (as in Stable Diffusion 1)", "64 wide"]),
+            (set(TO_K, &[3, 64]), ["rank is 3", "and 2"]),
+            (set("unet.conv_in.lora_A.weight", &[2, 4, 3, 3]), ["conv_in.lora_A", "no partner"]),
+            (set("unet.conv_in.weight", &[32, 4, 3, 3]), ["unet.conv_in.weight", "no part of a LoRA adapter"]),
+            (set("unet.conv_in.lora_B.other.weight", &[32, 2]), ["conv_in.lora_B", "no partner"]),
+            (set("lora_unet_conv_in.hada_w1_a", &[1]), ["a LoHa adapter (LyCORIS)", "rldiff reads"]),
+            (set("lora_unet_conv_in.diff", &[32, 4, 1, 1]), ["[32, 4, 1, 1]", "another model"]),
+            (set("lora_te2_text_model_x.alpha", &[1]), ["SDXL", "second text encoder"]),
+            (
+                Box::new(|t| drop(t.insert(TO_K.to_string(), Tensor::from_slice(&[f32::NAN; 128]).view([2, 64])))),
+                ["attn2.to_k", "not finite"],
+            ),
+            (
+                Box::new(|t| {
+                    let named: BTreeMap<String, Tensor> =
+                        std::mem::take(t).into_iter().map(|(name, v)| (name.replace("mid_block", "middle"), v)).collect();
+                    *t = named;
+                }),
+                ["none of the adapter's 8 layers", "unet.middle"],
+            ),
+        ] {
+            let (_folder, path) = changed(change);
+            let outcome = Adapter::read(&path, &Local).and_then(|adapter| adapter.merge_into(&mut base(), 1.0));
+            let error = format!("{:#}", outcome.unwrap_err());
+            assert!(words.iter().all(|word| error.contains(word)), "{words:?}: {error}");
+            assert!(error.contains("changed.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_has_no_effect_is_counted() {
+        let options = (Kind::Float, Device::Cpu);
+        let (_folder, path) = changed(|t| {
+            t.insert("unet.down_blocks.7.resnets.0.conv1.lora_A.weight".into(), Tensor::ones([2, 4, 3, 3], options));
+            t.insert("unet.down_blocks.7.resnets.0.conv1.lora_B.weight".into(), Tensor::ones([4, 2, 1, 1], options));
+        });
+        let merged = Adapter::read(&path, &Local).unwrap().merge_into(&mut base(), 1.0).unwrap();
+        assert_eq!(merged.without_layer, ["unet.down_blocks.7.resnets.0.conv1.lora_A.weight"]);
+        let (_folder, path) = changed(|t| t.retain(|name, _| !name.contains("to_k")));
+        assert!(Adapter::read(&path, &Local).unwrap().guesses.is_empty());
+        let (_folder, path) = changed(|t| {
+            t.insert(TO_K.into(), Tensor::ones([1, 64], options));
+            t.insert(TO_K.replace("lora_A", "lora_B"), Tensor::ones([64, 1], options));
+        });
+        let guesses = Adapter::read(&path, &Local).unwrap().guesses;
+        assert!(guesses.len() == 1 && guesses[0].contains("different ranks (1, 2)"), "{guesses:?}");
+    }
+}
