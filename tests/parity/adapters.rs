@@ -47,11 +47,8 @@ fn adapters_of_every_layout() {
         }
         let pipeline = Pipeline::from_files(files, Device::Cpu).unwrap();
         let _no_grad = tch::no_grad_guard();
-        let eps = pipeline.unet.forward(
-            &reference["sample"],
-            &reference["timestep"],
-            &reference["encoder_hidden_states"],
-        );
+        let eps =
+            pipeline.unet.forward(&reference["sample"], &reference["timestep"], &reference["encoder_hidden_states"]);
         goldens.compare_values(&format!("lora/sd2/eps.{name}"), &eps, expected);
         if let Some(text) = reference.get(&format!("text.{name}")) {
             let embedding = pipeline.text_encoder.forward(&reference["input_ids"]);

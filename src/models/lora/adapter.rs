@@ -134,13 +134,20 @@ impl Adapter {
 
     /// Without a configuration and without a layer's own alpha its product is added as it is.
     fn note_guesses(&mut self, layers: &BTreeMap<(Network, String), LayerAdapter>, origin: &str) {
-        let products = || layers.values().filter(|layer| layer.get(Part::Down).is_some());
-        let silent = products().filter(|layer| layer.get(Part::Alpha).is_none()).count();
-        let ranks: BTreeSet<i64> = products().map(|layer| layer.parts[&Part::Down].size()[0]).collect();
+        let products = || layers.iter().filter(|(_, layer)| layer.get(Part::Down).is_some());
+        let silent = products().filter(|(_, layer)| layer.get(Part::Alpha).is_none()).count();
+        let ranks_of = |network| -> BTreeSet<i64> {
+            products()
+                .filter(|((of, _), _)| *of == network)
+                .map(|(_, layer)| layer.parts[&Part::Down].size()[0])
+                .collect()
+        };
+        // one rank for each network is what trainers write
+        let ranks = [Network::UNet, Network::TextEncoder].map(ranks_of).into_iter().find(|ranks| ranks.len() > 1);
         if silent > 0 && silent < products().count() {
             self.guesses
                 .push(format!("{origin}: {silent} layers of the adapter have no alpha; it is taken for their rank"));
-        } else if silent > 0 && ranks.len() > 1 {
+        } else if let Some(ranks) = ranks.filter(|_| silent > 0) {
             let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
             self.guesses.push(format!(
                 "{origin}: the file has no alpha and layers of different ranks ({}); each layer's alpha is taken for its rank",

@@ -290,7 +290,9 @@ mod tests {
             let (eps, words, merged) = with(&data(file), 1.0, &reference);
             assert_eq!((merged.unet_layers, merged.text_layers), layers, "{file}");
             assert_eq!((merged.without_layer.len(), merged.changed), (0, true), "{file}");
-            let (golden, embedding) = (&reference[&format!("eps.{golden}")], &reference[&format!("embedding.{embedding}")]);
+            let (golden, embedding) =
+                (&reference[&format!("eps.{golden}")], &reference[&format!("embedding.{embedding}")]);
+            println!("{file}: {:.1e}, {:.1e}", gap(&eps, golden), gap(&words, embedding));
             // f32 against f64, of values up to 4: observed below 5e-6
             assert!(gap(&eps, golden) < 2e-5, "{file}: {:e}", gap(&eps, golden));
             assert!(gap(&words, embedding) < 2e-5, "{file}: {:e}", gap(&words, embedding));
@@ -357,8 +359,10 @@ mod tests {
             ),
             (
                 Box::new(|t| {
-                    let named: BTreeMap<String, Tensor> =
-                        std::mem::take(t).into_iter().map(|(name, v)| (name.replace("mid_block", "middle"), v)).collect();
+                    let named: BTreeMap<String, Tensor> = std::mem::take(t)
+                        .into_iter()
+                        .map(|(name, v)| (name.replace("mid_block", "middle"), v))
+                        .collect();
                     *t = named;
                 }),
                 ["none of the adapter's 8 layers", "unet.middle"],
