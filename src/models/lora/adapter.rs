@@ -107,6 +107,22 @@ impl Adapter {
             }
         }
 
+        let before = new.len();
+        let mut first = None;
+        new.retain(|_, layer| {
+            let alone = layer.parts.keys().all(|part| *part == Part::Alpha);
+            first = first.take().or(alone.then(|| layer.name.clone()));
+            !alone
+        });
+        if let Some(first) = first {
+            ensure!(!new.is_empty(), "the file holds alphas without lora_down and lora_up, the first is {first}");
+            let count = before - new.len();
+            self.guesses.push(format!(
+                "{}: {count} alphas without lora_down and lora_up have no effect, the first is {first}",
+                file.origin
+            ));
+        }
+
         let configs = [Network::UNet, Network::TextEncoder].map(|network| -> Result<Option<PeftConfig>> {
             if let Some(json) = metadata.get("lora_adapter_metadata") {
                 return PeftConfig::from_metadata(json, network);
@@ -150,7 +166,7 @@ impl Adapter {
         } else if let Some(ranks) = ranks.filter(|_| silent > 0) {
             let ranks: Vec<String> = ranks.iter().map(i64::to_string).collect();
             self.guesses.push(format!(
-                "{origin}: the file has no alpha and layers of different ranks ({}); each layer's alpha is taken for its rank",
+                "{origin}: the file has no alpha and layers of different ranks ({}); each alpha is taken for the rank",
                 ranks.join(", ")
             ));
         } else if silent > 0 && origin.rsplit('/').next().is_some_and(|name| name.starts_with("adapter_model.")) {

@@ -210,7 +210,7 @@ pub fn ensure_lora<'a>(names: impl Iterator<Item = &'a String> + Clone) -> Resul
     let count = names.clone().count();
     match names.clone().find(|name| split(name).is_none()) {
         Some(first) if names.clone().all(|name| split(name).is_none()) => {
-            bail!("this holds no adapter: its {count} tensors (the first is {first}) have no lora_A, lora.down or lora_down; {READ}")
+            bail!("this holds no adapter: none of its {count} tensors (the first is {first}) is a lora_A or lora_down; {READ}")
         }
         Some(first) => {
             bail!("tensor {first} is no part of a LoRA adapter, and what it would change is not known; {READ}")
