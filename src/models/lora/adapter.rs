@@ -77,13 +77,13 @@ impl Adapter {
         }
         let mut adapter = Adapter { origin: path.display().to_string(), layers: BTreeMap::new(), guesses: Vec::new() };
         for file in shared(found, comm)? {
-            adapter.add(&file).with_context(|| file.origin.clone())?;
+            let tensors = read_tensors(&file.weights, &file.origin)?;
+            adapter.add(&file, tensors).with_context(|| file.origin.clone())?;
         }
         Ok(adapter)
     }
 
-    fn add(&mut self, file: &AdapterFile) -> Result<()> {
-        let tensors = read_tensors(&file.weights, &file.origin)?;
+    fn add(&mut self, file: &AdapterFile, tensors: BTreeMap<String, Tensor>) -> Result<()> {
         let metadata = metadata(&file.weights);
         ensure_lora(tensors.keys())?;
         let mut new: BTreeMap<(Network, String), LayerAdapter> = BTreeMap::new();
