@@ -267,4 +267,37 @@ mod tests {
         assert!(place("unet.conv_in.lora_A.bias", Network::UNet).is_err());
         assert!(place("unet.conv_in.weight", Network::UNet).is_err());
     }
+
+    #[test]
+    fn other_files_are_named() {
+        for (name, kind) in [
+            ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+            ("lora_unet_conv_in.lokr_w1", "LoKr"),
+            ("lora_unet_conv_in.on_input", "(IA)³"),
+            ("lora_unet_conv_in.oft_blocks", "OFT"),
+            ("base_model.model.conv_in.oft_R.weight", "OFT"),
+            ("lora_unet_conv_in.a1.weight", "GLoRA"),
+            ("lora_unet_conv_in.dora_scale", "DoRA adapter in LyCORIS' layout"),
+            ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "SDXL"),
+            ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion transformer"),
+            ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion transformer"),
+            ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "diffusion transformer"),
+            ("lora_te3_encoder_block_0.alpha", "Stable Diffusion 3"),
+            ("lora_controlnet", "ControlNet"),
+            ("unet.down_blocks.0.motion_modules.0.proj_in.lora_A.weight", "AnimateDiff"),
+            ("unet:0:up", "first LoRA trainer"),
+            ("emb_params", "textual inversion"),
+            ("<cat-toy>", "textual inversion"),
+            ("model.diffusion_model.out.2.weight", "whole model"),
+            ("mid_block.attn2.processor.to_k_custom_diffusion.weight", "Custom Diffusion"),
+            ("unet.conv_in.base_layer.weight", "together with its adapters"),
+            ("conv_in.weight", "holds no adapter"),
+        ] {
+            let names = ["lora_unet_conv_in.alpha".to_string(), name.to_string()];
+            let alone = if kind == "holds no adapter" { &names[1..] } else { &names[..] };
+            let error = ensure_lora(alone.iter()).unwrap_err().to_string();
+            assert!(error.contains(kind) && error.contains(name), "{name}: {error}");
+        }
+        assert!(ensure_lora([].iter()).is_err());
+    }
 }
