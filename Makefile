@@ -59,8 +59,8 @@ torture: build
 	@$(ENVIRONMENT) && $(TEST_PYTHON) && $(TEST_SLURM) && $(TEST_BROWSER) && cargo test $(CARGO_FLAGS) -- --include-ignored
 
 parity: setup
-	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR (folder with MANIFEST.json)" >&2; exit 2; }
-	@$(ENVIRONMENT) && RLDIFF_GOLDENS="$(abspath $(GOLDENS))" cargo test $(CARGO_FLAGS) --test parity -- --nocapture
+	@test -n "$(GOLDENS)" || { echo "usage: make parity GOLDENS=DIR [GOLDENS2=DIR] (folders with MANIFEST.json)" >&2; exit 2; }
+	@$(ENVIRONMENT) && RLDIFF_GOLDENS="$(abspath $(GOLDENS))" $(if $(GOLDENS2),RLDIFF_GOLDENS2="$(abspath $(GOLDENS2))") cargo test $(CARGO_FLAGS) --test parity -- --nocapture
 
 bundle: build
 	@$(ENVIRONMENT) && tools/bundle.sh target/release/rldiff target/bundle

@@ -15,7 +15,7 @@ use crate::{
     draw::{warn_of_cut_prompts, Drawing, Painter},
     folders::{can_be_folder, outputs, FolderLock},
     memory,
-    run::load_with_adapters,
+    run::load_with_adapter,
     telemetry::{image_grid, save_png, GridRow, Picture},
     text_file,
 };
@@ -45,9 +45,12 @@ pub struct Args {
     /// libtorch's last bits depend on the batch.
     #[arg(long, default_value_t = 1, value_name = "N")]
     batch: usize,
-    /// Adapters (diffusers' LoRA layout) to add to the U-Net.
-    #[arg(long, value_name = "FILE")]
+    /// LoRA adapter to add to the model's weights: a file, or the folder that diffusers or PEFT saved.
+    #[arg(long, value_name = "PATH")]
     lora: Option<PathBuf>,
+    /// Number that the adapter is multiplied by.
+    #[arg(long, value_name = "S", default_value_t = 1.0, requires = "lora", allow_negative_numbers = true)]
+    lora_scale: f64,
 }
 
 /// A picture on its way to rank 0.
@@ -66,7 +69,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let _lock = FolderLock::hold(comm, &args.out, "sample", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
-    let pipeline = load_with_adapters(&args.model, args.lora.as_deref(), comm, device).or_mistake()?;
+    let adapter = args.lora.as_deref().map(|path| (path, args.lora_scale));
+    let pipeline = load_with_adapter(&args.model, adapter, comm, device).or_mistake()?;
     let painter = Painter::new(&pipeline, &args.model, &drawing).or_mistake()?;
     if comm.rank() == 0 {
         let texts = prompts.iter().map(String::as_str).chain([drawing.negative.as_str()]);
@@ -147,6 +151,10 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
             ("eta".to_string(), drawing.eta.to_string()),
             ("software".to_string(), format!("rldiff {}", crate::CODE_VERSION)),
         ];
+        if let Some(lora) = &args.lora {
+            all.push(("lora".to_string(), lora.display().to_string()));
+            all.push(("lora_scale".to_string(), args.lora_scale.to_string()));
+        }
         all.extend(sample.map(|s| ("sample".to_string(), s.to_string())));
         all
     };

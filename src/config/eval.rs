@@ -57,7 +57,7 @@ pub struct EvalModel {
     pub name: String,
     /// `embedded`, a diffusers folder, a run's folder (its tuned model) or a checkpoint.
     pub path: String,
-    /// Adapters to add, in diffusers' layout; "" for none.
+    /// A LoRA adapter to add, a file or a folder; "" for none.
     pub lora: String,
 }
 

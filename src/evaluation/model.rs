@@ -11,13 +11,10 @@ use crate::{
     config::{load, EvalModel, EvalSettings},
     learner::Learner,
     models::{
-        folder::ModelFiles,
-        lora,
-        parameters::{Parameters, Source},
+        parameters::Parameters,
         pipeline::{Build, Pipeline},
-        weight_files::read_tensors,
     },
-    run::{load_for_training, model_location},
+    run::{load_for_training, load_with_adapter, read_with_adapter},
     store,
 };
 
@@ -41,9 +38,8 @@ pub fn load(
     let mut pipeline = match is_checkpoint(&model.path) {
         true => of_checkpoint(model, comm, device)?,
         false => {
-            let files = ModelFiles::read_and_broadcast(&model_location(&model.path), comm)?;
-            let how = Build { unet_kind: settings.compute.kind(), lora: adapters(model)?, ..Build::default() };
-            Pipeline::with(files, device, how)?
+            let files = read_with_adapter(&model.path, adapter(model), comm)?;
+            Pipeline::with(files, device, Build { unet_kind: settings.compute.kind(), ..Build::default() })?
         }
     };
     pipeline.vae.decode_batch = settings.decode_batch;
@@ -56,8 +52,7 @@ pub fn try_out(model: &EvalModel) -> Result<()> {
     if is_checkpoint(&model.path) {
         return of_checkpoint(model, &Local, Device::Cpu).map(drop);
     }
-    let files = ModelFiles::read(&model_location(&model.path))?;
-    Pipeline::with(files, Device::Cpu, Build { lora: adapters(model)?, ..Build::default() }).map(drop)
+    load_with_adapter(&model.path, adapter(model), &Local, Device::Cpu).map(drop)
 }
 
 fn of_checkpoint(model: &EvalModel, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
@@ -74,16 +69,9 @@ fn of_checkpoint(model: &EvalModel, comm: &dyn Communicator, device: Device) -> 
     Ok(pipeline)
 }
 
-fn adapters(model: &EvalModel) -> Result<Option<(lora::LoraSettings, Source)>> {
-    if model.lora.is_empty() {
-        return Ok(None);
-    }
-    let read = || -> Result<_> {
-        let bytes = std::fs::read(&model.lora)?;
-        let (settings, tensors) = lora::from_file(read_tensors(&bytes, &model.lora)?)?;
-        Ok(Some((settings, Source::Tensors(tensors))))
-    };
-    read().with_context(|| model.lora.clone())
+/// Its adapter and that one's scale.
+fn adapter(model: &EvalModel) -> Option<(&Path, f64)> {
+    (!model.lora.is_empty()).then(|| (Path::new(&model.lora), 1.0))
 }
 
 /// Over names and f32 values of the weights of all networks, adapters included.

@@ -10,6 +10,7 @@
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
 //! recompute.rs    gradient checkpointing     allocations.rs, flops.rs   what a pass costs
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
+//! lora/           low-rank adapters: trained ones as layers, others into the weights
 //! architectures.rs   published sizes, without weights
 //! gradient_hooks.rs  gradients in the middle of the backward pass
 //! pipeline.rs     all of it together: load, encode prompts, predict eps, decode, save

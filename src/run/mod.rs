@@ -26,16 +26,15 @@ use crate::{
     miniature,
     models::{
         folder::{ModelFiles, ModelLocation},
-        lora::{self, LoraSettings},
+        lora::{adapter::Adapter, LoraSettings},
         parameters::Source,
         pipeline::{Build, Pipeline},
-        weight_files::read_tensors,
     },
     policy::lanes::Lanes,
     signals, store,
     telemetry::{RunFiles, Summary},
     train::Trainer,
-    user_file, watch,
+    watch,
 };
 use recorder::Recorder;
 
@@ -57,22 +56,29 @@ pub fn load_model(name: &str, comm: &dyn Communicator, device: Device) -> Result
     Pipeline::from_files(files, device)
 }
 
-/// As [`load_model`], with the adapters of a LoRA file (safetensors or PyTorch's own) added; every rank reads that small
-/// file.
-pub fn load_with_adapters(
+/// As [`load_model`], with an adapter (a file or a folder of any layout), multiplied by a number, added to the weights.
+pub fn load_with_adapter(
     name: &str,
-    lora: Option<&Path>,
+    adapter: Option<(&Path, f64)>,
     comm: &dyn Communicator,
     device: Device,
 ) -> Result<Pipeline> {
-    let files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
-    let Some(path) = lora else { return Pipeline::from_files(files, device) };
-    let read = || {
-        let bytes = user_file::read(path)?;
-        lora::from_file(read_tensors(&bytes, &path.display().to_string())?)
-    };
-    let (settings, adapters) = read().with_context(|| path.display().to_string())?;
-    Pipeline::with(files, device, Build { lora: Some((settings, Source::Tensors(adapters))), ..Build::default() })
+    Pipeline::from_files(read_with_adapter(name, adapter, comm)?, device)
+}
+
+/// The files of a model with an adapter's products in their weights; rank 0 reads. A collective call.
+pub fn read_with_adapter(name: &str, adapter: Option<(&Path, f64)>, comm: &dyn Communicator) -> Result<ModelFiles> {
+    // the adapter first: it is small, and a mistake in it is told before the model is read
+    let adapter = adapter.map(|(path, scale)| anyhow::Ok((Adapter::read(path, comm)?, scale))).transpose()?;
+    let mut files = ModelFiles::read_and_broadcast(&model_location(name), comm)?;
+    if let Some((adapter, scale)) = adapter {
+        let merged = adapter.merge_into(&mut files, scale)?;
+        if comm.rank() == 0 {
+            adapter.guesses.iter().for_each(|guess| log::warn!("{guess}"));
+            merged.warn(&adapter.origin);
+        }
+    }
+    Ok(files)
 }
 
 /// Loads the config's model with the adapters it asks for.
