@@ -63,6 +63,7 @@ pub mod caught_panics;
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod cut_prompts;
 pub mod device;
 pub mod diffusion;
 pub mod draw;

@@ -11,6 +11,7 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{validate::validate_reward, RewardConfig},
+    excerpt::{one_line, IN_MESSAGES},
     image_file,
     prompts::Prompt,
     rewards::{
@@ -184,7 +185,7 @@ fn report(args: &Args, files: &[PathBuf], prompts: &[Prompt], gathered: &[Vec<u8
     let values = |bits: &[u32]| bits.iter().map(|&b| f32::from_bits(b)).collect::<Vec<f32>>();
     let rewards: Vec<f32> = judged.iter().flat_map(|j| values(&j.rewards)).collect();
     for ((file, prompt), reward) in files.iter().zip(prompts).zip(&rewards) {
-        println!("{reward:>12.5}  {}  {}", file.display(), prompt.text);
+        println!("{reward:>12.5}  {}  {}", file.display(), one_line(&prompt.text, IN_MESSAGES));
     }
     let units: Vec<f64> =
         rewards.chunks(args.group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();

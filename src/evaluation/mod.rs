@@ -26,6 +26,7 @@ use tch::Device;
 use crate::{
     comm::{agree, Communicator},
     config::EvalConfig,
+    cut_prompts,
     diffusion::schedule::Schedule,
     run::CannotWrite,
     task::Roller,
@@ -80,6 +81,10 @@ impl<'a> Evaluation<'a> {
             let mut of_model =
                 ModelResult { model: settings.name.clone(), path: settings.path.clone(), sets: Vec::new() };
             for set in &mut self.sets {
+                if comm.rank() == 0 {
+                    let of = format!("set {}, model {}: ", set.config.name, settings.name);
+                    cut_prompts::warn(&of, &pipeline.tokenizer, set.prompts.iter().map(|prompt| &prompt.text))?;
+                }
                 of_model.sets.push(evaluate_set(config, &roller, &loaded.digest, set, &folder, comm)?);
             }
             results.push(of_model);

@@ -6,11 +6,14 @@ use anyhow::Result;
 
 use super::{
     charts, config_difference,
-    html::{escape, image, image_of_png, table},
+    html::{self, escape, image, image_of_png, table},
     run_data::RunData,
     svg::{Line, Look},
 };
-use crate::telemetry::{names, picture_size, Estimate, Picture};
+use crate::{
+    excerpt::{one_line, IN_MESSAGES},
+    telemetry::{names, picture_size, Estimate, Picture},
+};
 
 /// Pictures of samples are made smaller than this, in pixels.
 const LARGEST: usize = 256;
@@ -195,10 +198,10 @@ fn samples(runs: &[RunData]) -> Result<String> {
             let prompts: Vec<&str> = sheets[0].1.rows.iter().map(|row| row.caption.as_str()).collect();
             let mut rows = Vec::new();
             for (r, prompt) in prompts.iter().enumerate() {
-                let mut cells = vec![escape(prompt)];
+                let mut cells = vec![html::prompt(prompt)];
                 for (done, sheet) in sheets {
                     let row = sheet.rows.get(r).filter(|row| row.caption == *prompt);
-                    let alt = format!("{prompt}, after {done} iterations");
+                    let alt = format!("{}, after {done} iterations", one_line(prompt, IN_MESSAGES));
                     cells.push(row.map(|row| pictures_of_prompt(&row.pictures, &alt)).transpose()?.unwrap_or_default());
                 }
                 rows.push(cells);
