@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     excerpt::{one_line, IN_MESSAGES},
+    run::no_signal,
     telemetry::{names, picture_size, Estimate, Picture},
 };
 
@@ -90,7 +91,17 @@ fn overview(runs: &[RunData]) -> String {
         .collect();
     let heading =
         ["run", "folder", "iterations", "seed", "ranks", "samples/s", "seconds in all", "largest ratio drift"];
-    table(&heading, &rows)
+    table(&heading, &rows) + &without_signal(runs)
+}
+
+/// Where rewards taught nothing.
+fn without_signal(runs: &[RunData]) -> String {
+    let of_run = |run: &RunData| {
+        let of = if runs.len() > 1 { format!("{}: ", run.name) } else { String::new() };
+        let line = |found: &no_signal::InAll| format!("<p class=\"warning\">{}</p>\n", escape(&format!("{of}{found}")));
+        no_signal::in_all(&run.history).iter().map(line).collect::<String>()
+    };
+    runs.iter().map(of_run).collect()
 }
 
 fn results(runs: &[RunData]) -> String {

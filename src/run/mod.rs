@@ -2,6 +2,7 @@
 
 mod course;
 pub mod footprint;
+pub mod no_signal;
 mod recorder;
 mod results;
 mod resume;
@@ -40,6 +41,7 @@ use crate::{
     train::Trainer,
     watch::{self, Limits, Watchdog},
 };
+use no_signal::NoSignal;
 use recorder::Recorder;
 
 /// Where a model lies that a config or a command line names: `embedded`, a diffusers folder, or a run's folder (its
@@ -221,6 +223,7 @@ impl<'a> Run<'a> {
         let keep = Keep { last: config.run.keep_checkpoints, every: config.run.keep_every };
         let mut saver = Saver::new(&self.files.checkpoints(), keep);
         let mut stragglers = Stragglers::default();
+        let mut no_signal = NoSignal::default();
 
         let mut of_base = Metrics::default();
         if self.done == 0 && course::is_due(config, 0) {
@@ -246,6 +249,7 @@ impl<'a> Run<'a> {
                 let seconds = metrics.get(names::SECONDS).unwrap_or(0.0);
                 let lines = stragglers.note(&self.trainer.stage_seconds, seconds, &hosts);
                 lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
+                no_signal.note(config, &metrics).iter().for_each(|line| log::warn!("iteration {done}: {line}"));
             }
             self.trainer.check_weights(done)?;
             if course::is_due(config, done) {
