@@ -134,7 +134,9 @@ impl JsonLine {
     /// The string under `key`.
     pub fn string(&self, key: &str) -> Result<&str> {
         let value = self.value(key)?;
-        value.as_str().with_context(|| format!("{key:?} is not a string but {}", one_line(&value.to_string(), IN_MESSAGES)))
+        value
+            .as_str()
+            .with_context(|| format!("{key:?} is not a string but {}", one_line(&value.to_string(), IN_MESSAGES)))
     }
 
     /// The list of strings under `key`.

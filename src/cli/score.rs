@@ -130,6 +130,9 @@ fn list(path: &Path) -> Result<Vec<PathBuf>> {
 fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let lines = text_file::lines(path)?;
     ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
+    if let Some((number, _)) = lines.iter().enumerate().map(|(i, (number, _))| (*number, i + 1)).find(|(n, i)| n != i) {
+        log::warn!("{}: blank lines, the first before line {number}, are no prompts of images", path.display());
+    }
     let prompt = |(number, line): (usize, String)| match line.starts_with('{') {
         true => serde_json::from_str(&line).with_context(|| format!("{}: line {number}", path.display())),
         false => Ok(Prompt { text: line, objects: Vec::new() }),

@@ -71,7 +71,9 @@ impl Shards {
         let left_out: u64 = of_ranks.iter().filter_map(|bytes| Some(u64::from_le_bytes(*bytes.first_chunk()?))).sum();
         let left_out = match left_out {
             0 => String::new(),
-            n => format!(", {n} more without status \"success\" and {} ≥ {}", settings.score_column, settings.score_min),
+            n => {
+                format!(", {n} more without status \"success\" and {} ≥ {}", settings.score_column, settings.score_min)
+            }
         };
         let mut by_shard: Vec<Vec<PairPlace>> = vec![Vec::new(); paths.len()];
         let own: Vec<PairPlace> = mine

@@ -308,7 +308,8 @@ mod tests {
         assert_eq!(second.values, [buffer.values[1], 0.0, 1.0]);
         assert_eq!(second.without_spread, 0);
         // a prompt whose own rewards are all equal, whatever the batch's are
-        let third = statistics.normalise(&["same", "same", "easy"], &[2.0, 2.0, 9.0], &settings(), &per_prompt).unwrap();
+        let third =
+            statistics.normalise(&["same", "same", "easy"], &[2.0, 2.0, 9.0], &settings(), &per_prompt).unwrap();
         assert_eq!((third.without_spread, &third.values[..2]), (2, &[0.0, 0.0][..]));
     }
 

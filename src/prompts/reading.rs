@@ -41,6 +41,8 @@ pub struct Counts {
     pub headers: u64,
     /// Prompts.
     pub kept: u64,
+    /// How many of them are not trained on.
+    pub held_out: u64,
     /// Prompts that go over several lines, in quotes.
     pub several_lines: u64,
 }
@@ -67,12 +69,7 @@ impl Reading {
         self.judge(text, drop, |texts| Ok(texts.insert(text))).expect("only objects can be wrong");
     }
 
-    fn judge(
-        &mut self,
-        text: &str,
-        drop: &WordList,
-        insert: impl FnOnce(&mut Texts) -> Result<bool>,
-    ) -> Result<()> {
+    fn judge(&mut self, text: &str, drop: &WordList, insert: impl FnOnce(&mut Texts) -> Result<bool>) -> Result<()> {
         self.counts.read += 1;
         if text.is_empty() {
             self.counts.blank += 1;
@@ -108,7 +105,9 @@ impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let of = |count: u64, unit: &str| format!("{count} {unit}{}", if count == 1 { "" } else { "s" });
         write!(f, "{}: {}: {}", self.path, of(self.read, self.unit), of(self.kept, "prompt"))?;
-        let word = format!("with a word of {}", self.drop_words);
+        if self.held_out > 0 {
+            write!(f, " ({} held out)", self.held_out)?;
+        }
         let reasons = [
             (self.blank, "blank"),
             (self.null, "null"),
@@ -121,7 +120,7 @@ impl fmt::Display for Counts {
             write!(f, ", {count} {reason}")?;
         }
         if !self.drop_words.is_empty() {
-            write!(f, ", {} {word}", self.dropped)?;
+            write!(f, ", {} with a word of {}", self.dropped, self.drop_words)?;
         }
         if self.several_lines > 0 {
             write!(f, "; {} over several lines, in quotes", self.several_lines)?;
@@ -143,9 +142,11 @@ mod tests {
         }
         reading.leave_out(|counts| &mut counts.null);
         reading.note(|counts| &mut counts.several_lines, 1);
-        let (texts, counts) = reading.end();
+        let (texts, mut counts) = reading.end();
+        counts.held_out = 1;
         assert_eq!((texts.len(), counts.read), (2, 6));
-        let said = "prompts.csv: 6 rows: 2 prompts, 1 blank, 1 null, 1 repeated, 1 with a word of drop.txt; \
+        let said =
+            "prompts.csv: 6 rows: 2 prompts (1 held out), 1 blank, 1 null, 1 repeated, 1 with a word of drop.txt; \
                     1 over several lines, in quotes";
         assert_eq!(counts.to_string(), said);
         let (_, none) = Reading::new(Path::new("x"), "line", "").end();

@@ -21,8 +21,9 @@ use crate::{
 pub fn build(config: &PromptConfig, comm: &dyn Communicator) -> Result<Box<dyn PromptSource>> {
     let listed = |path: &str, held_out: usize, split_seed: u64, read: &dyn Fn() -> Result<Reading>| {
         let texts = read_once_per_host(comm, || {
-            let (texts, counts) = read()?.end();
+            let (texts, mut counts) = read()?.end();
             ensure!(!texts.is_empty(), "there are no prompts: {counts}");
+            counts.held_out = held_out as u64;
             // rank 0 is the first of its host
             if comm.rank() == 0 {
                 log::info!("{counts}");

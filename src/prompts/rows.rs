@@ -191,7 +191,10 @@ mod tests {
         let far = format!("p\n\"a{}\"\n", "\nb".repeat(200));
         for (bytes, wanted) in [
             (&b"p\n\"a cat\nb\nc\n"[..], "line 2: a quote opens here, before \"a cat b c\", and never closes"),
-            (b"p\n\"a\nb\n\"c\" of d\n", "line 4: behind the closing quote of a field, which opens in line 2, stands \"c\""),
+            (
+                b"p\n\"a\nb\n\"c\" of d\n",
+                "line 4: behind the closing quote of a field, which opens in line 2, stands \"c\"",
+            ),
             (b"p\n\"a \"red\" cat\"\n", "line 2: behind the closing quote of a field stands \"red"),
             (far.as_bytes(), "line 2: the quote that opens here, before \"a b b"),
         ] {

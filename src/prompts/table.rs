@@ -132,7 +132,11 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         for (bytes, format, wanted) in [
-            (&b"id,text\n1,x\n"[..], Format::Csv, "there is no column \"prompt\"; columns are id, text (the first row)"),
+            (
+                &b"id,text\n1,x\n"[..],
+                Format::Csv,
+                "there is no column \"prompt\"; columns are id, text (the first row)",
+            ),
             (b"a cat\na dog\n", Format::Csv, "is the row that names the columns missing?"),
             (b"id;prompt\n1;x\n", Format::Csv, "semicolons part its fields"),
             (b"id\tprompt\n1\tx\n", Format::Csv, "source = \"tsv\" reads it"),

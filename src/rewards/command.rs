@@ -35,7 +35,8 @@ impl Program for Settings {
         format!("reward command {}", escaped(self.command.join(" ").as_bytes()))
     }
 
-    const ADVICE: &'static str = ": its standard output is for the lines of the protocol alone, what it prints must go to \
+    const ADVICE: &'static str =
+        ": its standard output is for the lines of the protocol alone, what it prints must go to \
                                   standard error (Python: print(…, file=sys.stderr))";
 
     fn start_timeout(&self) -> Duration {
@@ -166,7 +167,8 @@ fn why_not(program: &str, error: &io::Error) -> String {
         ErrorKind::NotFound if file.exists() => format!(": not in the PATH, but in this folder: write \"./{program}\""),
         ErrorKind::NotFound => ": no program of this name is in the PATH".to_string(),
         ErrorKind::PermissionDenied => {
-            ": it is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])".to_string()
+            ": it is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])"
+                .to_string()
         }
         _ if error.raw_os_error() == Some(libc::ENOEXEC) => {
             ": it is no program, and no script whose first line begins with #!".to_string()
@@ -199,7 +201,9 @@ impl Drop for Process {
             None => {
                 if !given_up {
                     let limit = FAREWELL.as_secs_f64();
-                    log::info!("{shown}: at its end: it still runs {limit} s after its input was closed, and is killed");
+                    log::info!(
+                        "{shown}: at its end: it still runs {limit} s after its input was closed, and is killed"
+                    );
                 }
                 // SAFETY: a plain system call; the group is the one made in `start`, and its leader is not reaped yet
                 unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
@@ -321,8 +325,14 @@ mod tests {
             (&["no-such-program"], "no program of this name is in the PATH"),
             (&["/"], "it is a folder"),
             (&["/etc/passwd"], "it is not executable (chmod +x)"),
-            (&["sleep", "60"], "at its start (start_timeout_seconds = 0.3): no ready line {\"rldiff_reward\": 1} within 0.3 s"),
-            (&["echo", "hello"], "first line must be {\"rldiff_reward\": 1}, not \"hello\": its standard output is for"),
+            (
+                &["sleep", "60"],
+                "at its start (start_timeout_seconds = 0.3): no ready line {\"rldiff_reward\": 1} within 0.3 s",
+            ),
+            (
+                &["echo", "hello"],
+                "first line must be {\"rldiff_reward\": 1}, not \"hello\": its standard output is for",
+            ),
             (&["sh", "-c", "echo broken >&2; exit 1"], "exit code 1; last on its standard error: \"broken\""),
             (&["echo", "{\"rldiff_reward\": 2}"], "version 2"),
             (&["false"], "it has ended: exit code 1"),
@@ -339,7 +349,11 @@ mod tests {
         for (name, text, wanted) in [
             ("crlf", "#!/bin/sh\r\necho\r\n", "save the file with Unix line ends"),
             ("env", "#!/usr/bin/env sh\r\necho\r\n", "save the file with Unix line ends"),
-            ("none", "#!/no/such/interpreter\n", "the interpreter of its first line, \"#!/no/such/interpreter\", is not"),
+            (
+                "none",
+                "#!/no/such/interpreter\n",
+                "the interpreter of its first line, \"#!/no/such/interpreter\", is not",
+            ),
         ] {
             let path = folder.path().join(name);
             std::fs::write(&path, text).unwrap();

@@ -90,7 +90,9 @@ impl Lines {
     fn so_far(&self) -> String {
         let begun = self.begun.lock().expect("no thread panics while it holds this");
         match begun.is_empty() {
-            true => "nothing came; is what it writes flushed (Python: print(…, flush=True), or python3 -u)?".to_string(),
+            true => {
+                "nothing came; is what it writes flushed (Python: print(…, flush=True), or python3 -u)?".to_string()
+            }
             false => format!("{} came, without the end of a line", escaped(&begun)),
         }
     }

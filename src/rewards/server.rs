@@ -298,7 +298,8 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         for address in [port.to_string().as_str(), "unix:/no/such/socket"] {
             let e = format!("{:#}", score(&short(address)).unwrap_err());
-            let wanted = format!("reward server {address}: at its start (start_timeout_seconds = 0.3): cannot connect within");
+            let wanted =
+                format!("reward server {address}: at its start (start_timeout_seconds = 0.3): cannot connect within");
             assert!(e.contains(&wanted), "{e}");
             assert!(!e.contains('\n'));
         }

@@ -54,7 +54,9 @@ fn why(method: &MethodConfig, metrics: &Metrics, task: &str, samples: usize) -> 
     let count = (samples as f64 * (1.0 - of("bad_reward_share"))).round();
     let rewards = match method {
         MethodConfig::Refl(_) | MethodConfig::Draft(_) => {
-            return format!("the reward has no gradient in any of {count} pictures (their mean reward is {mean}): nothing is trained")
+            return format!(
+            "the reward has no gradient in any of {count} pictures (their mean reward is {mean}): nothing is trained"
+        )
         }
         _ if std == 0.0 => format!("all {count} rewards are {mean}"),
         _ => format!("all {count} rewards equal those that they are compared with"),
@@ -118,7 +120,9 @@ mod tests {
 
     fn metrics(iteration: u64, share: f64) -> Metrics {
         let mut metrics = Metrics::new(iteration);
-        for (name, value) in [("reward_mean", 0.5), ("reward_std", 0.0), ("bad_reward_share", 0.25), ("no_signal", share)] {
+        for (name, value) in
+            [("reward_mean", 0.5), ("reward_std", 0.0), ("bad_reward_share", 0.25), ("no_signal", share)]
+        {
             metrics.set(names::of_task("preference", name), value);
         }
         metrics
