@@ -19,22 +19,25 @@ pub fn warn<S: AsRef<str>>(of: &str, tokenizer: &Tokenizer, texts: impl Iterator
     let (mut all, mut longer, mut first) = (0, 0, None);
     for text in texts {
         let text = text.as_ref();
+        if text.is_empty() {
+            continue;
+        }
         all += 1;
         // every token takes a byte or more
         if text.len() < tokenizer.length - 1 {
             continue;
         }
-        let cut = tokenizer.encode(text)?.cut;
-        if cut > 0 {
+        let encoded = tokenizer.encode(text)?;
+        if encoded.cut > 0 {
             longer += 1;
-            first.get_or_insert_with(|| (quoted(text, IN_MESSAGES / 2), cut));
+            first.get_or_insert_with(|| (quoted(text, IN_MESSAGES / 2), encoded.cut_in_words()));
         }
     }
     if let Some((first, cut)) = first {
         let reads = format!("longer than the {} tokens that the text encoder reads", tokenizer.length);
         match longer {
-            1 if all == 1 => log::warn!("{of}the prompt {first} is {reads}: its last {cut} tokens are cut"),
-            1 => log::warn!("{of}1 of {all} prompts is {reads}, {first}: its last {cut} tokens are cut"),
+            1 if all == 1 => log::warn!("{of}the prompt {first} is {reads}: {cut}"),
+            1 => log::warn!("{of}1 of {all} prompts is {reads}, {first}: {cut}"),
             _ => log::warn!("{of}{longer} of {all} prompts are {reads}, first {first}: their last tokens are cut"),
         }
     }

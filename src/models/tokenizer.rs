@@ -34,6 +34,18 @@ pub struct Encoded {
     pub ids: Vec<u32>,
     /// Tokens of the prompt that found no room; of a prompt of which only the beginning was looked at, at least so many.
     pub cut: usize,
+    /// Whether only the beginning was looked at.
+    beginning: bool,
+}
+
+impl Encoded {
+    /// What is cut, for a message.
+    pub fn cut_in_words(&self) -> String {
+        match self.beginning {
+            true => "all but its first tokens are cut".to_string(),
+            false => format!("its last {} tokens are cut", self.cut),
+        }
+    }
 }
 
 /// Bytes of a prompt that are looked at where they have more tokens than there is room.
@@ -111,23 +123,24 @@ impl Tokenizer {
     /// Start, the words (cut off where too long), end, padding.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let room = self.length - 2;
-        let words = self.words(&clean(prompt), room)?;
+        let (words, beginning) = self.words(&clean(prompt), room)?;
         let mut ids = vec![self.start];
         ids.extend(words.iter().take(room));
         ids.push(self.end);
         ids.resize(self.length, self.pad);
-        Ok(Encoded { ids, cut: words.len().saturating_sub(room) })
+        Ok(Encoded { ids, cut: words.len().saturating_sub(room), beginning })
     }
 
-    /// The tokens of `text`, or of a beginning of it that has more than `room`: no token spans white space.
-    fn words(&self, text: &str, room: usize) -> Result<Vec<u32>> {
+    /// The tokens of `text`, or of a beginning of it (then true) that has more than `room`: no token spans white space.
+    fn words(&self, text: &str, room: usize) -> Result<(Vec<u32>, bool)> {
         let mut least = BEGINNING;
         loop {
             let beginning = whole_words(text, least);
             let words = self.inner.encode_fast(beginning, false);
             let words = words.map_err(|e| anyhow!("prompt {}: {e}", quoted(text, IN_MESSAGES)))?;
-            if beginning.len() == text.len() || words.len() > room {
-                return Ok(words.get_ids().to_vec());
+            let whole = beginning.len() == text.len();
+            if whole || words.len() > room {
+                return Ok((words.get_ids().to_vec(), !whole));
             }
             least *= 4;
         }
