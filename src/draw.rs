@@ -101,15 +101,3 @@ fn latent_shape(pipeline: &Pipeline, drawing: &Drawing) -> Result<[i64; 3]> {
     };
     Ok([channels, side("height", drawing.height, height)?, side("width", drawing.width, width)?])
 }
-
-/// Says which texts are too long for the model.
-pub fn warn_of_cut_prompts<'t>(pipeline: &Pipeline, texts: impl Iterator<Item = &'t str>) -> Result<()> {
-    for text in texts {
-        let cut = pipeline.tokenizer.encode(text)?.cut;
-        if cut > 0 {
-            let beginning: String = text.chars().take(40).collect();
-            log::warn!("the prompt that begins {beginning:?} is too long: its last {cut} tokens are cut");
-        }
-    }
-    Ok(())
-}

@@ -26,7 +26,8 @@
 //! What all of them print goes through [`streams`].
 //! A folder that is written has one owner, and keeps what is not ours: [`folders`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
-//! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
+//! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`];
+//! [`excerpt`] is what messages, pages and sheets show of them.
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -71,11 +72,13 @@ pub mod caught_panics;
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod cut_prompts;
 pub mod device;
 pub mod diffusion;
 pub mod draw;
 pub mod evaluate;
 pub mod evaluation;
+pub mod excerpt;
 pub mod faults;
 pub mod folders;
 pub mod human_eval;

@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 use crate::{
     comm::{all_made, Communicator},
     config::{Config, TaskConfig},
+    cut_prompts,
     diffusion::{
         recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
@@ -47,6 +48,12 @@ impl Task {
         let reward = reward.with_context(|| format!("task {}: reward", config.name))?;
         reward.check_objects(&prompts.objects()).with_context(|| format!("task {}", config.name))?;
         Ok(Task { config: config.clone(), index, prompts, reward })
+    }
+
+    /// Says how many of its prompts are longer than the model reads.
+    pub fn warn_of_cut_prompts(&self, pipeline: &Pipeline) -> Result<()> {
+        let of = format!("task {}: ", self.config.name);
+        cut_prompts::warn_of_source(&of, &pipeline.tokenizer, self.prompts.as_ref())
     }
 
     /// The prompts of the samples `first..first + count` of an iteration.

@@ -141,6 +141,8 @@ impl<'a> Trainer<'a> {
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
         let mut tasks = Task::all(config, pipeline.device, comm)?;
         signals::stop_here(comm)?;
+        let first = comm.rank() == 0;
+        agree(comm, tasks.iter().filter(|_| first).try_for_each(|task| task.warn_of_cut_prompts(&pipeline)))?;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps, &mut tasks))?;
         let learner = Learner::new(&pipeline, config)?;

@@ -170,11 +170,11 @@ fn mistakes_are_one_line_and_exit_code_2() {
     let score = |reward: &str| ["score", "--reward", reward, "images", "prompts"].map(String::from).to_vec();
     for (args, wanted) in [
         (train_with(&format!("task.preference.prompts={csv}")), "columns are id, text"),
-        (train_with(&format!("task.preference.prompts={text}")), "empty: there are no prompts"),
+        (train_with(&format!("task.preference.prompts={text}")), "there are no prompts: empty: 0 lines"),
         (train_with(&format!("pretrain.data={shards}")), "there is no .tar file in images"),
         (
             train_with(&format!("task.preference.reward={command}")),
-            "reward command \"false\": it has ended: exit code 1",
+            "reward command \"false\": at its start (start_timeout_seconds = 5): it has ended: exit code 1",
         ),
         (train_with("task.preference.reward={ name = \"torchscript\", path = \"prompts\" }"), "no TorchScript module"),
         (train_with("task.preference.reward={ name = \"sum\", normalise = true, parts = [] }"), "parts must name"),

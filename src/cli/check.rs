@@ -95,6 +95,7 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
                 if task.config.train {
                     methods::check_reward(config, &mut task)?;
                 }
+                task.warn_of_cut_prompts(&pipeline)?;
                 of_rewards += task.reward.weight_bytes();
                 let (train, held_out) = (task.prompts.len(Split::Train), task.prompts.len(Split::HeldOut));
                 format!("{train} prompts to train on, {held_out} held out")

@@ -11,7 +11,8 @@ use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMista
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{eval::is_evaluation, load, EvalConfig, EvalSet},
-    draw::{warn_of_cut_prompts, Drawing, Painter},
+    cut_prompts,
+    draw::{Drawing, Painter},
     evaluation::draw_prompts,
     folders::{can_be_file, outputs, FolderLock},
     human_eval::{
@@ -134,7 +135,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         let own = Painter::new(&pipeline, name, &drawing).or_mistake()?.size();
         same_size(name, own, *size.get_or_insert(own)).or_mistake()?;
         if comm.rank() == 0 {
-            warn_of_cut_prompts(&pipeline, prompts.iter().copied().chain([drawing.negative.as_str()]))?;
+            let texts = prompts.iter().copied().chain([drawing.negative.as_str()]);
+            cut_prompts::warn(&format!("{name}: "), &pipeline.tokenizer, texts)?;
         }
     }
     let study = plan(&digests).or_mistake()?;

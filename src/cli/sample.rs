@@ -12,7 +12,9 @@ use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMista
 use crate::{
     cannot_write::{make_folder, CannotWrite},
     comm::{agree, Communicator},
-    draw::{warn_of_cut_prompts, Drawing, Painter},
+    cut_prompts,
+    draw::{Drawing, Painter},
+    excerpt::{bounded, WHOLE},
     folders::{can_be_folder, outputs, FolderLock},
     memory,
     run::load_with_adapter,
@@ -74,7 +76,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let painter = Painter::new(&pipeline, &args.model, &drawing).or_mistake()?;
     if comm.rank() == 0 {
         let texts = prompts.iter().map(String::as_str).chain([drawing.negative.as_str()]);
-        warn_of_cut_prompts(&pipeline, texts)?;
+        cut_prompts::warn("", &pipeline.tokenizer, texts)?;
     }
 
     let _stage = memory::stage("drawing of a picture", 1, "make it smaller (--height, --width)");
@@ -142,7 +144,7 @@ fn write(args: &Args, drawing: &Drawing, prompts: &[String], gathered: &[Vec<u8>
     make_folder(&args.out)?;
     let settings = |prompt: &str, sample: Option<usize>| {
         let mut all = vec![
-            ("prompt".to_string(), prompt.to_string()),
+            ("prompt".to_string(), bounded(prompt, WHOLE).into_owned()),
             ("negative_prompt".to_string(), drawing.negative.clone()),
             ("model".to_string(), args.model.clone()),
             ("seed".to_string(), drawing.seed.to_string()),

@@ -11,8 +11,8 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{validate::validate_reward, RewardConfig},
-    folders::can_be_file,
-    folders::outputs,
+    excerpt::{one_line, IN_MESSAGES},
+    folders::{can_be_file, outputs},
     image_file,
     prompts::Prompt,
     rewards::{
@@ -136,6 +136,9 @@ fn list(path: &Path) -> Result<Vec<PathBuf>> {
 fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let lines = text_file::lines(path)?;
     ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
+    if let Some((number, _)) = lines.iter().enumerate().map(|(i, (number, _))| (*number, i + 1)).find(|(n, i)| n != i) {
+        log::warn!("{}: blank lines, the first before line {number}, are no prompts of images", path.display());
+    }
     let prompt = |(number, line): (usize, String)| match line.starts_with('{') {
         true => serde_json::from_str(&line).with_context(|| format!("{}: line {number}", path.display())),
         false => Ok(Prompt { text: line, objects: Vec::new() }),
@@ -191,7 +194,7 @@ fn report(args: &Args, files: &[PathBuf], prompts: &[Prompt], gathered: &[Vec<u8
     let values = |bits: &[u32]| bits.iter().map(|&b| f32::from_bits(b)).collect::<Vec<f32>>();
     let rewards: Vec<f32> = judged.iter().flat_map(|j| values(&j.rewards)).collect();
     for ((file, prompt), reward) in files.iter().zip(prompts).zip(&rewards) {
-        say!("{reward:>12.5}  {}  {}", file.display(), prompt.text);
+        say!("{reward:>12.5}  {}  {}", file.display(), one_line(&prompt.text, IN_MESSAGES));
     }
     let units: Vec<f64> =
         rewards.chunks(args.group).map(|g| g.iter().map(|&r| f64::from(r)).sum::<f64>() / g.len() as f64).collect();

@@ -49,7 +49,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
             }
         };
         if encoded.cut > 0 {
-            log::warn!("line {number}: the prompt is too long, its last {} tokens are cut", encoded.cut);
+            log::warn!("line {number}: the prompt is too long, {}", encoded.cut_in_words());
         }
         let ids: Vec<String> = encoded.ids.iter().map(u32::to_string).collect();
         out += &format!("[{}]\n", ids.join(", "));

@@ -27,6 +27,7 @@ use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::EvalConfig,
+    cut_prompts,
     diffusion::schedule::Schedule,
     folders::FolderLock,
     signals,
@@ -88,6 +89,9 @@ impl<'a> Evaluation<'a> {
             let mut of_model =
                 ModelResult { model: settings.name.clone(), path: settings.path.clone(), sets: Vec::new() };
             for set in &mut self.sets {
+                let of = format!("set {}, model {}: ", set.config.name, settings.name);
+                let texts = set.prompts.iter().map(|prompt| &prompt.text).filter(|_| comm.rank() == 0);
+                agree(comm, cut_prompts::warn(&of, &pipeline.tokenizer, texts))?;
                 of_model.sets.push(evaluate_set(config, &roller, &loaded.digest, set, &folder, comm)?);
             }
             results.push(of_model);

@@ -20,6 +20,7 @@ use crate::{
     comm::{agree, all_made, Communicator},
     config::{EvalConfig, EvalSet, EvalSplit},
     evaluate::to_picture,
+    excerpt::{bounded, WHOLE},
     image_statistics::{diversity, high_frequency_share},
     memory,
     prompts::{registry as prompts, Prompt, Split},
@@ -264,7 +265,7 @@ fn draw_and_judge(
     }
     for sample in (first..first + count).filter(|&sample| set.is_shown(config, sample)) {
         let picture = to_picture(&images.get((sample - first) as i64))?;
-        let text = [("prompt".to_string(), of_samples[sample - first].text.clone())];
+        let text = [("prompt".to_string(), bounded(&of_samples[sample - first].text, WHOLE).into_owned())];
         save_png(&picture_file(folder, sample, per_prompt), &picture, &text)
             .context(CannotWrite::new("the evaluation's files"))?;
     }

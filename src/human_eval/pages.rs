@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     cannot_write::make_folder,
+    excerpt::bounded,
     folders::{can_be_folder, contents::first_entry},
     telemetry::write_atomic,
 };
@@ -30,6 +31,9 @@ use crate::{
 const INDEX: &str = include_str!("pages/index.html");
 const STYLE: &str = include_str!("pages/style.css");
 const APP: &str = include_str!("pages/app.js");
+
+/// Bytes of a prompt on the pages; models read 77 tokens of it.
+const LONGEST_PROMPT: usize = 4 << 10;
 
 /// Where the files of a study lie.
 #[derive(Clone, Debug)]
@@ -143,7 +147,7 @@ fn study_script(study: &Study, (width, height): (usize, usize)) -> String {
         .iter()
         .map(|query| {
             json!({
-                "id": query.id, "form": query.form, "prompt": query.prompt,
+                "id": query.id, "form": query.form, "prompt": bounded(&query.prompt, LONGEST_PROMPT),
                 "left": paths(query, "left"), "right": paths(query, "right"),
             })
         })

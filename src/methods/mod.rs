@@ -19,7 +19,7 @@ pub mod raft;
 pub mod refl;
 pub mod reward_weighted;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod through_reward;
 
 use std::rc::Rc;
@@ -33,6 +33,7 @@ use crate::{
     models::pipeline::Pipeline,
     policy::advantage::{batch_moments, AdvantageSettings, BatchMoments},
     task::Task,
+    telemetry::names,
     train::{GlobalRewards, Judged, Observe, Trainer},
 };
 
@@ -122,6 +123,8 @@ fn judged_batch(
     let rewards = trainer.gather_rewards(task, judged, settings)?;
     let moments = batch_moments(&rewards.plain, settings).in_task(trainer, task)?;
     log.rewards(&config.name, &moments, config.samples);
+    let spread = batch_moments(&rewards.compared, settings).in_task(trainer, task)?.std;
+    log.of_task(&config.name, names::NO_SIGNAL, if spread == 0.0 { 1.0 } else { 0.0 });
     Ok((rewards, moments))
 }
 

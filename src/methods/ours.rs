@@ -19,6 +19,7 @@ use crate::{
     },
     prompts::Prompt,
     random::{Coordinates, Purpose},
+    telemetry::names,
     train::{Judged, Observe, RollOut, Trainer, Update},
     watch,
 };
@@ -66,6 +67,8 @@ impl Ours {
         let advantages = self.advantages(trainer, task, &judged)?;
         log.spent("advantage", started);
         log.rewards(name, &advantages.moments(), total);
+        let share = advantages.without_spread as f64 / advantages.usable_count() as f64;
+        log.of_task(name, names::NO_SIGNAL, share);
 
         let per_lane = total / trainer.lanes.count;
         let first = trainer.lanes.mine().start * per_lane;

@@ -14,6 +14,7 @@ use crate::{
     policy::advantage::batch_moments,
     prompts::{registry::draw, Prompt},
     task::Task,
+    telemetry::names,
     train::{LaneWork, Observe, Piece, RollOut, Trainer, Update},
     watch,
 };
@@ -75,10 +76,16 @@ impl ThroughReward {
         (x_0 * &self.gradient).sum(Kind::Float) * factor
     }
 
-    /// Logs the losses as `<task>/loss`.
+    /// Logs the losses as `<task>/loss`, and of how many samples the gradient is 0.
     pub fn log(&self, work: &mut LaneWork) {
         let usable = self.rewards.iter().filter(|reward| reward.is_finite()).count();
-        work.log.task_mean(&work.task.config.name, "loss", work.lane, self.loss_sum, usable);
+        let name = &work.task.config.name;
+        work.log.task_mean(name, "loss", work.lane, self.loss_sum, usable);
+        // bad samples have none either
+        let samples = self.gradient.ne(0.0).flatten(1, -1).any_dim(1, false).logical_not();
+        let zero = samples.sum(Kind::Int64).int64_value(&[]) as usize;
+        let zero = zero - (self.rewards.len() - usable);
+        work.log.task_mean(name, names::NO_SIGNAL, work.lane, zero as f64, usable);
     }
 }
 

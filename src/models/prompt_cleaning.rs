@@ -88,7 +88,9 @@ fn resolve_entities(text: &str) -> String {
     while let Some(at) = rest.find('&') {
         out.push_str(&rest[..at]);
         let after = &rest[at + 1..];
-        match after.find(';').filter(|&end| end <= 24).and_then(|end| Some((entity(&after[..end])?, end))) {
+        // an entity is short: the rest of a long text is not searched for every ampersand
+        let end = after.bytes().take(25).position(|byte| byte == b';');
+        match end.and_then(|end| Some((entity(&after[..end])?, end))) {
             Some((c, end)) => {
                 out.push(c);
                 rest = &after[end + 1..];

@@ -12,6 +12,7 @@ use serde_json::{json, Value};
 use tch::Tensor;
 
 use super::{folder::ModelFiles, prompt_cleaning::clean, text_encoder::TextConfig};
+use crate::excerpt::{quoted, whole_words, IN_MESSAGES};
 
 /// How CLIP cuts a text into words before byte-pair encoding.
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
@@ -31,9 +32,24 @@ pub struct Tokenizer {
 pub struct Encoded {
     /// Exactly `Tokenizer::length`: start, the words, end, padding.
     pub ids: Vec<u32>,
-    /// Tokens of the prompt that found no room.
+    /// Tokens of the prompt that found no room; of a prompt of which only the beginning was looked at, at least so many.
     pub cut: usize,
+    /// Whether only the beginning was looked at.
+    beginning: bool,
 }
+
+impl Encoded {
+    /// What is cut, for a message.
+    pub fn cut_in_words(&self) -> String {
+        match self.beginning {
+            true => "all but its first tokens are cut".to_string(),
+            false => format!("its last {} tokens are cut", self.cut),
+        }
+    }
+}
+
+/// Bytes of a prompt that are looked at where they have more tokens than there is room.
+const BEGINNING: usize = 8 << 10;
 
 /// A special token is written as a string or as an object with its `content`.
 fn content(value: Option<&Value>) -> Option<&str> {
@@ -106,13 +122,28 @@ impl Tokenizer {
 
     /// Start, the words (cut off where too long), end, padding.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        let words = self.inner.encode_fast(clean(prompt), false).map_err(|e| anyhow!("prompt {prompt:?}: {e}"))?;
         let room = self.length - 2;
+        let (words, beginning) = self.words(&clean(prompt), room)?;
         let mut ids = vec![self.start];
-        ids.extend(words.get_ids().iter().take(room));
+        ids.extend(words.iter().take(room));
         ids.push(self.end);
         ids.resize(self.length, self.pad);
-        Ok(Encoded { ids, cut: words.len().saturating_sub(room) })
+        Ok(Encoded { ids, cut: words.len().saturating_sub(room), beginning })
+    }
+
+    /// The tokens of `text`, or of a beginning of it (then true) that has more than `room`: no token spans white space.
+    fn words(&self, text: &str, room: usize) -> Result<(Vec<u32>, bool)> {
+        let mut least = BEGINNING;
+        loop {
+            let beginning = whole_words(text, least);
+            let words = self.inner.encode_fast(beginning, false);
+            let words = words.map_err(|e| anyhow!("prompt {}: {e}", quoted(text, IN_MESSAGES)))?;
+            let whole = beginning.len() == text.len();
+            if whole || words.len() > room {
+                return Ok((words.get_ids().to_vec(), !whole));
+            }
+            least *= 4;
+        }
     }
 
     /// Ids of several prompts as i64 [prompts, length].

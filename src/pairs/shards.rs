@@ -58,13 +58,23 @@ impl Shards {
         let folder = Path::new(&settings.folder);
         let read = || -> Result<_> {
             let paths = list(folder)?;
-            let mut mine = Vec::new();
+            let (mut mine, mut left_out) = (Vec::new(), 0u64);
             for (number, path) in paths.iter().enumerate().skip(comm.rank()).step_by(comm.size()) {
-                mine.push((number as u32, index_shard(path, settings)?));
+                let (pairs, without_score) = index_shard(path, settings)?;
+                left_out += without_score;
+                mine.push((number as u32, pairs));
             }
-            Ok((paths, mine))
+            Ok((paths, mine, left_out))
         };
-        let (paths, mine) = all_made(comm, read())?;
+        let (paths, mine, left_out) = all_made(comm, read())?;
+        let of_ranks = comm.all_gather_bytes(&left_out.to_le_bytes())?;
+        let left_out: u64 = of_ranks.iter().filter_map(|bytes| Some(u64::from_le_bytes(*bytes.first_chunk()?))).sum();
+        let left_out = match left_out {
+            0 => String::new(),
+            n => {
+                format!(", {n} more without status \"success\" and {} ≥ {}", settings.score_column, settings.score_min)
+            }
+        };
         let mut by_shard: Vec<Vec<PairPlace>> = vec![Vec::new(); paths.len()];
         let own: Vec<PairPlace> = mine
             .into_iter()
@@ -76,9 +86,9 @@ impl Shards {
             }
         }
         let pairs: Vec<PairPlace> = by_shard.into_iter().flatten().collect();
-        ensure!(!pairs.is_empty(), "{}: the shards hold no pair that can be used", folder.display());
+        ensure!(!pairs.is_empty(), "{}: the shards hold no pair that can be used{left_out}", folder.display());
         if comm.rank() == 0 {
-            log::info!("{}: {} pairs in {} shards", folder.display(), pairs.len(), paths.len());
+            log::info!("{}: {} pairs in {} shards{left_out}", folder.display(), pairs.len(), paths.len());
         }
         Ok(Shards { paths, pairs })
     }
@@ -127,8 +137,8 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The pairs of one shard that its table, if one is asked for, lets through.
-fn index_shard(path: &Path, settings: &WebdatasetPairs) -> Result<Vec<PairPlace>> {
+/// The pairs of one shard that its table, if one is asked for, lets through, and how many it does not.
+fn index_shard(path: &Path, settings: &WebdatasetPairs) -> Result<(Vec<PairPlace>, u64)> {
     let wanted = match settings.score_column.as_str() {
         "" => None,
         column => Some(good_keys(&path.with_extension("parquet"), column, settings.score_min)?),
@@ -139,7 +149,10 @@ fn index_shard(path: &Path, settings: &WebdatasetPairs) -> Result<Vec<PairPlace>
         log::warn!("{}: {summary}", path.display());
     }
     let keep = |key: &String| wanted.as_ref().is_none_or(|keys| keys.contains(key));
-    Ok(found.pairs.into_iter().filter(|(key, _)| keep(key)).map(|(_, pair)| pair).collect())
+    let all = found.pairs.len();
+    let pairs: Vec<PairPlace> = found.pairs.into_iter().filter(|(key, _)| keep(key)).map(|(_, pair)| pair).collect();
+    let left_out = (all - pairs.len()) as u64;
+    Ok((pairs, left_out))
 }
 
 /// Keys whose status is "success" and whose score is at least `min`.

@@ -43,6 +43,8 @@ pub struct Advantages {
     pub std: f64,
     /// How many rewards were not finite.
     pub bad_count: usize,
+    /// How many usable ones were compared with rewards that are all equal: their Â is 0, whatever they are.
+    pub without_spread: usize,
 }
 
 impl Advantages {
@@ -161,7 +163,9 @@ fn assemble(
     };
     let values = rewards.iter().enumerate().map(advantage).collect();
     let bad_count = usable.iter().filter(|&&usable| !usable).count();
-    Advantages { values, usable, mean: batch.mean, std: batch.variance.sqrt(), bad_count }
+    // exact: a mean of equal f32 in f64 is that number
+    let without_spread = (0..usable.len()).filter(|&i| usable[i] && moments_of(i).variance == 0.0).count();
+    Advantages { values, usable, mean: batch.mean, std: batch.variance.sqrt(), bad_count, without_spread }
 }
 
 /// Settings of the running statistics per prompt.
@@ -250,8 +254,12 @@ mod tests {
             for reward in [0.1, 3e30, 0.0] {
                 let ours = normalise(&[reward; 13], &AdvantageSettings { epsilon, ..settings() }).unwrap();
                 assert_eq!(ours.values, [0.0; 13], "reward {reward}");
+                assert_eq!((ours.without_spread, ours.std), (13, 0.0), "reward {reward}");
             }
         }
+        let generous = AdvantageSettings { max_bad_fraction: 0.5, ..settings() };
+        assert_eq!(normalise(&[0.1, f32::NAN, 0.1], &generous).unwrap().without_spread, 2);
+        assert_eq!(normalise(&[0.1, 0.1, 0.1 + 1e-8], &settings()).unwrap().without_spread, 0);
     }
 
     #[test]
@@ -298,6 +306,11 @@ mod tests {
             statistics.normalise(&["easy", "easy", "hard"], &[6.0, 8.0, 3.0], &settings(), &per_prompt).unwrap();
         let buffer = normalise(&[10.0, 6.0, 8.0], &settings()).unwrap();
         assert_eq!(second.values, [buffer.values[1], 0.0, 1.0]);
+        assert_eq!(second.without_spread, 0);
+        // a prompt whose own rewards are all equal, whatever the batch's are
+        let third =
+            statistics.normalise(&["same", "same", "easy"], &[2.0, 2.0, 9.0], &settings(), &per_prompt).unwrap();
+        assert_eq!((third.without_spread, &third.values[..2]), (2, &[0.0, 0.0][..]));
     }
 
     #[test]

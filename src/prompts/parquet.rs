@@ -7,46 +7,56 @@ use std::path::Path;
 
 use anyhow::{anyhow, bail, Result};
 
-use super::listed::Texts;
+use super::reading::{Counts, Reading};
 use crate::{
     config::ParquetPrompts,
     parquet_file::{self, Cell},
+    text_file::as_text,
     word_list::WordList,
 };
 
 /// # Errors
 /// A file that is no parquet file, lacks a column (those it has are listed), or has a prompt that is not UTF-8 (the row
 /// is named).
-pub fn load(settings: &ParquetPrompts) -> Result<Texts> {
+pub fn load(settings: &ParquetPrompts) -> Result<Reading> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
     let mut columns = vec![settings.column.as_str()];
     columns.extend(settings.nsfw_columns.iter().map(String::as_str));
-    let mut texts = Texts::default();
+    let mut reading = Reading::new(path, "row", &settings.drop_words);
     parquet_file::read(path, &columns, &mut |row, cells| {
-        let clean = |cell: &Cell| match cell {
-            Cell::Number(score) => Ok(*score <= settings.nsfw_max),
-            Cell::Null => Ok(false),
-            Cell::Text(_) => bail!("an NSFW column holds text, a number is wanted"),
-        };
         let prompt = match cells[0] {
-            Cell::Null => return Ok(()),
-            Cell::Number(_) => bail!("column {:?} holds numbers, not text", settings.column),
-            Cell::Text(bytes) => {
-                std::str::from_utf8(bytes).map_err(|_| anyhow!("the prompt of row {row} is not UTF-8"))?.trim()
+            Cell::Null => {
+                reading.leave_out(|counts| &mut counts.null);
+                return Ok(());
             }
+            Cell::Number(_) => bail!("column {:?} holds numbers, not text", settings.column),
+            Cell::Text(bytes) => as_text(bytes).map_err(|what| anyhow!("the prompt of row {row} {what}"))?,
         };
         for cell in &cells[1..] {
-            if !clean(cell)? {
+            if let Some(count) = why_not(cell, settings.nsfw_max)? {
+                reading.leave_out(count);
                 return Ok(());
             }
         }
-        if !prompt.is_empty() && !drop.matches(prompt) {
-            texts.insert(prompt);
-        }
+        reading.add_text(prompt, &drop);
         Ok(())
     })?;
-    Ok(texts)
+    Ok(reading)
+}
+
+/// Counts what a score forbids.
+type Count = fn(&mut Counts) -> &mut u64;
+
+/// Under which count a row with this score is left out, if it is.
+fn why_not(score: &Cell, most: f64) -> Result<Option<Count>> {
+    Ok(match score {
+        Cell::Number(score) if *score <= most => None,
+        Cell::Number(score) if *score > most => Some(|counts| &mut counts.above_limit),
+        // NaN is no score
+        Cell::Number(_) | Cell::Null => Some(|counts| &mut counts.unscored),
+        Cell::Text(_) => bail!("an NSFW column holds text, a number is wanted"),
+    })
 }
 
 #[cfg(test)]
@@ -70,7 +80,7 @@ mod tests {
     }
 
     fn source(settings: &ParquetPrompts) -> Result<Listed> {
-        Listed::new(Store::Own(load(settings)?), settings.held_out, settings.split_seed)
+        Listed::new(Store::Own(load(settings)?.end().0), settings.held_out, settings.split_seed)
     }
 
     #[test]
@@ -88,10 +98,13 @@ mod tests {
         let found = source(&settings(&path)).unwrap();
         assert_eq!((found.len(Split::Train), found.len(Split::HeldOut)), (80, 10));
         assert!(found.prompt(Split::Train, 0).text.starts_with("prompt "));
+        let said = load(&settings(&path)).unwrap().end().1.to_string();
+        let wanted = "300 rows: 90 prompts, 9 null, 180 repeated, 9 without a score, 12 above nsfw_max";
+        assert!(said.ends_with(wanted), "{said}");
         let all = ParquetPrompts { nsfw_columns: vec![], ..settings(&path) };
         assert_eq!(source(&all).unwrap().len(Split::Train), 87);
         let wrong = ParquetPrompts { column: "prompt_nsfw".into(), nsfw_columns: vec![], ..settings(&path) };
-        assert!(format!("{:#}", load(&wrong).unwrap_err()).contains("holds numbers, not text"));
+        assert!(format!("{:#}", load(&wrong).err().unwrap()).contains("holds numbers, not text"));
     }
 
     /// DiffusionDB's schema: 13 columns, of which two are read.

@@ -1,10 +1,11 @@
 //! From a config's `prompts` to a source, and which prompt a sample gets.
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
 use super::{
-    listed::{Listed, Texts},
+    listed::Listed,
     paper, parquet,
+    reading::Reading,
     shared_texts::read_once_per_host,
     table::{self, Format},
     text, Prompt, PromptSource, Split,
@@ -18,8 +19,17 @@ use crate::{
 
 /// A collective call: lists are read once per host and shared by its ranks. Errors are the same on all ranks.
 pub fn build(config: &PromptConfig, comm: &dyn Communicator) -> Result<Box<dyn PromptSource>> {
-    let listed = |path: &str, held_out: usize, split_seed: u64, read: &dyn Fn() -> Result<Texts>| {
-        let texts = read_once_per_host(comm, read)?;
+    let listed = |path: &str, held_out: usize, split_seed: u64, read: &dyn Fn() -> Result<Reading>| {
+        let texts = read_once_per_host(comm, || {
+            let (texts, mut counts) = read()?.end();
+            ensure!(!texts.is_empty(), "there are no prompts: {counts}");
+            counts.held_out = held_out as u64;
+            // rank 0 is the first of its host
+            if comm.rank() == 0 {
+                log::info!("{counts}");
+            }
+            Ok(texts)
+        })?;
         let listed = Listed::new(texts, held_out, split_seed).with_context(|| path.to_string())?;
         Ok(Box::new(listed) as Box<dyn PromptSource>)
     };

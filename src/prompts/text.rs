@@ -4,26 +4,46 @@ use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
 
-use super::{listed::Texts, Prompt};
+use super::{reading::Reading, Prompt};
 use crate::{
     config::TextPrompts,
-    text_file::{self, JsonLine},
+    text_file::{self, as_text, JsonLine},
     word_list::WordList,
 };
 
 /// # Errors
-/// A file that cannot be read, has a line that is not UTF-8 or lacks a key (it is named); objects in plain lines.
-pub fn load(settings: &TextPrompts) -> Result<Texts> {
+/// A file that cannot be read or is no text, has a line that cannot be a prompt or lacks a key (it is named); objects in
+/// plain lines.
+pub fn load(settings: &TextPrompts) -> Result<Reading> {
     let drop = WordList::load(&settings.drop_words)?;
     let path = Path::new(&settings.path);
-    let mut texts = Texts::default();
-    for (number, line) in text_file::lines(path)? {
-        let prompt = prompt(settings, line).with_context(|| format!("{}: line {number}", path.display()))?;
-        if !prompt.text.is_empty() && !drop.matches(&prompt.text) {
-            texts.insert_prompt(&prompt).with_context(|| format!("{}: line {number}", path.display()))?;
-        }
+    let mut reading = Reading::new(path, "line", &settings.drop_words);
+    let found = text_file::read(path)?;
+    if settings.key.is_empty() {
+        warn_of_structure(path, &found.lines);
     }
-    Ok(texts)
+    for _ in 0..found.blank {
+        reading.leave_out(|counts| &mut counts.blank);
+    }
+    for (number, line) in found.lines {
+        prompt(settings, line)
+            .and_then(|prompt| reading.add(&prompt, &drop))
+            .with_context(|| format!("{}: line {number}", path.display()))?;
+    }
+    Ok(reading)
+}
+
+/// Says where lines that are taken as they are look like something else.
+fn warn_of_structure(path: &Path, lines: &[(usize, String)]) {
+    let json = |line: &str| line == "[" || line == "{" || line.starts_with("{\"") || line.starts_with("[{");
+    if lines.first().is_some_and(|(_, line)| json(line)) {
+        log::warn!("{} looks like JSON, but key is \"\": its lines are taken as they are", path.display());
+        return;
+    }
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    if ending == "csv" || ending == "tsv" {
+        log::warn!("{}: source = \"text\" takes whole lines, not the columns of a table", path.display());
+    }
 }
 
 fn prompt(settings: &TextPrompts, line: String) -> Result<Prompt> {
@@ -33,10 +53,9 @@ fn prompt(settings: &TextPrompts, line: String) -> Result<Prompt> {
     }
     let line = JsonLine::parse(&line)?;
     let objects = settings.objects_key.as_ref().map_or(Ok(Vec::new()), |key| line.strings(key))?;
-    Ok(Prompt {
-        text: line.string(&settings.key)?.trim().to_string(),
-        objects: objects.into_iter().map(String::from).collect(),
-    })
+    let text = line.string(&settings.key)?.trim();
+    as_text(text.as_bytes()).with_context(|| format!("what is under {:?}", settings.key))?;
+    Ok(Prompt { text: text.to_string(), objects: objects.into_iter().map(String::from).collect() })
 }
 
 #[cfg(test)]
@@ -54,7 +73,7 @@ mod tests {
     }
 
     fn source(settings: &TextPrompts) -> Result<Listed> {
-        Listed::new(Store::Own(load(settings)?), settings.held_out, settings.split_seed)
+        Listed::new(Store::Own(load(settings)?.end().0), settings.held_out, settings.split_seed)
     }
 
     fn prompts(text: &[u8], key: &str) -> Result<Vec<String>> {
@@ -90,13 +109,13 @@ mod tests {
         assert_eq!(source.objects(), ["cat", "mat"]);
 
         settings.objects_key = Some("things".into());
-        let e = format!("{:#}", load(&settings).unwrap_err());
+        let e = format!("{:#}", load(&settings).err().unwrap());
         assert!(e.contains("line 1: there is no \"things\"; keys are"), "{e}");
         settings.key = String::new();
-        assert!(format!("{:#}", load(&settings).unwrap_err()).contains("objects_key is for JSON lines"));
+        assert!(format!("{:#}", load(&settings).err().unwrap()).contains("objects_key is for JSON lines"));
         let (_folder, mut settings) = self::settings(br#"{"prompt": "x", "objects": [" "]}"#, "prompt");
         settings.objects_key = Some("objects".into());
-        let e = format!("{:#}", load(&settings).unwrap_err());
+        let e = format!("{:#}", load(&settings).err().unwrap());
         assert!(e.contains("line 1: an object without a name"), "{e}");
     }
 

@@ -1,7 +1,14 @@
 //! Pieces of HTML.
 
-use crate::telemetry::{encode_png, Picture};
 use anyhow::Result;
+
+use crate::{
+    excerpt::{bounded, one_line, IN_CAPTIONS},
+    telemetry::{encode_png, Picture},
+};
+
+/// Bytes of a tooltip.
+pub const TOOLTIP: usize = 4 << 10;
 
 /// `text` as text or as an attribute in double quotes.
 pub fn escape(text: &str) -> String {
@@ -16,6 +23,13 @@ pub fn escape(text: &str) -> String {
         }
     }
     escaped
+}
+
+/// A prompt in a page: one line, the whole of it (up to a bound) where one points at it.
+pub fn prompt(text: &str) -> String {
+    let line = one_line(text, IN_CAPTIONS);
+    let title = if line == text { String::new() } else { format!(" title=\"{}\"", escape(&bounded(text, TOOLTIP))) };
+    format!("<bdi{title}>{}</bdi>", escape(&line))
 }
 
 /// A table: a heading row, then the rows, whose cells are HTML already. The first column is the heading of its row.
@@ -79,6 +93,13 @@ mod tests {
             assert_eq!(base64(bytes.as_bytes()), text);
         }
         assert_eq!(base64(&[0xfb, 0xff, 0x00]), "+/8A");
+    }
+
+    #[test]
+    fn prompts_are_short_and_whole() {
+        assert_eq!(prompt("a <b>"), "<bdi>a &lt;b&gt;</bdi>");
+        assert_eq!(prompt("a\n\"b\""), "<bdi title=\"a\n&quot;b&quot;\">a &quot;b&quot;</bdi>");
+        assert!(prompt(&"word ".repeat(100_000)).len() < TOOLTIP + 2 * IN_CAPTIONS);
     }
 
     #[test]

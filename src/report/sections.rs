@@ -6,11 +6,15 @@ use anyhow::Result;
 
 use super::{
     charts, config_difference,
-    html::{escape, image, image_of_png, table},
+    html::{self, escape, image, image_of_png, table},
     run_data::RunData,
     svg::{Line, Look},
 };
-use crate::telemetry::{names, picture_size, Estimate, Picture};
+use crate::{
+    excerpt::{one_line, IN_MESSAGES},
+    run::no_signal,
+    telemetry::{names, picture_size, Estimate, Picture},
+};
 
 /// Pictures of samples are made smaller than this, in pixels.
 const LARGEST: usize = 256;
@@ -87,7 +91,17 @@ fn overview(runs: &[RunData]) -> String {
         .collect();
     let heading =
         ["run", "folder", "iterations", "seed", "ranks", "samples/s", "seconds in all", "largest ratio drift"];
-    table(&heading, &rows)
+    table(&heading, &rows) + &without_signal(runs)
+}
+
+/// Where rewards taught nothing.
+fn without_signal(runs: &[RunData]) -> String {
+    let of_run = |run: &RunData| {
+        let of = if runs.len() > 1 { format!("{}: ", run.name) } else { String::new() };
+        let line = |found: &no_signal::InAll| format!("<p class=\"warning\">{}</p>\n", escape(&format!("{of}{found}")));
+        no_signal::in_all(&run.history).iter().map(line).collect::<String>()
+    };
+    runs.iter().map(of_run).collect()
 }
 
 fn results(runs: &[RunData]) -> String {
@@ -195,10 +209,10 @@ fn samples(runs: &[RunData]) -> Result<String> {
             let prompts: Vec<&str> = sheets[0].1.rows.iter().map(|row| row.caption.as_str()).collect();
             let mut rows = Vec::new();
             for (r, prompt) in prompts.iter().enumerate() {
-                let mut cells = vec![escape(prompt)];
+                let mut cells = vec![html::prompt(prompt)];
                 for (done, sheet) in sheets {
                     let row = sheet.rows.get(r).filter(|row| row.caption == *prompt);
-                    let alt = format!("{prompt}, after {done} iterations");
+                    let alt = format!("{}, after {done} iterations", one_line(prompt, IN_MESSAGES));
                     cells.push(row.map(|row| pictures_of_prompt(&row.pictures, &alt)).transpose()?.unwrap_or_default());
                 }
                 rows.push(cells);

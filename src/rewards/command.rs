@@ -4,18 +4,22 @@
 //! Its standard output is for the protocol's lines alone; what it writes to standard error appears on rldiff's.
 
 use std::{
+    fs::File,
+    io::{self, ErrorKind, Read},
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 
 use super::{
     lines::{wait_until_ready, Lines, Streams},
     protocol::{External, Link, Program},
+    stderr::StandardError,
 };
-use crate::config::CommandReward as Settings;
+use crate::{config::CommandReward as Settings, excerpt::escaped};
 
 /// How long a process may take to end after its input did.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -28,7 +32,15 @@ impl Program for Settings {
     const NAME: &'static str = "command";
 
     fn shown(&self) -> String {
-        format!("reward command {:?}", self.command.join(" "))
+        format!("reward command {}", escaped(self.command.join(" ").as_bytes()))
+    }
+
+    const ADVICE: &'static str =
+        ": its standard output is for the lines of the protocol alone, what it prints must go to \
+                                  standard error (Python: print(…, file=sys.stderr))";
+
+    fn start_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.start_timeout_seconds)
     }
 
     fn timeout(&self) -> Duration {
@@ -41,17 +53,24 @@ impl Program for Settings {
 
     fn open(&self) -> Result<Process> {
         let mut process = Process::start(self)?;
-        let ready = wait_until_ready(&mut process, Duration::from_secs_f64(self.start_timeout_seconds));
-        if ready.is_err() {
-            Link::give_up(&mut process);
+        match wait_until_ready(&mut process, self.start_timeout(), Self::ADVICE) {
+            Ok(()) => Ok(process),
+            Err(e) => {
+                Link::give_up(&mut process);
+                Err(self.failed_at_start(e, &Link::remarks(&mut process)))
+            }
         }
-        ready.with_context(|| self.shown()).map(|()| process)
     }
 }
 
 /// A running program.
 pub struct Process {
+    /// It in messages.
+    shown: String,
+    /// Its file, as it was given.
+    program: String,
     child: Child,
+    standard_error: StandardError,
     lines: Lines,
     /// How long it may take to end once its input did: nothing after a failure.
     patience: Duration,
@@ -64,15 +83,18 @@ impl Process {
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             // its own group, so that what it started is ended with it
             .process_group(0)
             .spawn()
-            .with_context(|| format!("cannot start {}", settings.shown()))?;
+            .map_err(|e| anyhow!("cannot start {}: {}", settings.shown(), why_not(program, &e)))?;
         let lines = Lines::new(child.stdin.take().expect("piped"), child.stdout.take().expect("piped"))?;
-        Ok(Process { child, lines, patience: FAREWELL })
+        let standard_error = StandardError::new(child.stderr.take().expect("piped"))?;
+        let (shown, program) = (settings.shown(), program.clone());
+        Ok(Process { shown, program, child, standard_error, lines, patience: FAREWELL })
     }
 
-    fn wait(&mut self, patience: Duration) -> Option<std::process::ExitStatus> {
+    fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
         let until = Instant::now() + patience;
         loop {
             match self.child.try_wait() {
@@ -95,26 +117,98 @@ impl Streams for Process {
 
     /// How a process that closed its output ended.
     fn ending(&mut self) -> String {
-        let how = match self.wait(FAREWELL) {
-            Some(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("exit code {code}"),
-                (None, Some(signal)) => format!("signal {signal}"),
-                (None, None) => "in an unknown way".to_string(),
-            },
-            None => "its output is closed, but it still runs".to_string(),
-        };
-        format!("it has ended: {how}")
+        match self.wait(FAREWELL) {
+            Some(status) => format!("it has ended: {}{}", how(status), self.of_shell(status)),
+            None => "its standard output is closed, but it still runs".to_string(),
+        }
     }
+
+    fn remarks(&mut self) -> String {
+        self.standard_error.finish();
+        self.standard_error.last_lines()
+    }
+}
+
+fn how(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "in an unknown way".to_string(),
+    }
+}
+
+impl Process {
+    /// What the codes mean by which `env` and shells say that they cannot start something.
+    fn of_shell(&self, status: ExitStatus) -> &'static str {
+        match status.code() {
+            Some(126 | 127) if first_line(&self.program).is_some_and(|line| line.ends_with('\r')) => {
+                " (its first line ends with a carriage return: save the file with Unix line ends)"
+            }
+            Some(126) => " (something is there that cannot be executed)",
+            Some(127) => " (a program was not found)",
+            _ => "",
+        }
+    }
+}
+
+/// Why a program cannot be started, and what to do about it.
+fn why_not(program: &str, error: &io::Error) -> String {
+    let file = Path::new(program);
+    let more = match error.kind() {
+        _ if file.is_dir() => ": it is a folder".to_string(),
+        ErrorKind::NotFound if program.contains('/') && file.exists() => match first_line(program) {
+            Some(line) if line.ends_with('\r') => {
+                format!(": its first line is {}: save the file with Unix line ends", escaped(line.as_bytes()))
+            }
+            Some(line) => format!(": the interpreter of its first line, {}, is not there", escaped(line.as_bytes())),
+            None => String::new(),
+        },
+        ErrorKind::NotFound if program.contains('/') => String::new(),
+        ErrorKind::NotFound if file.exists() => format!(": not in the PATH, but in this folder: write \"./{program}\""),
+        ErrorKind::NotFound => ": no program of this name is in the PATH".to_string(),
+        ErrorKind::PermissionDenied => {
+            ": it is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])"
+                .to_string()
+        }
+        _ if error.raw_os_error() == Some(libc::ENOEXEC) => {
+            ": it is no program, and no script whose first line begins with #!".to_string()
+        }
+        _ => String::new(),
+    };
+    format!("{error}{more}")
+}
+
+/// The first line of a script, without its LF.
+fn first_line(program: &str) -> Option<String> {
+    let mut start = Vec::new();
+    File::open(program).ok()?.take(256).read_to_end(&mut start).ok()?;
+    let line = start.split(|&byte| byte == b'\n').next().filter(|line| line.starts_with(b"#!"))?;
+    Some(String::from_utf8_lossy(line).into_owned())
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         self.lines.close();
         // an idle program ends by itself; a busy or hung one is not waited for longer
-        if self.wait(self.patience).is_none() {
-            // SAFETY: a plain system call; the group is the one made in `start`, and its leader is not reaped yet
-            unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
-            let _ = self.child.wait();
+        let (shown, given_up) = (&self.shown.clone(), self.patience.is_zero());
+        match self.wait(self.patience) {
+            Some(status) if !given_up && !status.success() => {
+                self.standard_error.finish();
+                let last = self.standard_error.last_lines();
+                log::warn!("{shown}: at its end, when its input was closed: {}{last}", how(status));
+            }
+            Some(_) => self.standard_error.finish(),
+            None => {
+                if !given_up {
+                    let limit = FAREWELL.as_secs_f64();
+                    log::info!(
+                        "{shown}: at its end: it still runs {limit} s after its input was closed, and is killed"
+                    );
+                }
+                // SAFETY: a plain system call; the group is the one made in `start`, and its leader is not reaped yet
+                unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
+                let _ = self.child.wait();
+            }
         }
     }
 }
@@ -192,20 +286,28 @@ mod tests {
             ("sleep 60", "no answer within 1 s"),
             ("read x; exit 3", "it has ended: exit code 3"),
             ("kill -9 $$", "it has ended: signal 9"),
-            (r#"read x; echo '{"batch": 1, "scores": [1]}'; sleep 60"#, "1 scores for 2 pictures"),
+            ("read x; echo 'no GPU' >&2; exit 3", "exit code 3; last on its standard error: \"no GPU\""),
+            ("read x; exec no-such-program", "exit code 127 (a program was not found)"),
+            (r#"read x; echo '{"batch": 1, "scores": [1]}'; sleep 60"#, "1 number for 2 pictures"),
             (
                 r#"read x; echo '{"batch": 9, "scores": [1, 2]}'; sleep 60"#,
                 "an answer to batch 9 where batch 1 was asked",
             ),
             (r#"read x; echo '{"batch": 1, "scores": [1, NaN]}'; sleep 60"#, "NaN and Infinity are not JSON"),
             (r#"read x; echo '{"batch": 1, "scores": [1, 1e300]}'; sleep 60"#, "is beyond f32"),
-            ("read x; echo loading; sleep 60", "begins \"loading\\n\""),
-            ("read x; printf '{\"batch\"'", "ended within a line"),
+            ("read x; echo loading; sleep 60", "was expected it wrote \"loading\": expected value"),
+            ("read x; echo loading; sleep 60", "standard output is for the lines of the protocol alone"),
+            ("read x; printf '{\"batch\"'", "ended within the line \"{\\\"batch\\\"\": it has ended: exit code 0"),
+            ("read x; printf '{\"batch\"'; sleep 60", "\"{\\\"batch\\\"\" came, without the end of a line"),
+            ("read x; sleep 60", "no answer within 1 s: nothing came; is what it writes flushed"),
+            (r#"read x; echo '{"rldiff_reward": 1}'; sleep 60"#, "it said once more that it is ready"),
+            (r#"read x; echo '{"score": 1}'; sleep 60"#, "wrote \"{\\\"score\\\": 1}\": missing field `batch`"),
             ("head -c 1000000000 /dev/zero", "more than 4194304 bytes"),
         ] {
             let started = Instant::now();
             let e = format!("{:#}", score(&shell(script, 0)).unwrap_err());
             assert!(e.contains(wanted) && e.contains("reward command \"sh -c") && !e.contains('\n'), "{script}: {e}");
+            assert!(e.contains(": in batch 1 (timeout_seconds = 1): "), "{script}: {e}");
             assert!(started.elapsed() < Duration::from_secs(20), "{script}: {:?}", started.elapsed());
         }
     }
@@ -220,8 +322,18 @@ mod tests {
         };
         for (command, wanted) in [
             (&["/no/such/program"][..], "cannot start reward command \"/no/such/program\""),
-            (&["sleep", "60"], "no answer within 0.3 s"),
-            (&["echo", "hello"], "first line must be {\"rldiff_reward\": 1}, not \"hello\\n\""),
+            (&["no-such-program"], "no program of this name is in the PATH"),
+            (&["/"], "it is a folder"),
+            (&["/etc/passwd"], "it is not executable (chmod +x)"),
+            (
+                &["sleep", "60"],
+                "at its start (start_timeout_seconds = 0.3): no ready line {\"rldiff_reward\": 1} within 0.3 s",
+            ),
+            (
+                &["echo", "hello"],
+                "first line must be {\"rldiff_reward\": 1}, not \"hello\": its standard output is for",
+            ),
+            (&["sh", "-c", "echo broken >&2; exit 1"], "exit code 1; last on its standard error: \"broken\""),
             (&["echo", "{\"rldiff_reward\": 2}"], "version 2"),
             (&["false"], "it has ended: exit code 1"),
             (&[], "command is empty"),
@@ -229,6 +341,45 @@ mod tests {
             let e = format!("{:#}", CommandReward::start(settings(command)).err().unwrap());
             assert!(e.contains(wanted) && !e.contains('\n'), "{e}");
         }
+    }
+
+    #[test]
+    fn scripts_that_cannot_be_started_are_explained() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text, wanted) in [
+            ("crlf", "#!/bin/sh\r\necho\r\n", "save the file with Unix line ends"),
+            ("env", "#!/usr/bin/env sh\r\necho\r\n", "save the file with Unix line ends"),
+            (
+                "none",
+                "#!/no/such/interpreter\n",
+                "the interpreter of its first line, \"#!/no/such/interpreter\", is not",
+            ),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let command = vec![path.display().to_string()];
+            let settings = Settings { command, timeout_seconds: 1.0, start_timeout_seconds: 5.0, restarts: 0 };
+            let e = format!("{:#}", CommandReward::start(settings).err().unwrap());
+            assert!(e.contains(wanted) && !e.contains('\n'), "{e}");
+        }
+    }
+
+    /// What is on its way when a batch is sent is no answer to it.
+    #[test]
+    fn what_nobody_asked_for_is_no_answer() {
+        let answer = r#"echo '{"batch": 1, "scores": [1, 2]}'"#;
+        let mut reward = CommandReward::start(shell(&format!("{answer}; sleep 60"), 0)).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        let images = Tensor::full([2, 3, 2, 2], 0.5, (Kind::Float, Device::Cpu));
+        let e = format!("{:#}", reward.score(&images, &vec![Prompt::default(); 2]).unwrap_err());
+        assert!(e.contains("behind its ready line, before the first batch was sent, it wrote"), "{e}");
+        let script = format!("read x; {answer}; echo noise; sleep 60");
+        let mut reward = CommandReward::start(shell(&script, 0)).unwrap();
+        assert_eq!(reward.score(&images, &vec![Prompt::default(); 2]).unwrap().rewards, [1.0, 2.0]);
+        std::thread::sleep(Duration::from_millis(300));
+        let e = format!("{:#}", reward.score(&images, &vec![Prompt::default(); 2]).unwrap_err());
+        assert!(e.contains("behind its answer to batch 1, before the next one was sent, it wrote \"noise\""), "{e}");
     }
 
     /// The first two processes fail, one by a late answer, the third one answers.
@@ -245,7 +396,7 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&count).unwrap().lines().count(), 3);
         std::fs::remove_file(&count).unwrap();
         let e = format!("{:#}", score(&shell(&script, 1)).unwrap_err());
-        assert!(e.contains("after 1 restarts") && e.contains("no answer within 1 s"), "{e}");
+        assert!(e.contains("after 1 restart (restarts = 1)") && e.contains("no answer within 1 s"), "{e}");
     }
 
     #[test]

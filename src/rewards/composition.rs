@@ -7,7 +7,10 @@ use anyhow::{ensure, Context, Result};
 use tch::{Kind, Tensor};
 
 use super::{check_batch, DifferentiableReward, Reward, Scores};
-use crate::prompts::Prompt;
+use crate::{
+    excerpt::{quoted, IN_MESSAGES},
+    prompts::Prompt,
+};
 
 /// d of Eq. 13.
 pub trait Detector {
@@ -123,7 +126,11 @@ impl<D: Detector> DifferentiableReward for Composition<D> {
 /// The objects of every prompt. Errors: a prompt that names none.
 fn objects_of<'a>(reward: &str, prompts: &'a [Prompt]) -> Result<Vec<&'a [String]>> {
     let objects = prompts.iter().map(|prompt| {
-        ensure!(!prompt.objects.is_empty(), "reward '{reward}': the prompt '{}' names no objects", prompt.text);
+        ensure!(
+            !prompt.objects.is_empty(),
+            "reward '{reward}': the prompt {} names no objects",
+            quoted(&prompt.text, IN_MESSAGES)
+        );
         Ok(prompt.objects.as_slice())
     });
     objects.collect()

@@ -20,6 +20,7 @@ use super::{
     protocol::{ensure_ready, Link, MAX_ANSWER},
     server::insist,
 };
+use crate::excerpt::escaped;
 
 /// Longest that one question whether the server is ready may take.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -100,8 +101,7 @@ fn body(mut response: Response<Body>, timeout: Duration) -> Result<Vec<u8>> {
     let mut answer = Vec::new();
     let read = response.body_mut().as_reader().take(MAX_ANSWER + 1).read_to_end(&mut answer);
     if status != 200 {
-        let start = String::from_utf8_lossy(&answer[..answer.len().min(60)]).into_owned();
-        bail!("HTTP status {status}, which begins {start:?}");
+        bail!("it answered with HTTP status {status}, whose body begins {}", escaped(&answer));
     }
     read.map_err(|e| explained(Error::from(e), timeout))?;
     if answer.len() as u64 > MAX_ANSWER {
@@ -242,8 +242,8 @@ mod tests {
         for (answer, wanted) in [
             (b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nhelp".to_vec(), "HTTP status 500"),
             (b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n".to_vec(), "HTTP status 302"),
-            (ok(""), "the answer that begins \"\""),
-            (ok("{\"batch\": 1, \"scores\": [1]}"), "1 scores for 2 pictures"),
+            (ok(""), "was expected it wrote \"\": EOF"),
+            (ok("{\"batch\": 1, \"scores\": [1]}"), "1 number for 2 pictures"),
             (ok("{\"batch\": 2, \"scores\": [1, 2]}"), "an answer to batch 2 where batch 1 was asked"),
             (ok("{\"batch\": 1, \"scores\": [1, NaN]}"), "NaN and Infinity are not JSON"),
             (long, "more than 4194304 bytes"),

@@ -25,6 +25,7 @@ pub mod registry;
 mod score_head;
 pub mod server;
 pub mod skin_tone;
+mod stderr;
 pub mod sum;
 pub mod torchscript;
 pub mod unidet;

@@ -13,7 +13,10 @@ use anyhow::{ensure, Context, Result};
 use tch::Tensor;
 
 use super::{Reward, Scores};
-use crate::prompts::Prompt;
+use crate::{
+    excerpt::{quoted, IN_MESSAGES},
+    prompts::Prompt,
+};
 
 /// h of the paper: puts a picture into one of a few classes.
 pub trait Classifier {
@@ -63,7 +66,8 @@ impl<C: Classifier> Reward for Parity<C> {
         ensure!(n % self.group == 0, "{n} pictures do not make whole groups of {}", self.group);
         for group in prompts.chunks(self.group) {
             if let Some(other) = group.iter().find(|prompt| prompt.text != group[0].text) {
-                anyhow::bail!("a group of '{}' mixes the prompts '{}' and '{}'", self.name, group[0].text, other.text);
+                let [one, other] = [&group[0], other].map(|prompt| quoted(&prompt.text, IN_MESSAGES));
+                anyhow::bail!("a group of '{}' mixes the prompts {one} and {other}", self.name);
             }
         }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{anyhow, Result};
 
 use super::{
     http::Http,
@@ -35,6 +35,12 @@ impl Program for Settings {
         format!("reward server {}", self.address)
     }
 
+    const ADVICE: &'static str = "";
+
+    fn start_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.start_timeout_seconds)
+    }
+
     fn timeout(&self) -> Duration {
         Duration::from_secs_f64(self.timeout_seconds)
     }
@@ -45,12 +51,12 @@ impl Program for Settings {
 
     /// A server that does not listen yet is waited for.
     fn open(&self) -> Result<Connection> {
-        let patience = Duration::from_secs_f64(self.start_timeout_seconds);
+        let patience = self.start_timeout();
         let opened = match self.address.starts_with("http://") {
             true => Http::open(&self.address, patience).map(Connection::Http),
             false => Stream::open(&self.address, patience).map(Connection::Stream),
         };
-        opened.with_context(|| self.shown())
+        opened.map_err(|e| self.failed_at_start(e, ""))
     }
 }
 
@@ -175,7 +181,7 @@ impl Stream {
             .map_err(|e| anyhow!("cannot connect within {} s: {e}", patience.as_secs_f64()))?;
         let (to, from) = (socket.try_clone()?, socket.try_clone()?);
         let mut stream = Stream { lines: Lines::new(to, from)?, socket };
-        wait_until_ready(&mut stream, until.saturating_duration_since(Instant::now()))?;
+        wait_until_ready(&mut stream, until.saturating_duration_since(Instant::now()), "")?;
         Ok(stream)
     }
 }
@@ -266,8 +272,8 @@ mod tests {
         let long = vec![b'x'; 8 << 20];
         for (said, wanted) in [
             (&b""[..], "it has closed the connection"),
-            (b"{\"batch\"", "ended within a line"),
-            (b"{\"batch\": 1, \"scores\": [1]}\n", "1 scores for 2 pictures"),
+            (b"{\"batch\"", "ended within the line \"{\\\"batch\\\"\": it has closed"),
+            (b"{\"batch\": 1, \"scores\": [1]}\n", "1 number for 2 pictures"),
             (b"{\"batch\": 2, \"scores\": [1, 2]}\n", "an answer to batch 2 where batch 1 was asked"),
             (b"{\"batch\": 1, \"scores\": [1, NaN]}\n", "NaN and Infinity are not JSON"),
             (b"{\"batch\": 1, \"scores\": [1, 1e300]}\n", "is beyond f32"),
@@ -295,7 +301,9 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         for address in [port.to_string().as_str(), "unix:/no/such/socket"] {
             let e = format!("{:#}", score(&short(address)).unwrap_err());
-            assert!(e.contains(&format!("reward server {address}: cannot connect within 0.3 s")), "{e}");
+            let wanted =
+                format!("reward server {address}: at its start (start_timeout_seconds = 0.3): cannot connect within");
+            assert!(e.contains(&wanted), "{e}");
             assert!(!e.contains('\n'));
         }
     }
@@ -316,6 +324,6 @@ mod tests {
         };
         assert_eq!(score(&settings(&server(behaviour), 2)).unwrap(), [4.0, 5.0]);
         let e = format!("{:#}", score(&settings(&server(behaviour), 1)).unwrap_err());
-        assert!(e.contains("after 1 restarts") && e.contains("no answer within 1 s"), "{e}");
+        assert!(e.contains("after 1 restart (restarts = 1)") && e.contains("no answer within 1 s"), "{e}");
     }
 }

@@ -2,6 +2,7 @@
 
 mod course;
 pub mod footprint;
+pub mod no_signal;
 mod recorder;
 mod results;
 mod resume;

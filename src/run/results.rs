@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::load_model;
+use super::{load_model, no_signal};
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
@@ -94,6 +94,7 @@ fn write_results(
     started: Instant,
 ) -> Result<()> {
     let history = read_metrics(&files.metrics())?;
+    no_signal::in_all(&history).iter().for_each(|line| log::warn!("{line}"));
     ensure!(base.len() == tuned.len(), "evaluations of different configs");
     let tasks = base
         .iter()

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
 
-use super::{course, recorder::Recorder, results, resume, trajectories, Run};
+use super::{course, no_signal::NoSignal, recorder::Recorder, results, resume, trajectories, Run};
 use crate::{
     cannot_write::CannotWrite,
     comm::agree,
@@ -25,6 +25,8 @@ struct UnderWay {
     /// On rank 0.
     recorder: Option<Recorder>,
     saver: Saver,
+    stragglers: Stragglers,
+    no_signal: NoSignal,
     /// Iterations done.
     done: u64,
     /// The iteration whose state is on disk, or on its way there.
@@ -66,6 +68,8 @@ impl Run<'_> {
             hosts,
             recorder,
             saver: Saver::new(&self.files.checkpoints(), keep),
+            stragglers: Stragglers::default(),
+            no_signal: NoSignal::default(),
             done: self.done,
             saved: self.origin.as_deref().filter(|origin| resume::is_in(origin, &self.files)).map(|_| self.done),
             droppable: None,
@@ -91,9 +95,8 @@ impl Run<'_> {
                 recorder.with_evaluation(&metrics).context(CannotWrite::new("the run's files"))?;
             }
         }
-        let mut stragglers = Stragglers::default();
         for iteration in self.done..config.run.iterations {
-            self.iterate(way, iteration, &of_base, &mut stragglers)?;
+            self.iterate(way, iteration, &of_base)?;
         }
         way.droppable = Some("the evaluation at the end".to_string());
         let events = way.recorder.as_mut().map(Recorder::finish);
@@ -101,13 +104,7 @@ impl Run<'_> {
     }
 
     /// One iteration with its evaluation, its checkpoint and its line of metrics. A collective call.
-    fn iterate(
-        &mut self,
-        way: &mut UnderWay,
-        iteration: u64,
-        of_base: &Metrics,
-        stragglers: &mut Stragglers,
-    ) -> Result<()> {
+    fn iterate(&mut self, way: &mut UnderWay, iteration: u64, of_base: &Metrics) -> Result<()> {
         let (config, comm) = (self.config, self.comm);
         self.lock.as_ref().map_or(Ok(()), FolderLock::check)?;
         let done = iteration + 1;
@@ -144,7 +141,8 @@ impl Run<'_> {
         }
         if comm.rank() == 0 {
             let seconds = metrics.get(names::SECONDS).unwrap_or(0.0);
-            let lines = stragglers.note(&self.trainer.stage_seconds, seconds, &way.hosts);
+            let mut lines = way.stragglers.note(&self.trainer.stage_seconds, seconds, &way.hosts);
+            lines.extend(way.no_signal.note(config, &metrics));
             lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
         }
         self.trainer.check_weights(done)?;

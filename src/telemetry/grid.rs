@@ -18,6 +18,10 @@ const COLUMNS: usize = 8;
 /// Room for "base" and "tuned".
 const LABEL_WIDTH: usize = 64;
 
+/// Lines of a caption, and of a heading: a prompt may be as long as a file.
+const CAPTION_LINES: usize = 8;
+const HEADING_LINES: usize = 3;
+
 const WHITE: [u8; 3] = [255; 3];
 
 fn title_style() -> Style {
@@ -52,8 +56,9 @@ pub fn image_grid(title: &str, rows: &[GridRow]) -> Result<Picture> {
     let columns = rows.iter().map(|row| row.pictures.len()).max().unwrap_or(0);
     let pictures_left = MARGIN + CAPTION_WIDTH + 2 * GAP;
     let width = pictures_left + columns * (cell.width + GAP) - GAP + MARGIN;
-    let title_lines = title_style().wrap(title, width - 2 * MARGIN);
-    let captions: Vec<_> = rows.iter().map(|row| caption_style().wrap(&row.caption, CAPTION_WIDTH)).collect();
+    let title_lines = title_style().wrap_within(title, width - 2 * MARGIN, HEADING_LINES);
+    let wrapped = |row: &GridRow| caption_style().wrap_within(&row.caption, CAPTION_WIDTH, CAPTION_LINES);
+    let captions: Vec<_> = rows.iter().map(wrapped).collect();
     let row_height = |lines: &[String]| cell.height.max(lines.len() * caption_style().line_height());
 
     let body: usize = captions.iter().map(|lines| row_height(lines) + GAP).sum::<usize>() - GAP;
@@ -103,12 +108,12 @@ pub fn before_after_sheet(title: &str, sections: &[BeforeAfter]) -> Result<Pictu
     let sections: Vec<_> = sections.iter().filter(|section| !section.columns.is_empty()).collect();
     let columns = sections.iter().map(|section| section.columns.len()).max().unwrap_or(0).min(COLUMNS);
     let width = 2 * MARGIN + LABEL_WIDTH + columns * (cell.width + GAP) - GAP;
-    let title_lines = title_style().wrap(title, width - 2 * MARGIN);
+    let title_lines = title_style().wrap_within(title, width - 2 * MARGIN, HEADING_LINES);
 
     let mut blocks = Vec::new();
     let mut height = 2 * MARGIN + heading_height(title_style(), &title_lines);
     for section in &sections {
-        let heading = section_style().wrap(&section.title, width - 2 * MARGIN);
+        let heading = section_style().wrap_within(&section.title, width - 2 * MARGIN, HEADING_LINES);
         height += heading_height(section_style(), &heading);
         for (index, columns) in section.columns.chunks(COLUMNS).enumerate() {
             let block = Block::new(if index == 0 { heading.clone() } else { Vec::new() }, columns, cell);
@@ -146,7 +151,7 @@ impl<'a> Block<'a> {
         let mut captions = Vec::new();
         let mut first = 0;
         for same in columns.chunk_by(|left, right| left.caption == right.caption) {
-            let lines = caption_style().wrap(&same[0].caption, cell.across(same.len()));
+            let lines = caption_style().wrap_within(&same[0].caption, cell.across(same.len()), CAPTION_LINES);
             captions.push(Caption { first, span: same.len(), lines });
             first += same.len();
         }
@@ -328,6 +333,19 @@ mod tests {
         let spans: Vec<_> = block.captions.iter().map(|caption| (caption.first, caption.span)).collect();
         assert_eq!(spans, [(0, 2), (2, 1)]);
         assert_eq!(block.captions[0].lines, ["a portrait of a nurse"]);
+    }
+
+    /// A file of one line given by mistake once made sheets of 70,000 pixels.
+    #[test]
+    fn a_sheet_is_not_as_high_as_its_prompt_is_long() {
+        let long = "word ".repeat(200_000);
+        let sheet = image_grid(&long, &[GridRow { caption: long.clone(), pictures: vec![flat(32, [0; 3])] }]).unwrap();
+        assert!(sheet.height() < 400, "{}", sheet.height());
+        assert_clean_border(&sheet);
+        let columns = vec![column(&long, 0), column("short", 1)];
+        let sheet = before_after_sheet(&long, &[BeforeAfter { title: long.clone(), columns }]).unwrap();
+        assert!(sheet.height() < 900, "{}", sheet.height());
+        assert_clean_border(&sheet);
     }
 
     #[test]

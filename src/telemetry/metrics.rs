@@ -41,6 +41,10 @@ pub mod names {
     /// L_pre, mean over the pretraining steps of the iteration.
     pub const PRETRAINING_LOSS: &str = "pretraining_loss";
 
+    /// Share of a task's samples from which nothing can be learnt: what their rewards are compared with are equal
+    /// rewards, or (ReFL, DRaFT) the reward has no gradient in their pictures.
+    pub const NO_SIGNAL: &str = "no_signal";
+
     /// RAFT: mean reward of the samples that a task keeps.
     pub const KEPT_REWARD_MEAN: &str = "kept_reward_mean";
     /// RAFT: the lowest of what they are compared by.

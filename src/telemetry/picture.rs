@@ -137,6 +137,8 @@ pub(crate) fn encode_png(picture: &Picture, text: &[(String, String)]) -> Result
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     for (keyword, text) in text {
+        // it would end the chunk's text
+        let text = &text.replace('\0', " ");
         let fits = is_latin1(keyword) && (1..=79).contains(&keyword.chars().count());
         ensure!(fits, "text chunk keyword {keyword:?}: 1 to 79 Latin-1 characters are allowed");
         let added = if is_latin1(text) {

@@ -10,9 +10,12 @@ use anyhow::{ensure, Context, Result};
 
 use super::grid::GridRow;
 use super::picture::{png_text, read_png, save_png, Picture};
+use crate::excerpt::bounded;
 
 /// Keyword of the text chunk with the prompts.
 const PROMPTS: &str = "prompts";
+/// Bytes of a prompt in it.
+const LONGEST: usize = 4 << 10;
 
 /// A PNG of equally large pictures without gaps, a row for each prompt, whose text chunk `prompts` holds the prompts as a
 /// JSON array: the number of rows is theirs, and that of columns follows from `columns`.
@@ -39,7 +42,7 @@ impl SampleSheet {
                 sheet.paste(picture, x * width, y * height);
             }
         }
-        let prompts: Vec<&str> = self.rows.iter().map(|row| row.caption.as_str()).collect();
+        let prompts: Vec<_> = self.rows.iter().map(|row| bounded(&row.caption, LONGEST)).collect();
         let text =
             [(PROMPTS.to_owned(), serde_json::to_string(&prompts)?), ("columns".to_owned(), columns.to_string())];
         save_png(path, &sheet, &text)

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use ab_glyph::{point, Font, FontRef, GlyphId, PxScale, ScaleFont};
 
 use super::picture::Picture;
+use crate::excerpt::{one_line, IN_CAPTIONS};
 
 pub(super) const BLACK: [u8; 3] = [24, 24, 28];
 pub(super) const GREY: [u8; 3] = [105, 105, 112];
@@ -70,6 +71,24 @@ impl Style {
                 }
             }
             lines.extend(self.pieces(word, width));
+        }
+        lines
+    }
+
+    /// As [`Style::wrap`], at most `most` lines of what [`one_line`] leaves of the text; the last one ends with "…" where
+    /// there would be more.
+    pub fn wrap_within(self, text: &str, width: usize, most: usize) -> Vec<String> {
+        let text = one_line(text, IN_CAPTIONS);
+        let mut lines = self.wrap(&text, width);
+        if lines.len() > most {
+            lines.truncate(most);
+            if let Some(last) = lines.last_mut() {
+                while !last.is_empty() && self.width(&format!("{last}…")) > width {
+                    last.pop();
+                }
+                last.truncate(last.trim_end().len());
+                last.push('…');
+            }
         }
         lines
     }
@@ -159,6 +178,19 @@ mod tests {
         assert!(STYLE.wrap("  ", 100).is_empty());
         // narrower than any character: one character a line, and it ends
         assert_eq!(STYLE.wrap("abc", 1).len(), 3);
+    }
+
+    #[test]
+    fn captions_have_an_end() {
+        let text = "a portrait of a librarian\nat\u{202e} dusk ".repeat(50_000);
+        for (width, most) in [(128, 4), (200, 8), (40, 1)] {
+            let lines = STYLE.wrap_within(&text, width, most);
+            assert!(lines.len() == most && lines.iter().all(|line| STYLE.width(line) <= width), "{lines:?}");
+            assert!(lines[most - 1].ends_with('…') && lines.iter().all(|line| !line.contains(char::is_control)));
+        }
+        assert_eq!(STYLE.wrap_within("a cat", 400, 8), ["a cat"]);
+        // narrower than the ellipsis: it stands alone
+        assert_eq!(STYLE.wrap_within("abc def", 1, 2)[1], "…");
     }
 
     /// The missing glyph of a font is its glyph 0.

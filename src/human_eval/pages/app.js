@@ -14,6 +14,8 @@
   const SMALL = 128;
   /** Longer descriptions are set in smaller letters. */
   const LONG = 90;
+  /** Of still longer ones this many characters are shown; the rest comes where one points at them. */
+  const LONGEST = 600;
   const KINDS = { pair: "Two pictures of", group: "Two sets of six pictures of" };
 
   /** {rater, session, started, at, answers: {query: {question: {answer, seconds}}}} or null before the start. */
@@ -121,7 +123,10 @@
     const query = order[state.at];
     element("query").dataset.query = query.id;
     element("kind").textContent = `Query ${state.at + 1} of ${order.length}. ${KINDS[query.form]}`;
-    element("prompt").textContent = `“${query.prompt}”`;
+    const prompt = query.prompt.replace(/[\s\p{Cc}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]+/gu, " ");
+    const shown = Array.from(prompt).length > LONGEST ? `${Array.from(prompt).slice(0, LONGEST).join("")}…` : prompt;
+    element("prompt").textContent = `“${shown}”`;
+    element("prompt").title = shown === prompt ? "" : query.prompt;
     element("prompt").classList.toggle("long", query.prompt.length > LONG);
     element("pictures").replaceChildren(figure(query, "left", "Left"), figure(query, "right", "Right"));
     element("questions").replaceChildren(...questionsOf(query).map((question) => fieldset(query, question)));

@@ -8,8 +8,12 @@ use anyhow::{anyhow, ensure, Context, Result};
 use serde_json::{json, Map, Value};
 use tch::Tensor;
 
+use crate::excerpt::{quoted, whole_words, IN_MESSAGES};
+
 /// Tokens of a prompt, \[CLS\] and \[SEP\] included; longer prompts are cut, shorter ones padded.
 pub const LENGTH: usize = 35;
+/// Bytes of a prompt that are looked at.
+const BEGINNING: usize = 64 << 10;
 const ADDED: [&str; 2] = ["[DEC]", "[ENC]"];
 
 pub struct WordPiece {
@@ -84,7 +88,10 @@ impl WordPiece {
         let mut lengths = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let prompt = prompt.as_ref();
-            let words = self.inner.encode_fast(prompt, false).map_err(|e| anyhow!("prompt {prompt:?}: {e}"))?;
+            // more than enough: every word is a token at least, and no token spans white space
+            let beginning = whole_words(prompt, BEGINNING);
+            let words = self.inner.encode_fast(beginning, false);
+            let words = words.map_err(|e| anyhow!("prompt {}: {e}", quoted(prompt, IN_MESSAGES)))?;
             let first = ids.len();
             ids.push(self.start);
             ids.extend(words.get_ids().iter().take(LENGTH - 2).map(|&id| i64::from(id)));
