@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{anyhow, ensure};
 use tch::Kind;
 
-use super::{Failure, OrMistake};
+use super::{numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     miniature::pretrain::{self, PretrainSettings},
@@ -20,10 +20,10 @@ pub struct Args {
     #[arg(long)]
     seed: Option<u64>,
     /// Optimizer steps of the VAE.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1, 4_294_967_295))]
     vae_steps: Option<u64>,
     /// Optimizer steps of text encoder and U-Net.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>(1, 4_294_967_295))]
     unet_steps: Option<u64>,
 }
 
@@ -37,7 +37,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     };
     let free = || {
         ensure!(!args.out.exists(), "{} exists already", args.out.display());
-        ensure!(settings.vae_steps > 0 && settings.unet_steps > 0, "--vae-steps and --unet-steps must be at least 1");
         pretrain::check_ranks(comm)
     };
     agree(comm, free()).map_err(|e| anyhow!("pretrain: {e:#}")).or_mistake()?;

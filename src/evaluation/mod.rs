@@ -24,8 +24,8 @@ use anyhow::{Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{agree, Communicator},
-    config::EvalConfig,
+    comm::{agree, all_made, Communicator},
+    config::{needs::ensure_here, EvalConfig},
     diffusion::schedule::Schedule,
     run::CannotWrite,
     task::Roller,
@@ -47,10 +47,15 @@ impl<'a> Evaluation<'a> {
     pub fn prepare(config: &'a EvalConfig, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Self> {
         config.validate()?;
         agree(comm, if comm.rank() == 0 { can_be_folder(out) } else { Ok(()) })?;
+        all_made(comm, ensure_here(&config.needs()))?;
         let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
-        let sets = sets.collect::<Result<Vec<_>>>()?;
+        let mut sets = sets.collect::<Result<Vec<_>>>()?;
         for model in &config.models {
-            let tried = if comm.rank() == 0 { model::try_out(model) } else { Ok(()) };
+            let mut try_out = || {
+                let size = model::try_out(model, &config.rollout)?;
+                sets.iter_mut().try_for_each(|set| set.check_size(size))
+            };
+            let tried = if comm.rank() == 0 { try_out() } else { Ok(()) };
             agree(comm, tried).with_context(|| format!("model {}", model.name))?;
         }
         Ok(Evaluation { config, sets })

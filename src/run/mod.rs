@@ -19,8 +19,8 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{agree, same_tree, Communicator},
-    config::Config,
+    comm::{agree, all_made, same_tree, Communicator},
+    config::{needs::ensure_here, Config},
     device::ensure_gpu,
     faults,
     learner::Learner,
@@ -156,6 +156,7 @@ impl<'a> Run<'a> {
             );
         }
         agree(comm, if comm.rank() == 0 { can_be_folder(files.root()) } else { Ok(()) })?;
+        all_made(comm, ensure_here(&config.needs()))?;
         let mut trainer = Trainer::new(config, comm, load_for_training(config, comm, device)?)?;
         let (mut done, mut origin) = (0, None);
         if let Some(loaded) = resume::find(resume, &files, comm)? {
