@@ -1,6 +1,6 @@
 //! Pictures from prompts by a model as it is: what `sample` and `human-eval` draw.
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -29,16 +29,6 @@ pub struct Drawing {
     /// In pixels; the model's own where there is none.
     pub height: Option<i64>,
     pub width: Option<i64>,
-}
-
-impl Drawing {
-    /// What is wrong whatever the model.
-    pub fn validate(&self) -> Result<()> {
-        ensure!(self.steps > 0, "--steps must be at least 1");
-        ensure!((0.0..=1.0).contains(&self.eta), "--eta is in 0..=1");
-        ensure!(self.guidance_scale.is_finite(), "--guidance must be finite");
-        Ok(())
-    }
 }
 
 /// A model with everything set up to draw.

@@ -1,6 +1,10 @@
 //! Image files that a user gives, as bytes, to RGB pictures.
 
-use std::io::Cursor;
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Cursor, Seek},
+    path::Path,
+};
 
 use anyhow::{anyhow, ensure, Context, Result};
 use image::{imageops::FilterType, ImageReader, Limits};
@@ -37,14 +41,26 @@ pub fn decode_whole(bytes: &[u8]) -> Result<image::RgbImage> {
     Ok(decode_any(bytes)?.to_rgb8())
 }
 
+/// Width and height, from the file's beginning. Errors as [`decode_middle`], but for what comes after it.
+pub fn dimensions(path: &Path) -> Result<(u32, u32)> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let size = reader(BufReader::new(file))?.into_dimensions().map_err(broken)?;
+    ensure_size(size)?;
+    Ok(size)
+}
+
 fn decode_any(bytes: &[u8]) -> Result<image::DynamicImage> {
-    let (width, height) = reader(bytes)?.into_dimensions().map_err(broken)?;
+    ensure_size(reader(Cursor::new(bytes))?.into_dimensions().map_err(broken)?)?;
+    reader(Cursor::new(bytes))?.decode().map_err(broken)
+}
+
+fn ensure_size((width, height): (u32, u32)) -> Result<()> {
     let pixels = u64::from(width) * u64::from(height);
     ensure!(
         width.max(height) <= MAX_SIDE && (1..=MAX_PIXELS).contains(&pixels),
         "{width} × {height} pixels; the limits are {MAX_SIDE} a side and {MAX_PIXELS} in all"
     );
-    reader(bytes)?.decode().map_err(broken)
+    Ok(())
 }
 
 /// The decoders' errors on one line; as a chain they say everything twice.
@@ -52,8 +68,8 @@ fn broken(error: image::ImageError) -> anyhow::Error {
     anyhow!("broken image: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>> {
-    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().context("not an image")?;
+fn reader<R: BufRead + Seek>(bytes: R) -> Result<ImageReader<R>> {
+    let mut reader = ImageReader::new(bytes).with_guessed_format().context("not an image")?;
     ensure!(reader.format().is_some(), "not an image (JPEG, PNG or WebP)");
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);

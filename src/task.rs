@@ -12,7 +12,7 @@ use crate::{
         sampler::{self, Conditioning, Trajectory},
         schedule::Step,
     },
-    faults,
+    faults, methods,
     models::{pipeline::Pipeline, unet::UNet},
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
@@ -30,10 +30,15 @@ pub struct Task {
 }
 
 impl Task {
-    /// The tasks of a config. A collective call; errors are the same on all ranks.
-    pub fn all(config: &Config, device: Device, comm: &dyn Communicator) -> Result<Vec<Self>> {
-        let tasks = config.tasks.iter().enumerate();
-        tasks.map(|(i, task)| Task::new(task, i, config.run.seed, device, comm)).collect()
+    /// As [`Task::new`], for training `pipeline`, and held against it: does the reward take its pictures, and has it the
+    /// gradient that the method asks for? `check` and training both decide by this. A collective call.
+    pub fn ready(config: &Config, index: usize, pipeline: &Pipeline, comm: &dyn Communicator) -> Result<Self> {
+        let mut task = Task::new(&config.tasks[index], index, config.run.seed, pipeline.device, comm)?;
+        let name = &config.tasks[index].name;
+        let [height, width] = pipeline.picture_size();
+        let tried = task.reward.check_size(height, width).with_context(|| format!("task.{name}.reward"));
+        all_made(comm, tried.and_then(|()| methods::check_reward(config, pipeline, &mut task)))?;
+        Ok(task)
     }
 
     /// Prompts and reward of a task; networks of the reward go to `device`. A collective call; errors are the same on
@@ -46,7 +51,9 @@ impl Task {
         signals::stop_here(comm)?;
         let reward = all_made(comm, rewards::registry::build(&config.reward, place));
         let reward = reward.with_context(|| format!("task {}: reward", config.name))?;
-        reward.check_objects(&prompts.objects()).with_context(|| format!("task {}", config.name))?;
+        reward
+            .check_objects(&prompts.objects(), prompts.nameless().as_deref())
+            .with_context(|| format!("task {}", config.name))?;
         Ok(Task { config: config.clone(), index, prompts, reward })
     }
 

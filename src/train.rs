@@ -139,12 +139,13 @@ impl<'a> Trainer<'a> {
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-        let mut tasks = Task::all(config, pipeline.device, comm)?;
+        let tasks = (0..config.tasks.len()).map(|index| Task::ready(config, index, &pipeline, comm));
+        let tasks = tasks.collect::<Result<Vec<_>>>()?;
         signals::stop_here(comm)?;
         let first = comm.rank() == 0;
         agree(comm, tasks.iter().filter(|_| first).try_for_each(|task| task.warn_of_cut_prompts(&pipeline)))?;
         // before training can change a weight: a method may keep the model as it is now
-        let method = all_made(comm, methods::build(config, &pipeline, &steps, &mut tasks))?;
+        let method = all_made(comm, methods::build(config, &pipeline, &steps))?;
         let learner = Learner::new(&pipeline, config)?;
         Ok(Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
@@ -403,13 +404,16 @@ impl<'a> Trainer<'a> {
     /// A gradient that is not finite is an error on all ranks in the same step, since all hold the same sum; this adds
     /// on which rank it began. `broken` is what this rank saw. A collective call.
     fn where_from(&self, error: Error, mut broken: Vec<String>) -> Error {
+        // the step that failed has changed nothing: what is wrong with the weights was wrong before it
+        const WEIGHTS: &str = "weights, already before this step";
         if !self.learner.is_finite() {
-            broken.insert(0, "weights".to_string());
+            broken.insert(0, WEIGHTS.to_string());
         }
         let mine = if broken.is_empty() { Ok(()) } else { Err(anyhow!("not finite: {}", broken.join(", "))) };
         match agree(self.comm, mine) {
-            Ok(()) => error,
-            Err(found) => anyhow!("{error:#}; {found:#}"),
+            Ok(()) => anyhow!("{error:#}; the weights are as before"),
+            Err(found) if found.to_string().contains(WEIGHTS) => anyhow!("{error:#}; {found:#}"),
+            Err(found) => anyhow!("{error:#}; {found:#}; the weights are as before"),
         }
     }
 

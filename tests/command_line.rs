@@ -191,7 +191,7 @@ fn check_prints_the_batch_arithmetic_and_writes_nothing() {
     assert!(files_below(&folder).is_empty());
 }
 
-/// Also those of the paper's size, on a machine that has neither their model nor their data.
+/// Also those of the paper's size, whose models and data a machine need not have.
 #[test]
 fn every_experiment_is_sound() {
     let folder = empty_folder("check-all");
@@ -202,9 +202,16 @@ fn every_experiment_is_sound() {
     assert!(tomls.len() >= 8, "{tomls:?}");
     for toml in tomls {
         let path = std::path::absolute(&toml).unwrap();
-        let done = run(1, &folder, &["check", path.to_str().unwrap()]);
+        let done = run(1, &folder, &["check", "--without-files", path.to_str().unwrap()]);
         let done = done.expect_success(&toml.display().to_string());
-        assert!(done.stdout.contains(" is sound"), "{}: {}", toml.display(), done.stdout);
+        let wanted = " is valid; its files were not looked at\n";
+        assert!(done.stdout.contains(wanted), "{}: {}", toml.display(), done.stdout);
+        // what needs no files can also start
+        if toml.display().to_string().contains("miniature") {
+            let whole = run(1, &folder, &["check", path.to_str().unwrap()]);
+            let whole = whole.expect_success(&toml.display().to_string());
+            assert!(whole.stdout.contains(" is sound\n"), "{}: {}", toml.display(), whole.stdout);
+        }
         if !["miniature", "eval-"].iter().any(|kind| toml.display().to_string().contains(kind)) {
             let wanted =
                 ["numbers of ranks           1, 2, 4, 8, 16, 32, 64, 128", "U-Net forward 804.3 GFLOP", "865910724"];

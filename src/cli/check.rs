@@ -1,15 +1,14 @@
 //! `rldiff check`: is this config sound, and what follows from it?
 
-use std::path::Path;
-
 use anyhow::{anyhow, Context, Result};
 use tch::Device;
 
-use super::{config_args::ConfigArgs, eval, study, Failure, OrMistake};
+use super::{check_report::Report, config_args::ConfigArgs, eval, numbers::number, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{eval::is_evaluation, study::is_study, Config},
-    diffusion::schedule::Schedule,
+    config::{eval::is_evaluation, needs::Missing, study::is_study, Config},
+    device::parts::gpus,
+    diffusion::schedule::{Schedule, Step},
     methods,
     models::{architectures::Architecture, pipeline::Pipeline},
     pairs,
@@ -24,50 +23,59 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Take the sizes from this published architecture instead of the config's model. It is what a check does by
+    /// Take the sizes from this published architecture, and leave the config's model closed. It is what a check does by
     /// itself, for sd2-base, where the model's folder is not on this machine.
     #[arg(long, value_enum)]
     architecture: Option<Architecture>,
+    /// Check the settings and their arithmetic alone: no file of the config is looked for and no program started. For
+    /// planning on another machine than the run's.
+    #[arg(long)]
+    without_files: bool,
     /// Memory of a GPU in GB (10⁹ bytes): does a rank fit?
-    #[arg(long, default_value_t = 80.0, value_name = "GB")]
+    #[arg(long, default_value_t = 80.0, value_name = "GB", value_parser = number(1e-3, 1e6))]
     gpu_memory: f64,
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    // evaluations and studies are another kind of config
     let text = args.config.config.as_ref().and_then(|path| user_file::read_text(path).ok()).unwrap_or_default();
-    let of_other_kind = match &args.config.config {
-        Some(path) if is_evaluation(&text) => Some(eval::check(path, &args.config.set)),
-        Some(path) if is_study(&text) => Some(match args.config.set.is_empty() {
-            true => study::check(path),
+    let with_files = !args.without_files;
+    // evaluations and studies are another kind of config
+    let report = match &args.config.config {
+        _ if comm.rank() != 0 && (is_evaluation(&text) || is_study(&text)) => return Ok(()),
+        Some(path) if is_evaluation(&text) => eval::check(path, &args.config.set, with_files),
+        Some(path) if is_study(&text) => match args.config.set.is_empty() {
+            true => study::check(path, with_files),
             false => Err(anyhow!("--set changes runs and evaluations, {} is a study", path.display())),
-        }),
-        _ => None,
-    };
-    if let Some(described) = of_other_kind {
-        let described = described.or_mistake()?;
-        if comm.rank() == 0 {
-            say!("{described}");
+        },
+        _ => {
+            let config = args.config.load(comm).or_mistake()?;
+            if comm.rank() != 0 {
+                return Ok(());
+            }
+            describe(&config, &args)
         }
-        return Ok(());
-    }
-    let config = args.config.load(comm).or_mistake()?;
-    if comm.rank() == 0 {
-        say!("{}", describe(&config, &args).or_mistake()?);
-    }
-    Ok(())
+    };
+    let report = report.or_mistake()?;
+    say!("{}", report.text());
+    report.verdict().or_mistake()
 }
 
-fn describe(config: &Config, args: &Args) -> Result<String> {
+fn describe(config: &Config, args: &Args) -> Result<Report> {
     let derived = config.validate()?;
-    let mut report = Report::default();
-    report.line("config", format!("{} is sound", config.run.name));
-    let Sizes { pipeline, model, planning } = sizes(config, args.architecture)?;
-    report.line("model", model);
-    let schedule = Schedule::of_model(&pipeline.scheduler)?;
-    let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
-    methods::check_steps(config, &steps)?;
-    report.line("method", config.method.name().to_string());
+    let with_files = !args.without_files;
+    let mut report = Report::new(&config.run.name, with_files);
+    if with_files && config.rollout.cuda_graph {
+        if let Err(e) = gpus() {
+            let what = format!("true needs a GPU, and there is none here ({e:#})");
+            report.missing.push(Missing { key: "rollout.cuda_graph".to_string(), what });
+        }
+    }
+    let Some(Sizes { pipeline, is_own }) = sizes(config, args, &mut report)? else { return Ok(report) };
+    let own = is_own.then_some(&pipeline);
+    if let (None, None) = (own, report.closed) {
+        report.closed = Some("its model was not opened");
+    }
+    report.line("method", config.method.name());
     report.line(
         "parameters",
         format!(
@@ -80,85 +88,107 @@ fn describe(config: &Config, args: &Args) -> Result<String> {
     );
 
     let mut of_rewards = 0;
-    for (index, task) in config.tasks.iter().enumerate() {
-        let use_ = match task.train {
-            true => format!(
-                "{} samples per iteration, {} per lane, {} prompts",
-                task.samples,
-                task.samples / config.run.lanes,
-                task.samples / task.images_per_prompt
-            ),
-            false => "evaluated only".to_string(),
-        };
-        let what = match Task::new(task, index, config.run.seed, Device::Cpu, &Local) {
-            Ok(mut task) => {
-                if task.config.train {
-                    methods::check_reward(config, &mut task)?;
-                }
-                task.warn_of_cut_prompts(&pipeline)?;
-                of_rewards += task.reward.weight_bytes();
-                let (train, held_out) = (task.prompts.len(Split::Train), task.prompts.len(Split::HeldOut));
-                format!("{train} prompts to train on, {held_out} held out")
-            }
-            // a plan for another machine, which has what is not here
-            Err(e) if planning => format!("not on this machine: {e:#}"),
-            Err(e) => return Err(e),
-        };
-        report.line(
-            &format!("task {}", task.name),
-            format!("{use_}; {} evaluation samples; {what}", task.evaluation_samples),
-        );
+    for index in 0..config.tasks.len() {
+        of_rewards += task_line(config, index, own, with_files, &mut report);
     }
-    let pairs = match pairs::try_out(config, &pipeline) {
-        Ok(pairs) => pairs,
-        Err(e) if planning => format!("not on this machine: {e:#}"),
-        Err(e) => return Err(e),
-    };
-    report.line("pretraining pairs", pairs);
+    let pairs_here = with_files && report.look_for(&config.pair_needs());
+    let pairs = own.filter(|_| pairs_here).map(|own| pairs::try_out(config, own));
+    let pairs = pairs.map_or(Some("not looked at".to_string()), |pairs| report.keep(pairs));
+    report.line("pretraining pairs", pairs.as_deref().unwrap_or("cannot be used"));
     report.line("samples per iteration", derived.samples_per_iteration.to_string());
     let optimizer_steps = derived.optimizer_steps_per_iteration;
     let in_all = optimizer_steps as u64 * config.run.iterations;
     report.line("optimizer steps", format!("{optimizer_steps} per iteration, {in_all} in all"));
+    let Some(steps) = report.keep(steps(config, &pipeline)) else { return Ok(report) };
     let steps: Vec<String> = steps.iter().map(|s| format!("{} ({:.1})", s.t, s.sensitivity())).collect();
     report.line("timesteps (sensitivity)", steps.join(", "));
     report.line("numbers of ranks", ranks(config.run.lanes));
     footprint_lines(config, &pipeline, of_rewards, args.gpu_memory, &mut report)?;
-    Ok(report.lines.join("\n"))
+    Ok(report)
 }
 
-#[derive(Default)]
-struct Report {
-    lines: Vec<String>,
+/// The steps of a config that its method can train with.
+fn steps(config: &Config, pipeline: &Pipeline) -> Result<Vec<Step>> {
+    let steps = Schedule::of_model(&pipeline.scheduler)?.steps(config.rollout.steps, config.rollout.eta)?;
+    methods::check_steps(config, &steps)?;
+    Ok(steps)
 }
 
-impl Report {
-    fn line(&mut self, name: &str, value: String) {
-        self.lines.push(format!("{name:<26} {value}"));
+/// Holds a config against its model, as a run does before it starts.
+pub fn against(config: &Config, pipeline: &Pipeline, report: &mut Report, of: &str) {
+    let tasks = (0..config.tasks.len()).map(|index| Task::ready(config, index, pipeline, &Local).map(drop));
+    let checks = [steps(config, pipeline).map(drop), pairs::try_out(config, pipeline).map(drop)];
+    for checked in checks.into_iter().chain(tasks) {
+        report.keep(checked.with_context(|| of.to_string()));
     }
+}
+
+/// A task's line; gives the bytes of its reward's networks. Without `own` it is not held against the model.
+fn task_line(config: &Config, index: usize, own: Option<&Pipeline>, with_files: bool, report: &mut Report) -> u64 {
+    let task = &config.tasks[index];
+    let use_ = match task.train {
+        true => format!(
+            "{} samples per iteration, {} per lane, {} prompts",
+            task.samples,
+            task.samples / config.run.lanes,
+            task.samples / task.images_per_prompt
+        ),
+        false => "evaluated only".to_string(),
+    };
+    let alone = || {
+        let mut built = Task::new(task, index, config.run.seed, Device::Cpu, &Local)?;
+        methods::check_gradient(config, &mut built).map(|()| built)
+    };
+    let built = match own {
+        _ if !with_files && !task.is_self_contained() => None,
+        _ if !report.look_for(&task.needs()) => None,
+        Some(own) => Some(Task::ready(config, index, own, &Local)),
+        None => Some(alone()),
+    };
+    let (what, bytes) = match built.map(|built| report.keep(built)) {
+        None => ("its prompts and reward were not looked at".to_string(), 0),
+        Some(None) => ("cannot be used".to_string(), 0),
+        Some(Some(task)) => {
+            if let Some(own) = own {
+                report.keep(task.warn_of_cut_prompts(own));
+            }
+            let (train, held_out) = (task.prompts.len(Split::Train), task.prompts.len(Split::HeldOut));
+            (format!("{train} prompts to train on, {held_out} held out"), task.reward.weight_bytes())
+        }
+    };
+    let line = format!("{use_}; {} evaluation samples; {what}", task.evaluation_samples);
+    report.line(&format!("task {}", task.name), line);
+    bytes
 }
 
 /// What the figures are of.
 struct Sizes {
     pipeline: Pipeline,
-    model: String,
-    /// The model is not on this machine, so other files and programs of the run may be missing too.
-    planning: bool,
+    /// It is the config's model, and not an architecture without weights in its place.
+    is_own: bool,
 }
 
-/// The config's model, or an architecture without weights.
-fn sizes(config: &Config, architecture: Option<Architecture>) -> Result<Sizes> {
+/// The config's model, or an architecture without weights; none where the model cannot be used.
+fn sizes(config: &Config, args: &Args, report: &mut Report) -> Result<Option<Sizes>> {
     let path = &config.model.path;
-    let missing = path != "embedded" && !Path::new(path).exists();
-    let Some(architecture) = architecture.or(missing.then_some(Architecture::Sd2Base)) else {
+    let need = config.model_need();
+    let here = match &need {
+        Some(need) => !args.without_files && report.look_for(std::slice::from_ref(need)),
+        None => true,
+    };
+    let Some(architecture) = args.architecture.or((!here).then_some(Architecture::Sd2Base)) else {
         let model = model_location(path).origin()?;
-        let pipeline = load_for_training(config, &Local, Device::Cpu)?;
-        return Ok(Sizes { pipeline, model, planning: false });
+        report.line("model", model);
+        let pipeline = report.keep(load_for_training(config, &Local, Device::Cpu));
+        if pipeline.is_none() {
+            report.look_for(&config.needs());
+        }
+        return Ok(pipeline.map(|pipeline| Sizes { pipeline, is_own: true }));
     };
     let pipeline = Pipeline::shapes_only(architecture.files(), Device::Cpu, build_for(config))
         .with_context(|| format!("--architecture {architecture}"))?;
-    let why = if missing { format!("{path} is not on this machine; ") } else { String::new() };
-    let model = format!("{why}sizes are those of {architecture}, without weights");
-    Ok(Sizes { pipeline, model, planning: missing })
+    report.line("model", format!("{path}; sizes are those of {architecture}, without weights"));
+    Ok(Some(Sizes { pipeline, is_own: false }))
 }
 
 /// Numbers of ranks that share the lanes evenly, those that give the bits of one rank first.

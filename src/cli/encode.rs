@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{bail, ensure};
+use anyhow::bail;
 use clap::ValueEnum;
 
-use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
+use super::{config_args::ConfigArgs, device_args::DeviceArgs, numbers::whole, Failure, OrMistake};
 use crate::{
     comm::Communicator,
     config::PairData,
@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Pairs per shard.
-    #[arg(long, default_value_t = 1024, value_name = "N")]
+    #[arg(long, default_value_t = 1024, value_name = "N", value_parser = whole::<usize>(1, 16_777_216))]
     per_shard: usize,
     /// Number type of latents and embeddings.
     #[arg(long, value_enum, default_value_t = Precision::F16)]
@@ -46,12 +46,9 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let _droppable = signals::droppable("leaving at the next batch of pairs; the shards that are whole are kept");
     faults::install(comm.rank()).or_mistake()?;
     let config = args.config.load(comm).or_mistake()?;
-    let pairs = || {
-        ensure!(args.per_shard > 0, "--per-shard must be at least 1");
-        match &config.pretrain.data {
-            PairData::Webdataset(settings) => Ok(settings),
-            _ => bail!("pretrain.data must have source = \"webdataset\": that is what encode reads"),
-        }
+    let pairs = || match &config.pretrain.data {
+        PairData::Webdataset(settings) => Ok(settings),
+        _ => bail!("pretrain.data must have source = \"webdataset\": that is what encode reads"),
     };
     let pairs = pairs().or_mistake()?;
     let check = || can_take(&args.out, |name| name.starts_with("pairs-") && name.ends_with(".h5"));

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{anyhow, Result};
+use tch::Device;
 
-use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
+use super::{check_report::Report, config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, Communicator},
+    comm::{agree, Communicator, Local},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
     device::threads::use_threads,
     evaluation::{to_json, to_markdown, Evaluation},
@@ -82,18 +83,23 @@ fn load(args: &ConfigArgs, comm: &dyn Communicator) -> Result<EvalConfig> {
     }
 }
 
-/// What `check` says of an evaluation.
-pub fn check(path: &std::path::Path, overrides: &[String]) -> Result<String> {
+/// What `check` says of an evaluation; on one rank.
+pub fn check(path: &std::path::Path, overrides: &[String], with_files: bool) -> Result<Report> {
     let config = EvalConfig::load(path, overrides)?;
-    let mut lines = vec![format!("config                     {} is sound", config.eval.name)];
+    let mut report = Report::new(&config.eval.name, with_files);
+    if with_files && report.look_for(&config.needs()) {
+        let out = PathBuf::from("runs").join(&config.eval.name);
+        report.keep(Evaluation::prepare(&config, &Local, Device::Cpu, &out).map(drop));
+    }
     for model in &config.models {
-        lines.push(format!("model {:<20} {}", model.name, model.path));
+        report.line(&format!("model {}", model.name), &model.path);
     }
     for set in &config.sets {
         let metrics: Vec<&str> = set.metrics.iter().map(|metric| metric.name.as_str()).collect();
         let count = if set.count == 0 { "all".to_string() } else { set.count.to_string() };
         let images = set.images_per_prompt;
-        lines.push(format!("set {:<22} {count} prompts, {images} pictures each: {}", set.name, metrics.join(", ")));
+        let value = format!("{count} prompts, {images} pictures each: {}", metrics.join(", "));
+        report.line(&format!("set {}", set.name), value);
     }
-    Ok(lines.join("\n"))
+    Ok(report)
 }

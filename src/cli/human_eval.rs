@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{ensure, Context, Result};
 
-use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, Failure, OrMistake};
+use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{eval::is_evaluation, load, EvalConfig, EvalSet},
@@ -65,7 +65,7 @@ struct BuildArgs {
     #[arg(long = "prompt-set", value_name = "CONFIG:SET")]
     prompt_sets: Vec<String>,
     /// Prompts of each --prompt-set; 0 for as many as its evaluation takes.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
     prompt_count: usize,
     /// What to draw for the question on sets of six pictures. May be given several times.
     #[arg(long = "group-prompt", value_name = "TEXT")]
@@ -77,13 +77,13 @@ struct BuildArgs {
     #[arg(long = "group-prompt-set", value_name = "CONFIG:SET")]
     group_prompt_sets: Vec<String>,
     /// Prompts of each --group-prompt-set; 0 for as many as its evaluation takes.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
     group_prompt_count: usize,
     /// Heading of the pages; raters read it.
     #[arg(long, default_value = "Which picture is better?", value_name = "TEXT")]
     title: String,
     /// Raters that every query should have.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 10_000))]
     raters: usize,
     #[command(flatten)]
     drawing: DrawingArgs,
@@ -210,7 +210,6 @@ fn plan(
     group_prompts: &[String],
     digests: &[String],
 ) -> Result<Study> {
-    drawing.validate()?;
     let models = args.models.iter().zip(digests);
     let models = models.map(|(name, digest)| Model { name: name.clone(), digest: digest.clone() }).collect();
     Study::plan(&args.title, models, args.pairing, pair_prompts, group_prompts, args.raters, drawing.clone())

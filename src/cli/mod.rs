@@ -11,6 +11,7 @@
 
 mod bench;
 mod check;
+mod check_report;
 mod config_args;
 mod device_args;
 mod doctor;
@@ -20,6 +21,7 @@ mod eval;
 mod export;
 mod human_eval;
 mod inspect;
+mod numbers;
 mod pretrain;
 mod report;
 mod sample;

@@ -1,16 +1,19 @@
 //! `rldiff score`: what a reward says of image files.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::{device_args::DeviceArgs, Failure, OrMistake};
+use super::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
-    config::{validate::validate_reward, RewardConfig},
+    config::{bounds, needs::ensure_here, validate::validate_reward, RewardConfig},
     excerpt::{one_line, IN_MESSAGES},
     folders::{can_be_file, outputs},
     image_file,
@@ -38,10 +41,10 @@ pub struct Args {
     #[arg(value_name = "PROMPTS")]
     prompts: PathBuf,
     /// Consecutive images that a reward over groups (parity) judges together; they must be of one size.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<usize>(1, 65_536))]
     group: usize,
     /// Images given to the reward at once; a multiple of --group is used.
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = whole::<usize>(1, 65_536))]
     batch: usize,
     /// Also write the figures to this file.
     #[arg(long, value_name = "FILE")]
@@ -80,7 +83,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 type Prepared = (Vec<PathBuf>, Vec<Prompt>, Box<dyn Reward>);
 
 fn prepare(args: &Args, device: Device) -> Result<Prepared> {
-    ensure!(args.group > 0 && args.batch > 0, "--group and --batch must be at least 1");
     let config = parse_reward(&args.reward).with_context(|| format!("--reward {}", args.reward))?;
     let files = list(&args.images)?;
     args.json.as_ref().map_or(Ok(()), |path| {
@@ -98,8 +100,27 @@ fn prepare(args: &Args, device: Device) -> Result<Prepared> {
     }
     ensure!(prompts.len() == files.len(), "{} prompts for {} images", prompts.len(), files.len());
     let place = Place { task: "score", index: 0, seed: 0, device, group: args.group };
-    let reward = build(&config, place).with_context(|| format!("--reward {}", args.reward))?;
+    let of_reward = || format!("--reward {}", args.reward);
+    ensure_here(&config.needs("reward")).with_context(of_reward)?;
+    let mut reward = build(&config, place).with_context(of_reward)?;
+    check_against(reward.as_mut(), &files, &prompts).with_context(of_reward)?;
     Ok((files, prompts, reward))
+}
+
+/// Whether the reward can judge these prompts, and pictures of every size that the images have.
+fn check_against(reward: &mut dyn Reward, files: &[PathBuf], prompts: &[Prompt]) -> Result<()> {
+    let objects: BTreeSet<&String> = prompts.iter().flat_map(|prompt| &prompt.objects).collect();
+    let objects: Vec<String> = objects.into_iter().cloned().collect();
+    let nameless = prompts.iter().find(|prompt| prompt.objects.is_empty()).map(|prompt| prompt.text.as_str());
+    reward.check_objects(&objects, nameless.filter(|_| !objects.is_empty()))?;
+    let mut seen = BTreeSet::new();
+    for file in files {
+        let (width, height) = image_file::dimensions(file).with_context(|| file.display().to_string())?;
+        if seen.insert((width, height)) {
+            reward.check_size(i64::from(height), i64::from(width)).with_context(|| file.display().to_string())?;
+        }
+    }
+    Ok(())
 }
 
 /// A name or an inline table.
@@ -114,6 +135,7 @@ fn parse_reward(text: &str) -> Result<RewardConfig> {
     };
     let wrapped: Wrapped = toml::from_str(&format!("reward = {value}"))
         .map_err(|e| anyhow::anyhow!("{}", e.message().split_whitespace().collect::<Vec<_>>().join(" ")))?;
+    bounds::check(&wrapped.reward, "reward")?;
     validate_reward(&wrapped.reward, true)?;
     Ok(wrapped.reward)
 }

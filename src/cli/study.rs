@@ -1,17 +1,20 @@
 //! `rldiff study`: the paper's comparison as one command.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, Context, Result};
 use tch::Device;
 
-use super::{device_args::DeviceArgs, Failure, OrMistake};
+use super::{check::against, check_report::Report, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
-    comm::{agree, nccl, Communicator, Watched},
-    config::StudyConfig,
+    comm::{agree, nccl, Communicator, Local, Watched},
+    config::{needs::Need, Config, StudyConfig},
     device::threads::use_threads,
+    evaluation::Evaluation,
     faults,
     folders::FolderLock,
+    models::pipeline::Pipeline,
+    run::load_for_training,
     signals,
     study::Plan,
 };
@@ -73,23 +76,53 @@ fn plan(args: &Args, comm: &dyn Communicator) -> Result<Plan> {
     plan
 }
 
-/// What `check` says of a study.
-pub fn check(path: &std::path::Path) -> Result<String> {
-    let plan = Plan::new(StudyConfig::load(path)?, PathBuf::from("runs"), false)?;
-    Plan::new(plan.config.clone(), PathBuf::from("runs"), true)?;
-    let mut lines = vec![format!("config                     {} is sound", plan.config.study.name)];
+/// What `check` says of a study; on one rank.
+pub fn check(path: &Path, with_files: bool) -> Result<Report> {
+    let config = StudyConfig::load(path)?;
+    let out = PathBuf::from("runs").join(&config.study.name);
+    let plan = Plan::new(config, out.clone(), false)?;
+    Plan::new(plan.config.clone(), out.clone(), true)?;
+    let mut report = Report::new(&plan.config.study.name, with_files);
+    let base = plan.evaluation_of_base();
+    if with_files {
+        let all_here = plan.of_first_seed().fold(true, |here, member| {
+            let of_run = |need: Need| need.of(&format!("run {}", member.name));
+            let needs: Vec<Need> = member.config.needs().into_iter().map(of_run).collect();
+            report.look_for(&needs) && here
+        });
+        if report.look_for(&base.needs()) && all_here {
+            against_models(&plan, &mut report);
+            report.keep(
+                Evaluation::prepare(&base, &Local, Device::Cpu, &out).context("the study's evaluation").map(drop),
+            );
+        }
+    }
     for member in &plan.members {
         let trained: Vec<&str> = member.config.trained_tasks().map(|(_, task)| task.name.as_str()).collect();
         let (method, iterations) = (member.config.method.name(), member.config.run.iterations);
-        lines.push(format!(
-            "run {:<22} seed {}, {method} on {}, {iterations} iterations",
-            member.name,
-            member.seed,
-            trained.join(", ")
-        ));
+        let value = format!("seed {}, {method} on {}, {iterations} iterations", member.seed, trained.join(", "));
+        report.line(&format!("run {}", member.name), value);
     }
     for set in &plan.evaluation.sets {
-        lines.push(format!("set {:<22} {} prompts, {} pictures each", set.name, set.count, set.images_per_prompt));
+        let value = format!("{} prompts, {} pictures each", set.count, set.images_per_prompt);
+        report.line(&format!("set {}", set.name), value);
     }
-    Ok(lines.join("\n"))
+    Ok(report)
+}
+
+/// Every run against the model, which is loaded again only where a run builds it in another way.
+fn against_models(plan: &Plan, report: &mut Report) {
+    let mut loaded: Option<(&Config, Pipeline)> = None;
+    for member in plan.of_first_seed() {
+        let config = &member.config;
+        let same = |(other, _): &(&Config, Pipeline)| other.model == config.model && other.lora == config.lora;
+        if !loaded.as_ref().is_some_and(same) {
+            let pipeline =
+                load_for_training(config, &Local, Device::Cpu).with_context(|| format!("run {}", member.name));
+            loaded = report.keep(pipeline).map(|pipeline| (config, pipeline));
+        }
+        if let Some((_, pipeline)) = &loaded {
+            against(config, pipeline, report, &format!("run {}", member.name));
+        }
+    }
 }

@@ -5,7 +5,12 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{load::read_toml, validate::validate_reward, Compute, Config, PromptConfig, RewardConfig};
+use super::{
+    bounds,
+    load::read_toml,
+    validate::{validate_name, validate_reward},
+    Compute, Config, PromptConfig, RewardConfig,
+};
 use crate::folders::check_name;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -141,13 +146,9 @@ impl EvalConfig {
     }
 
     pub fn validate(&self) -> Result<()> {
+        bounds::check(self, "")?;
         let e = &self.eval;
         check_name("eval.name", &e.name)?;
-        ensure!(e.threads > 0, "eval.threads must be at least 1");
-        let o = &self.rollout;
-        ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
-        ensure!((0.0..=1.0).contains(&o.eta), "rollout.eta = {} must be in 0..=1", o.eta);
-        ensure!(o.guidance_scale.is_finite(), "rollout.guidance_scale must be finite");
         ensure!(!self.models.is_empty(), "there is no [[model]]");
         ensure!(!self.sets.is_empty(), "there is no [[set]]");
         ensure!(self.sets.len() < 256, "at most 255 sets");
@@ -159,10 +160,10 @@ impl EvalConfig {
         }
         for (i, set) in self.sets.iter().enumerate() {
             let name = &set.name;
-            ensure!(!name.contains(['.', ' ', '/']), "set name {name:?}: no dots, slashes or spaces");
-            check_name("set name", name)?;
+            validate_name("set", name)?;
             ensure!(self.sets[..i].iter().all(|s| s.name != *name), "two sets are named {name}");
-            ensure!(set.images_per_prompt > 0, "set.{name}.images_per_prompt must be at least 1");
+            let samples = set.count as u64 * set.images_per_prompt as u64;
+            ensure!(samples < 1 << 32, "set.{name}: count times images_per_prompt must be below 2^32");
             ensure!(!set.metrics.is_empty(), "set.{name}.metrics must name rewards");
             for (j, metric) in set.metrics.iter().enumerate() {
                 let metrics = &set.metrics[..j];

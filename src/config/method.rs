@@ -3,7 +3,7 @@
 use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 
-use super::Config;
+use super::{Config, Normalisation};
 
 /// The paper's method and its four rivals; the mathematics is in [`crate::methods`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -115,10 +115,7 @@ impl MethodConfig {
         match self {
             MethodConfig::Ours(ours) => ours.validate(config)?,
             MethodConfig::Refl(refl) => refl.validate(config)?,
-            MethodConfig::RewardWeighted(weighted) => {
-                ensure!(weighted.updates > 0, "method.updates must be at least 1");
-                share("max_bad_fraction", weighted.max_bad_fraction)?;
-            }
+            MethodConfig::RewardWeighted(_) => {}
             MethodConfig::Raft(raft) => raft.validate(config)?,
             MethodConfig::Draft(draft) => draft.validate(config)?,
         }
@@ -134,27 +131,24 @@ impl MethodConfig {
     }
 }
 
-fn share(key: &str, value: f64) -> Result<()> {
-    ensure!((0.0..=1.0).contains(&value), "method.{key} = {value} must be in 0..=1");
-    Ok(())
-}
-
 impl OursConfig {
     fn validate(&self, config: &Config) -> Result<()> {
         let steps = config.rollout.steps;
         ensure!(
-            self.timesteps > 0 && self.timesteps <= steps,
+            self.timesteps <= steps,
             "method.timesteps = {} must be in 1..={steps} (rollout.steps)",
             self.timesteps
         );
         ensure!(config.rollout.eta > 0.0, "rollout.eta must be above 0: without noise there is no policy gradient");
-        ensure!(self.clip_range > 0.0, "method.clip_range must be positive");
-        ensure!(self.max_sensitivity >= 0.0, "method.max_sensitivity must not be negative (0 for none)");
         let a = config.advantage.as_ref();
         let a = a.ok_or_else(|| anyhow::anyhow!("[advantage] is missing: method \"ours\" needs it"))?;
-        ensure!(a.clip > 0.0 && a.epsilon >= 0.0, "advantage.clip must be positive, advantage.epsilon not negative");
-        ensure!((0.0..=1.0).contains(&a.max_bad_fraction), "advantage.max_bad_fraction must be in 0..=1");
-        ensure!(a.prompt_buffer > 0, "advantage.prompt_buffer must be at least 1");
+        ensure!(
+            a.normalisation == Normalisation::Batch || a.prompt_min_count <= a.prompt_buffer,
+            "advantage.prompt_min_count = {} is above advantage.prompt_buffer = {}: no prompt would ever be compared with its \
+             own rewards",
+            a.prompt_min_count,
+            a.prompt_buffer
+        );
         Ok(())
     }
 }
@@ -163,23 +157,15 @@ impl ReflConfig {
     fn validate(&self, config: &Config) -> Result<()> {
         let ([first, last], steps) = (self.last_steps, config.rollout.steps);
         ensure!(
-            0 < first && first <= last && last <= steps,
+            first <= last && last <= steps,
             "method.last_steps = [{first}, {last}] must ascend within 1..={steps} (rollout.steps)"
         );
-        ensure!(self.scale > 0.0 && self.scale.is_finite(), "method.scale must be positive");
-        ensure!(self.offset.is_finite(), "method.offset must be finite");
-        ensure!(self.guidance_scale.is_finite(), "method.guidance_scale must be finite");
-        ensure!(self.decode_batch > 0, "method.decode_batch must be at least 1");
-        share("max_bad_fraction", self.max_bad_fraction)
+        Ok(())
     }
 }
 
 impl RaftConfig {
     fn validate(&self, config: &Config) -> Result<()> {
-        ensure!(self.accept_one_in > 0, "method.accept_one_in must be at least 1");
-        ensure!(self.batch > 0, "method.batch must be at least 1");
-        ensure!(self.updates > 0, "method.updates must be at least 1");
-        share("max_bad_fraction", self.max_bad_fraction)?;
         for (_, task) in config.trained_tasks() {
             let piece = self.accept_one_in * config.run.lanes;
             ensure!(
@@ -200,7 +186,7 @@ impl DraftConfig {
     fn validate(&self, config: &Config) -> Result<()> {
         let steps = config.rollout.steps;
         ensure!(
-            (1..=steps).contains(&self.truncation),
+            self.truncation <= steps,
             "method.truncation = {} must be in 1..={steps} (rollout.steps)",
             self.truncation
         );
@@ -209,10 +195,9 @@ impl DraftConfig {
             "method.renoisings = {}: only the last step can be taken again, method.truncation must be 1",
             self.renoisings
         );
-        ensure!(self.decode_batch > 0, "method.decode_batch must be at least 1");
         ensure!(config.rollout.eta == 0.0, "rollout.eta must be 0: method \"draft\" rolls out deterministically");
         ensure!(config.lora.rank > 0, "lora.rank must be above 0 (the paper: 32): method \"draft\" trains LoRA");
-        share("max_bad_fraction", self.max_bad_fraction)
+        Ok(())
     }
 }
 
@@ -233,13 +218,19 @@ mod tests {
     #[test]
     fn impossible_settings_are_refused() {
         for (name, setting, wanted) in [
-            ("refl", "method.last_steps=[0, 2]", "method.last_steps = [0, 2]"),
+            ("refl", "method.last_steps=[0, 2]", "method.last_steps.0 = 0 must be in 1..=1000"),
             ("refl", "method.last_steps=[3, 2]", "method.last_steps"),
             ("refl", "method.last_steps=[1, 7]", "within 1..=6"),
             ("refl", "method.scale=0.0", "method.scale"),
             ("refl", "method.offset=nan", "method.offset"),
             ("refl", "method.decode_batch=0", "method.decode_batch"),
             ("refl", "method.max_bad_fraction=1.5", "method.max_bad_fraction = 1.5"),
+            (
+                "preference",
+                "advantage={ normalisation = 'per_prompt', epsilon = 1e-8, clip = 5.0, max_bad_fraction = 0.1, prompt_buffer = 8, \
+                 prompt_min_count = 9 }",
+                "advantage.prompt_min_count = 9 is above",
+            ),
             ("refl", "trajectories.every=4", "trajectories.every = 4"),
             ("refl", "method.clip_range=1.0", "unknown key clip_range"),
             ("refl", "advantage.clip=1.0", "no section advantage"),

@@ -1,12 +1,15 @@
 //! A run's configuration: one complete TOML per experiment, no inheritance, unknown keys are errors.
 //!
-//! `load.rs` reads a file and applies `--set`; `validate.rs` is the only place that checks the batch arithmetic.
+//! `load.rs` reads a file and applies `--set`; `bounds.rs` holds the bounds of every number, `validate.rs` is the only place
+//! that checks the batch arithmetic, and `needs.rs` lists the files that a config names.
 
 use serde::{Deserialize, Serialize};
 
+pub mod bounds;
 pub mod eval;
 pub mod load;
 pub mod method;
+pub mod needs;
 pub mod prompts;
 pub mod rewards;
 pub mod study;

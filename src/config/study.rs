@@ -7,6 +7,7 @@ use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    bounds,
     load::{self, read_toml},
     Config, EvalConfig,
 };
@@ -75,16 +76,14 @@ impl StudyConfig {
         Ok(config)
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(super) fn validate(&self) -> Result<()> {
+        bounds::check(self, "")?;
         let s = &self.study;
         check_name("study.name", &s.name)?;
         ensure!(!s.seeds.is_empty(), "study.seeds must name seeds");
         for (i, seed) in s.seeds.iter().enumerate() {
             ensure!(!s.seeds[..i].contains(seed), "study.seeds names {seed} twice");
         }
-        ensure!(s.converged_at > 0.0 && s.converged_at <= 1.0, "study.converged_at must be above 0 and at most 1");
-        ensure!(s.resamplings >= 100, "study.resamplings = {} must be at least 100", s.resamplings);
-        ensure!(self.quick.prompts > 1, "quick.prompts must be at least 2");
         ensure!(!self.runs.is_empty(), "there is no [[run]]");
         for (i, run) in self.runs.iter().enumerate() {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';

@@ -2,7 +2,7 @@
 
 use anyhow::{ensure, Context, Result};
 
-use super::{ClassifierConfig, Config, PairData, PretrainMode, RewardConfig, TaskConfig};
+use super::{bounds, ClassifierConfig, Config, PretrainMode, RewardConfig, TaskConfig};
 use crate::folders::check_name;
 
 /// Sizes that follow from a config.
@@ -22,47 +22,32 @@ impl Config {
     /// # Errors
     /// Names the key and what it must be.
     pub fn validate(&self) -> Result<Derived> {
+        bounds::check(self, "")?;
         let r = &self.run;
         check_name("run.name", &r.name)?;
-        ensure!(r.lanes > 0, "run.lanes must be at least 1");
-        ensure!(r.threads > 0, "run.threads must be at least 1");
-        ensure!(r.iterations < u64::from(u32::MAX), "run.iterations must be below 2^32");
-        ensure!(r.keep_checkpoints > 0, "run.keep_checkpoints must be at least 1");
         ensure!(
             r.checkpoint_every == 0 || r.keep_every % r.checkpoint_every == 0,
             "run.keep_every = {} must be a multiple of run.checkpoint_every = {} (0 for none)",
             r.keep_every,
             r.checkpoint_every
         );
-        for (key, limit) in [("collective_limit", r.collective_limit), ("reward_limit", r.reward_limit)] {
-            ensure!(limit >= 0.0 && limit.is_finite(), "run.{key} = {limit} must be a number of seconds (0 for never)");
-        }
         let l = &self.lora;
-        ensure!((0..=4096).contains(&l.rank), "lora.rank = {} must be in 0..=4096", l.rank);
         ensure!(l.rank == 0 || l.alpha > 0.0, "lora.alpha must be positive");
         ensure!(l.rank == 0 || !l.targets.is_empty(), "lora.targets must name layers");
-        for target in &l.targets {
+        for (i, target) in l.targets.iter().enumerate() {
             let known = ["to_q", "to_k", "to_v", "to_out.0"];
             ensure!(known.contains(&target.as_str()), "lora.targets: {target:?} is not one of {}", known.join(", "));
+            ensure!(!l.targets[..i].contains(target), "lora.targets names {target:?} twice");
         }
-        let o = &self.rollout;
-        ensure!(o.steps > 0 && o.steps <= 1000, "rollout.steps = {} must be in 1..=1000", o.steps);
-        ensure!((0.0..=1.0).contains(&o.eta), "rollout.eta = {} must be in 0..=1", o.eta);
-        ensure!(o.guidance_scale.is_finite(), "rollout.guidance_scale must be finite");
-        self.validate_update()?;
-        let bucket = self.comm.bucket_mb;
-        ensure!(bucket > 0.0 && bucket <= 65536.0, "comm.bucket_mb = {bucket} must be above 0 and at most 65536");
+        let u = &self.update;
+        ensure!(
+            u.learning_rate * u.weight_decay <= 1.0,
+            "update.weight_decay = {} times update.learning_rate = {} must be at most 1: a step would decay the weights to \
+             beyond 0",
+            u.weight_decay,
+            u.learning_rate
+        );
         let p = &self.pretrain;
-        ensure!(p.batch_per_lane > 0, "pretrain.batch_per_lane must be at least 1");
-        ensure!((0.0..=1.0).contains(&p.caption_dropout), "pretrain.caption_dropout must be in 0..=1");
-        ensure!(p.weight >= 0.0, "pretrain.weight must not be negative");
-        if let PairData::Webdataset(w) = &p.data {
-            ensure!((1..=256).contains(&w.threads), "pretrain.data.threads = {} must be in 1..=256", w.threads);
-            ensure!(w.prefetch <= 1024, "pretrain.data.prefetch = {} must be at most 1024", w.prefetch);
-        }
-        ensure!((0.0..1.0).contains(&self.ema.decay), "ema.decay must be in 0..1");
-        self.validate_evaluation()?;
-
         ensure!(!self.tasks.is_empty(), "there is no [[task]]");
         ensure!(self.tasks.len() < 256, "at most 255 tasks");
         for (i, task) in self.tasks.iter().enumerate() {
@@ -71,6 +56,14 @@ impl Config {
         }
         ensure!(self.trained_tasks().count() > 0, "no task has train = true");
         self.method.validate(self)?;
+        let slots = self.tasks.len() * self.method.updates();
+        ensure!(
+            p.mode != PretrainMode::Combined || slots <= usize::from(u16::MAX),
+            "pretrain.mode = \"combined\" with {} tasks of {} updates each: at most {} in all",
+            self.tasks.len(),
+            self.method.updates(),
+            u16::MAX
+        );
         let pretrain_steps = if p.mode == PretrainMode::Separate { p.steps } else { 0 };
         Ok(Derived {
             samples_per_iteration: self.trained_tasks().map(|(_, t)| t.samples).sum(),
@@ -79,44 +72,20 @@ impl Config {
         })
     }
 
-    fn validate_update(&self) -> Result<()> {
-        let u = &self.update;
-        ensure!(u.learning_rate >= 0.0, "update.learning_rate must not be negative");
-        ensure!((0.0..1.0).contains(&u.beta1) && (0.0..1.0).contains(&u.beta2), "update.beta1, beta2 must be in 0..1");
-        ensure!(u.epsilon > 0.0 && u.weight_decay >= 0.0, "update.epsilon must be positive, weight_decay not negative");
-        ensure!(u.max_grad_norm >= 0.0, "update.max_grad_norm must not be negative (0 for never)");
-        Ok(())
-    }
-
-    fn validate_evaluation(&self) -> Result<()> {
-        let e = &self.evaluation;
-        ensure!(
-            e.prompts > 0 && e.images > 1,
-            "evaluation.prompts = {} must be at least 1, evaluation.images = {} at least 2",
-            e.prompts,
-            e.images
-        );
-        Ok(())
-    }
-
     fn validate_task(&self, task: &TaskConfig) -> Result<()> {
         let name = &task.name;
-        ensure!(!name.is_empty() && !name.contains(['/', '.', ' ']), "task name {name:?}: no dots, slashes or spaces");
-        check_name("task name", name)?;
-        ensure!(task.weight.is_finite() && task.weight >= 0.0, "task.{name}.weight must not be negative");
-        ensure!(task.images_per_prompt > 0, "task.{name}.images_per_prompt must be at least 1");
+        validate_name("task", name)?;
         let piece = self.run.lanes * task.images_per_prompt;
         ensure!(
-            task.samples > 0 && task.samples % piece == 0,
+            task.samples % piece == 0,
             "task.{name}.samples = {} must be a multiple of {piece} (run.lanes = {} times images_per_prompt = {})",
             task.samples,
             self.run.lanes,
             task.images_per_prompt
         );
         let per_prompt = task.evaluation_images_per_prompt;
-        ensure!(per_prompt > 0, "task.{name}.evaluation_images_per_prompt must be at least 1");
         ensure!(
-            task.evaluation_samples > 0 && task.evaluation_samples % per_prompt == 0,
+            task.evaluation_samples % per_prompt == 0,
             "task.{name}.evaluation_samples = {} must be a multiple of evaluation_images_per_prompt = {per_prompt}",
             task.evaluation_samples
         );
@@ -132,6 +101,14 @@ impl Config {
     }
 }
 
+/// The name of a task or of a prompt set, which also names files, metrics and keys.
+pub(super) fn validate_name(what: &str, name: &str) -> Result<()> {
+    ensure!(!name.is_empty() && !name.contains(['/', '.', ' ']), "{what} name {name:?}: no dots, slashes or spaces");
+    check_name(&format!("{what} name"), name)?;
+    ensure!(name.len() <= 100, "{what} name {name:?}: at most 100 bytes");
+    Ok(())
+}
+
 fn judges_groups(reward: &RewardConfig) -> bool {
     match reward {
         RewardConfig::Parity { .. } => true,
@@ -140,20 +117,19 @@ fn judges_groups(reward: &RewardConfig) -> bool {
     }
 }
 
-/// Checks what can be known of a reward without building it; `outermost`: it is no part of a sum.
+/// Checks what can be known of a reward without building it, besides the bounds of its numbers; `outermost`: it is no part
+/// of a sum.
 pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
     match reward {
         RewardConfig::Sum { parts, .. } => {
             ensure!(outermost, "a sum cannot be a part of a sum");
             ensure!(!parts.is_empty(), "parts must name rewards");
             for part in parts {
-                ensure!(part.weight.is_finite(), "parts: weight = {} must be finite", part.weight);
                 validate_reward(&part.reward, false)?;
             }
         }
         RewardConfig::Command(c) => {
-            ensure!(!c.command.is_empty(), "command must name a program");
-            validate_timeouts(c.timeout_seconds, c.start_timeout_seconds)?;
+            ensure!(c.command.first().is_some_and(|p| !p.is_empty()), "command must name a program");
         }
         RewardConfig::Server(s) => {
             let named = match s.address.split_once(':') {
@@ -163,34 +139,23 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
                 None => false,
             };
             ensure!(named, "address = {:?} must be HOST:PORT, unix:PATH or http://HOST:PORT/PATH", s.address);
-            validate_timeouts(s.timeout_seconds, s.start_timeout_seconds)?;
         }
         RewardConfig::Composition(u) => {
-            ensure!((0.0..1.0).contains(&u.threshold), "threshold = {} must be in 0..1", u.threshold);
             let [short, long] = [u.short_side, u.long_side];
-            ensure!(
-                (32..=long).contains(&short) && long <= 4096,
-                "short_side = {short} and long_side = {long} must ascend and be in 32..=4096"
-            );
+            ensure!(short <= long, "short_side = {short} and long_side = {long} must ascend");
         }
         RewardConfig::Parity { classifier: ClassifierConfig::SkinTone(s) } => {
-            ensure!((20..=4096).contains(&s.min_face_pixels), "classifier.min_face_pixels must be in 20..=4096");
-            ensure!(s.face_score > 0.0 && s.face_score.is_finite(), "classifier.face_score must be positive");
             let [a, b, c] = s.cuts;
-            ensure!(-180.0 <= a && a < b && b < c && c <= 180.0, "classifier.cuts must be degrees that ascend");
+            ensure!(a < b && b < c, "classifier.cuts must be degrees that ascend");
         }
         RewardConfig::Parity { classifier: ClassifierConfig::Torchscript { classes, .. } } => {
             ensure!(classes.len() >= 2, "classifier.classes must name two or more");
+            for (i, class) in classes.iter().enumerate() {
+                ensure!(!classes[..i].contains(class), "classifier.classes names {class:?} twice");
+            }
         }
         _ => {}
     }
-    Ok(())
-}
-
-fn validate_timeouts(batch: f64, start: f64) -> Result<()> {
-    let day = 0.001..=86_400.0;
-    ensure!(day.contains(&batch), "timeout_seconds must be in 0.001..=86400");
-    ensure!(day.contains(&start), "start_timeout_seconds must be in 0.001..=86400");
     Ok(())
 }
 
@@ -226,10 +191,11 @@ mod tests {
             (tone.to_string(), "classifier.cuts"),
             (sum(""), "parts must name rewards"),
             (sum(inner), "a sum cannot be a part of a sum"),
-            (sum(&part.replace("1.0", "nan")), "weight = NaN must be finite"),
+            (sum(&part.replace("1.0", "nan")), "weight = NaN must be in"),
             (sum(part), "parity judges the pictures of a prompt together"),
-            (program("0.0"), "timeout_seconds must be in"),
-            (program("nan"), "timeout_seconds must be in"),
+            (program("0.0"), "reward.timeout_seconds = 0 must be in 0.001..=86400"),
+            (program("nan"), "timeout_seconds = NaN must be in"),
+            ("lora.targets=['to_q', 'to_q']".to_string(), "\"to_q\" twice"),
         ] {
             let config =
                 parse(EMBEDDED_JOINT, "joint", std::slice::from_ref(&set)).unwrap_or_else(|e| panic!("{set}: {e:#}"));
@@ -251,7 +217,8 @@ mod tests {
             ("ema.decay=1.0", "ema.decay"),
             ("comm.bucket_mb=0.0", "comm.bucket_mb"),
             ("evaluation.prompts=0", "evaluation.prompts = 0"),
-            ("evaluation.images=1", "evaluation.images = 1 at least 2"),
+            ("evaluation.images=1", "evaluation.images = 1 must be in 2..="),
+            ("update.weight_decay=1e5", "update.weight_decay = 100000 times"),
             ("task.parity.evaluation_samples=17", "evaluation_samples"),
         ] {
             let config = parse(EMBEDDED_JOINT, "joint", &[set.to_string()]).unwrap();

@@ -25,8 +25,8 @@ use tch::Device;
 
 use crate::{
     cannot_write::CannotWrite,
-    comm::{agree, Communicator},
-    config::EvalConfig,
+    comm::{agree, all_made, Communicator},
+    config::{needs::ensure_here, EvalConfig},
     cut_prompts,
     diffusion::schedule::Schedule,
     folders::FolderLock,
@@ -52,10 +52,15 @@ impl<'a> Evaluation<'a> {
     pub fn prepare(config: &'a EvalConfig, comm: &dyn Communicator, device: Device, out: &Path) -> Result<Self> {
         config.validate()?;
         let lock = FolderLock::hold(comm, out, "eval", || results::check_place(config, out))?;
+        all_made(comm, ensure_here(&config.needs()))?;
         let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
-        let sets = sets.collect::<Result<Vec<_>>>()?;
+        let mut sets = sets.collect::<Result<Vec<_>>>()?;
         for model in &config.models {
-            let tried = if comm.rank() == 0 { model::try_out(model) } else { Ok(()) };
+            let mut try_out = || {
+                let size = model::try_out(model, &config.rollout)?;
+                sets.iter_mut().try_for_each(|set| set.check_size(size))
+            };
+            let tried = if comm.rank() == 0 { try_out() } else { Ok(()) };
             agree(comm, tried).with_context(|| format!("model {}", model.name))?;
         }
         Ok(Evaluation { config, sets, _lock: lock })

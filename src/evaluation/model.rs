@@ -8,7 +8,8 @@ use tch::{Device, Kind};
 
 use crate::{
     comm::{Communicator, Local},
-    config::{load, EvalModel, EvalSettings},
+    config::{eval::EvalRollout, load, EvalModel, EvalSettings},
+    diffusion::schedule::Schedule,
     learner::Learner,
     models::{
         parameters::Parameters,
@@ -47,12 +48,14 @@ pub fn load(
     Ok(LoadedModel { pipeline, digest })
 }
 
-/// Whether the model can be built; on one rank.
-pub fn try_out(model: &EvalModel) -> Result<()> {
-    if is_checkpoint(&model.path) {
-        return of_checkpoint(model, &Local, Device::Cpu).map(drop);
-    }
-    load_with_adapter(&model.path, adapter(model), &Local, Device::Cpu).map(drop)
+/// Whether the model can be built and take these steps; on one rank. Gives height and width of its pictures.
+pub fn try_out(model: &EvalModel, rollout: &EvalRollout) -> Result<[i64; 2]> {
+    let pipeline = match is_checkpoint(&model.path) {
+        true => of_checkpoint(model, &Local, Device::Cpu)?,
+        false => load_with_adapter(&model.path, adapter(model), &Local, Device::Cpu)?,
+    };
+    Schedule::of_model(&pipeline.scheduler)?.steps(rollout.steps, rollout.eta)?;
+    Ok(pipeline.picture_size())
 }
 
 fn of_checkpoint(model: &EvalModel, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {

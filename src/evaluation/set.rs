@@ -83,7 +83,10 @@ impl Set {
             let mut reward =
                 build(&metric.reward, place).with_context(|| format!("set {name}: metric {}", metric.name))?;
             reward.set_group(config.images_per_prompt);
-            reward.check_objects(&drawn.objects).with_context(|| format!("set {name}: metric {}", metric.name))?;
+            let nameless = drawn.prompts.iter().find(|prompt| prompt.objects.is_empty());
+            reward
+                .check_objects(&drawn.objects, nameless.map(|prompt| prompt.text.as_str()))
+                .with_context(|| format!("set {name}: metric {}", metric.name))?;
             ensure!(
                 config.images_per_prompt % reward.group() == 0,
                 "set {name}: metric {} judges {} pictures of a prompt together, images_per_prompt = {}",
@@ -95,6 +98,16 @@ impl Set {
         });
         let metrics = all_made(comm, metrics.collect::<Result<Vec<_>>>())?;
         Ok(Set { config: config.clone(), index, prompts: drawn.prompts, metrics })
+    }
+
+    /// # Errors
+    /// A metric that cannot judge pictures of these many pixels.
+    pub fn check_size(&mut self, [height, width]: [i64; 2]) -> Result<()> {
+        let name = &self.config.name;
+        let check = |(metric, reward): &mut (String, Box<dyn Reward>)| {
+            reward.check_size(height, width).with_context(|| format!("set {name}: metric {metric}"))
+        };
+        self.metrics.iter_mut().try_for_each(check)
     }
 
     fn samples(&self) -> usize {

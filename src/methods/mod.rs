@@ -53,15 +53,9 @@ pub trait Method {
 /// The config's method, before any training: `pipeline` has the model's own weights.
 ///
 /// # Errors
-/// Too few steps to train on; a reward that is not differentiable under a method that needs its gradient.
-pub fn build(config: &Config, pipeline: &Pipeline, steps: &[Step], tasks: &mut [Task]) -> Result<Rc<dyn Method>> {
+/// Too few steps to train on.
+pub fn build(config: &Config, pipeline: &Pipeline, steps: &[Step]) -> Result<Rc<dyn Method>> {
     check_steps(config, steps)?;
-    for (index, _) in config.trained_tasks() {
-        check_reward(config, &mut tasks[index])?;
-        if config.method.needs_gradient_of_reward() {
-            through_reward::try_out(pipeline, &mut tasks[index])?;
-        }
-    }
     let guidance_scale = config.rollout.guidance_scale;
     Ok(match config.method.clone() {
         MethodConfig::Ours(settings) => Rc::new(ours::Ours::new(settings, config)?),
@@ -85,12 +79,25 @@ pub fn check_steps(config: &Config, steps: &[Step]) -> Result<()> {
     }
 }
 
-/// Whether the method can train on this task's reward.
+/// Whether the method can train on this task's reward; tried with the model's pictures.
 ///
 /// # Errors
-/// It is not differentiable, and the method needs its gradient.
-pub fn check_reward(config: &Config, task: &mut Task) -> Result<()> {
-    if !config.method.needs_gradient_of_reward() || task.reward.differentiable().is_some() {
+/// As [`check_gradient`]; a trial gradient fails.
+pub fn check_reward(config: &Config, pipeline: &Pipeline, task: &mut Task) -> Result<()> {
+    check_gradient(config, task)?;
+    match config.method.needs_gradient_of_reward() && task.config.train {
+        true => through_reward::try_out(pipeline, task),
+        false => Ok(()),
+    }
+}
+
+/// Whether this task's reward is differentiable where the method asks for it.
+///
+/// # Errors
+/// It is not, and the method needs its gradient.
+pub fn check_gradient(config: &Config, task: &mut Task) -> Result<()> {
+    let needed = config.method.needs_gradient_of_reward() && task.config.train;
+    if !needed || task.reward.differentiable().is_some() {
         return Ok(());
     }
     let why = match &task.config.reward {

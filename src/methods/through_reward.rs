@@ -141,9 +141,8 @@ impl Course<'_> {
 pub(super) fn try_out(pipeline: &Pipeline, task: &mut Task) -> Result<()> {
     task.reward.set_group(task.config.images_per_prompt);
     let group = task.reward.group();
-    let [_, height, width] = pipeline.latent_shape();
-    let factor = pipeline.vae.config.downscale();
-    let size = [group as i64, 3, height * factor, width * factor];
+    let [height, width] = pipeline.picture_size();
+    let size = [group as i64, 3, height, width];
     let grey = Tensor::full(size, 0.5, (Kind::Float, pipeline.device)).set_requires_grad(true);
     let prompts = vec![draw(task.prompts.as_ref(), 0, 0, task.index, 0); group];
     let name = &task.config.name;

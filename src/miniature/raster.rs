@@ -1,10 +1,20 @@
 //! A very small software rasteriser: a square RGB canvas on which shapes are composited with antialiasing by
 //! supersampling (3×3 points per pixel).
 
+use anyhow::{ensure, Result};
+
 /// Width and height of every picture, in pixels.
 pub const SIZE: usize = 32;
 /// Number of values of one picture: three planes of SIZE × SIZE.
 pub const VALUES: usize = 3 * SIZE * SIZE;
+/// # Errors
+/// These are not the pixels of the miniature's pictures, which `what` is for.
+pub fn ensure_size(what: &str, height: i64, width: i64) -> Result<()> {
+    let side = SIZE as i64;
+    ensure!([height, width] == [side; 2], "{what} is for pictures of {side}×{side} pixels, not of {width}×{height}");
+    Ok(())
+}
+
 /// Sample points per pixel and axis.
 const SUPERSAMPLES: usize = 3;
 

@@ -242,6 +242,12 @@ impl Pipeline {
         [c.in_channels, c.sample_size, c.sample_size]
     }
 
+    /// Height and width of the pictures at the model's native size, in pixels.
+    pub fn picture_size(&self) -> [i64; 2] {
+        let [_, height, width] = self.latent_shape();
+        [height, width].map(|side| side * self.vae.config.downscale())
+    }
+
     /// The model's files without its weights.
     pub fn architecture(&self) -> ModelFiles {
         ModelFiles { texts: self.texts.clone(), origin: "the model's architecture".into(), ..Default::default() }

@@ -51,8 +51,7 @@ pub fn encode(
 ) -> Result<u64> {
     let shards = Shards::open(pairs, comm)?;
     let [channels, height, width] = pipeline.latent_shape();
-    let factor = pipeline.vae.config.downscale();
-    let size = [(height * factor) as u32, (width * factor) as u32];
+    let size = pipeline.picture_size().map(|side| side as u32);
     let decoder = all_made(comm, Decoder::new(size, &pairs.drop_words))?;
     let encoders = encoders_digest(pipeline, comm)?;
     let empty = pipeline.embed(&[""])?;

@@ -19,7 +19,7 @@ use crate::{
     comm::{all_made, Communicator, Local},
     config::{Config, PairData, PretrainMode},
     diffusion::schedule::Schedule,
-    miniature,
+    miniature::{self, raster::ensure_size},
     models::pipeline::Pipeline,
     policy::pretraining::{self, Corruption},
     random::{Coordinates, Purpose},
@@ -56,12 +56,14 @@ impl PairSource {
         let pretrain = &config.pretrain;
         let data = match &pretrain.data {
             _ if pretrain.mode == PretrainMode::Off => Data::None,
-            PairData::Miniature {} => Data::Miniature,
+            PairData::Miniature {} => {
+                let [height, width] = pipeline.picture_size();
+                ensure_size("the miniature's world", height, width).context("pretrain.data")?;
+                Data::Miniature
+            }
             PairData::Webdataset(settings) => {
                 let shards = Shards::open(settings, comm).context("pretrain.data")?;
-                let [_, height, width] = pipeline.latent_shape();
-                let factor = pipeline.vae.config.downscale();
-                let size = [(height * factor) as u32, (width * factor) as u32];
+                let size = pipeline.picture_size().map(|side| side as u32);
                 let order = loader::Order { slots: slots(config), lanes, batch: pretrain.batch_per_lane };
                 let at = Coordinates::new(config.run.seed, Purpose::PretrainPair);
                 let loader = Loader::new(shards, settings, size, pretrain.caption_dropout, at, order);

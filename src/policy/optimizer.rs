@@ -48,7 +48,7 @@ impl Optimizer {
         ensure!(
             norm.is_finite(),
             "the gradient of optimizer step {} is not finite (norm {norm}): NaN or infinity in the U-Net's output or in \
-             its backward pass; the weights are as before",
+             its backward pass",
             self.steps + 1
         );
         let scale = adamw::clip_factor(norm, self.max_norm);

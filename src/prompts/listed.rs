@@ -161,6 +161,13 @@ impl PromptSource for Listed {
         let names: BTreeSet<&str> = entries.flat_map(|entry| entry.split(SEPARATOR).skip(1)).collect();
         names.into_iter().map(String::from).collect()
     }
+
+    fn nameless(&self) -> Option<String> {
+        let mut entries = (0..self.texts.len()).map(|index| self.texts.get(index));
+        let nameless = entries.find(|entry| !entry.contains(SEPARATOR)).map(String::from);
+        // a search to the first one that names some, where none does
+        nameless.filter(|_| (0..self.texts.len()).any(|index| self.texts.get(index).contains(SEPARATOR)))
+    }
 }
 
 #[cfg(test)]

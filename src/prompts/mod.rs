@@ -47,6 +47,10 @@ pub trait PromptSource {
     fn objects(&self) -> Vec<String> {
         Vec::new()
     }
+    /// A prompt that names no object although others do.
+    fn nameless(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Errors when a name is empty or occurs twice within or between the two lists; `what` names the kind of thing.

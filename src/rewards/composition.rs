@@ -23,6 +23,10 @@ pub trait Detector {
     }
     /// Fails where it does not know one of these names; names the first few of them.
     fn check(&self, objects: &[String]) -> Result<()>;
+    /// Fails where it cannot look at pictures of these many pixels.
+    fn check_size(&self, _height: i64, _width: i64) -> Result<()> {
+        Ok(())
+    }
     /// The detector as a differentiable computation, where it is one.
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableDetector> {
         None
@@ -94,9 +98,19 @@ impl<D: Detector> Reward for Composition<D> {
         self.detector.weight_bytes()
     }
 
-    fn check_objects(&self, objects: &[String]) -> Result<()> {
+    fn check_objects(&self, objects: &[String], nameless: Option<&str>) -> Result<()> {
         ensure!(!objects.is_empty(), "reward '{}' looks for the objects that prompts name; these name none", self.name);
+        ensure!(
+            nameless.is_none(),
+            "reward '{}' looks for the objects that prompts name; the prompt {:?} names none",
+            self.name,
+            nameless.unwrap_or_default()
+        );
         self.detector.check(objects).with_context(|| format!("reward '{}'", self.name))
+    }
+
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        self.detector.check_size(height, width)
     }
 
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::composition::{ensure_known, Detector, DifferentiableDetector};
 use crate::miniature::objects;
-use crate::miniature::raster::{coverage, Frame, Rgb, SIZE};
+use crate::miniature::raster::{coverage, ensure_size, Frame, Rgb, SIZE};
 
 /// σ of the colour similarity; the world varies colours by ±0.05 per channel.
 const COLOR_SIGMA: f64 = 0.17;
@@ -67,6 +67,10 @@ impl Detector for MiniatureDetector {
     fn check(&self, objects: &[String]) -> Result<()> {
         ensure_known(objects, |object| objects::index(object).is_some())
             .with_context(|| format!("the miniature world, which has {}", objects::NAMES.join(", ")))
+    }
+
+    fn check_size(&self, height: i64, width: i64) -> Result<()> {
+        ensure_size("the miniature's detector", height, width)
     }
 
     fn detect(&mut self, images: &Tensor, wanted: &[&[String]]) -> Result<Vec<Vec<f32>>> {

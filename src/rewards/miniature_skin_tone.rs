@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::ita::{bucket, ita_degrees, srgb_to_lab, BUCKETS, DEFAULT_CUTS};
 use super::parity::Classifier;
 use crate::miniature::portraits::{FACE_CENTER, FACE_RADIUS};
-use crate::miniature::raster::{Point, SIZE, VALUES};
+use crate::miniature::raster::{ensure_size, Point, SIZE, VALUES};
 
 /// Classifier for [`super::parity::Parity`]; classes are those of [`BUCKETS`].
 #[derive(Clone, Debug)]
@@ -24,6 +24,10 @@ impl Default for MiniatureSkinTone {
 impl Classifier for MiniatureSkinTone {
     fn classes(&self) -> Vec<String> {
         BUCKETS.map(str::to_owned).to_vec()
+    }
+
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        ensure_size("the miniature's skin-tone classifier", height, width)
     }
 
     /// Errors: pictures that are not f32-convertible [n, 3, 32, 32].

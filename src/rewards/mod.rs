@@ -97,8 +97,14 @@ pub trait Reward {
     fn weight_bytes(&self) -> u64 {
         0
     }
-    /// Fails where it cannot judge prompts that name these objects (none: prompts that name no objects).
-    fn check_objects(&self, _objects: &[String]) -> Result<()> {
+    /// Fails where it cannot judge prompts that name these objects (none: prompts that name no objects); `nameless` is one
+    /// of the prompts that names none although others do.
+    fn check_objects(&self, _objects: &[String], _nameless: Option<&str>) -> Result<()> {
+        Ok(())
+    }
+    /// Fails where it cannot judge pictures of these many pixels, found by a trial where there is no other way. Most rewards
+    /// take any size; a program is not asked.
+    fn check_size(&mut self, _height: i64, _width: i64) -> Result<()> {
         Ok(())
     }
     /// The reward as a differentiable computation, where it is one. ReFL and DRaFT need it.

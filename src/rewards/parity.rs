@@ -24,6 +24,10 @@ pub trait Classifier {
     fn classes(&self) -> Vec<String>;
     /// The class of every picture, `None` where there is nothing to classify; `images` is f32 [n, 3, H, W] in [0, 1].
     fn classify(&mut self, images: &Tensor) -> Result<Vec<Option<usize>>>;
+    /// As [`Reward::check_size`].
+    fn check_size(&mut self, _height: i64, _width: i64) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The reward −SP of Eq. 12 over consecutive groups of pictures of the same prompt.
@@ -55,6 +59,10 @@ impl<C: Classifier> Reward for Parity<C> {
 
     fn set_group(&mut self, pictures: usize) {
         self.group = pictures;
+    }
+
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        self.classifier.check_size(height, width)
     }
 
     /// Diagnostics, one value per group: `miss_rate` and `share_<class>` (shares of the whole group; together with

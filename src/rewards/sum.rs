@@ -76,11 +76,18 @@ impl Reward for Sum {
         self.parts.iter().map(|(_, _, reward)| reward.weight_bytes()).sum()
     }
 
-    fn check_objects(&self, objects: &[String]) -> Result<()> {
+    fn check_objects(&self, objects: &[String], nameless: Option<&str>) -> Result<()> {
         let check = |(_, name, reward): &(f64, String, Box<dyn Reward>)| {
-            reward.check_objects(objects).with_context(|| format!("part {name}"))
+            reward.check_objects(objects, nameless).with_context(|| format!("part {name}"))
         };
         self.parts.iter().try_for_each(check)
+    }
+
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        let check = |(_, name, reward): &mut (f64, String, Box<dyn Reward>)| {
+            reward.check_size(height, width).with_context(|| format!("part {name}"))
+        };
+        self.parts.iter_mut().try_for_each(check)
     }
 
     /// A plain sum whose parts are all differentiable. What a normalised one is trained on depends on the whole batch.

@@ -33,6 +33,13 @@ impl Module {
         Ok(Module { path: path.to_owned(), module, device: Device::Cpu, bytes })
     }
 
+    /// Two grey pictures: the module may want another size, or give another shape.
+    fn check_size(&mut self, height: i64, width: i64, columns: usize) -> Result<()> {
+        let grey = Tensor::full([2, 3, height, width], 0.5, (Kind::Float, Device::Cpu));
+        let tried = self.forward(&grey, columns).map(drop);
+        tried.with_context(|| format!("tried with pictures of {width}×{height} pixels"))
+    }
+
     /// The output as f32 `[n, columns]` on the CPU.
     fn forward(&mut self, images: &Tensor, columns: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
@@ -85,6 +92,10 @@ impl Reward for TorchScriptReward {
         Ok(Scores { rewards, ..Scores::default() })
     }
 
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        self.0.check_size(height, width, 1)
+    }
+
     fn differentiable(&mut self) -> Option<&mut dyn DifferentiableReward> {
         Some(self)
     }
@@ -121,6 +132,10 @@ impl TorchScriptClassifier {
 impl Classifier for TorchScriptClassifier {
     fn classes(&self) -> Vec<String> {
         self.classes.clone()
+    }
+
+    fn check_size(&mut self, height: i64, width: i64) -> Result<()> {
+        self.module.check_size(height, width, self.classes.len())
     }
 
     fn classify(&mut self, images: &Tensor) -> Result<Vec<Option<usize>>> {

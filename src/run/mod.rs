@@ -20,8 +20,8 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{same_tree, Communicator},
-    config::Config,
+    comm::{all_made, same_tree, Communicator},
+    config::{needs::ensure_here, Config},
     device::ensure_gpu,
     folders::FolderLock,
     miniature,
@@ -147,6 +147,7 @@ impl<'a> Run<'a> {
         // waiting for an earlier start of the same job gives signals their usual effect
         signals::install()?;
         let _stage = watch::stage("loading", "");
+        all_made(comm, ensure_here(&config.needs()))?;
         signals::stop_here(comm)?;
         let pipeline = load_for_training(config, comm, device)?;
         signals::stop_here(comm)?;

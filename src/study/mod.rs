@@ -111,11 +111,24 @@ impl Plan {
     /// Builds every run once, so that a reward, a prompt set or a model that cannot be had is found before any work. A
     /// collective call.
     pub fn try_out(&self, comm: &dyn Communicator, device: Device) -> Result<()> {
-        for member in self.members.iter().filter(|member| member.seed == self.config.study.seeds[0]) {
+        for member in self.of_first_seed() {
             Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
                 .with_context(|| format!("run {}", member.name))?;
         }
+        let base = self.evaluation_of_base();
+        Evaluation::prepare(&base, comm, device, &evaluation_folder(&self.out)).context("the study's evaluation")?;
         Ok(())
+    }
+
+    /// Every run of the study once.
+    pub fn of_first_seed(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|member| member.seed == self.config.study.seeds[0])
+    }
+
+    /// The evaluation of what there is before any training: the others' models are as large and draw as many steps.
+    pub fn evaluation_of_base(&self) -> EvalConfig {
+        let base = self.evaluation.models[..1].to_vec();
+        EvalConfig { models: base, ..self.evaluation.clone() }
     }
 
     /// Trains what is not trained yet. A collective call.
@@ -134,7 +147,7 @@ impl Plan {
 
     /// Evaluates all models. A collective call.
     pub fn evaluate(&self, comm: &dyn Communicator, device: Device) -> Result<Vec<ModelResult>> {
-        let out = self.out.join("evaluation");
+        let out = evaluation_folder(&self.out);
         Evaluation::prepare(&self.evaluation, comm, device, &out)?.go(comm, device, &out)
     }
 

@@ -1,14 +1,14 @@
 //! `rldiff bench allreduce`: the sum of a gradient over the ranks, by bucket size and number type on the wire. On GPUs by
 //! NCCL, on CPUs by MPI.
 
-use anyhow::{ensure, Result};
+use anyhow::Result;
 use half::bf16;
 use serde_json::{json, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::median;
 use crate::{
-    cli::{device_args::DeviceArgs, Failure, OrMistake},
+    cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{
         nccl::{Nccl, PATIENCE},
         Communicator, DeviceVector, Wire,
@@ -21,12 +21,13 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Scalars of the gradient; by default SDv2's 866 million on GPUs, 4 million on CPUs.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1 << 36))]
     parameters: Option<usize>,
     /// Sizes of a bucket in MiB of f32.
     #[arg(long, value_delimiter = ',', default_values_t = [4, 25, 100], value_name = "MIB")]
+    #[arg(value_parser = whole::<usize>(1, 65_536))]
     bucket_mib: Vec<usize>,
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
     repeats: usize,
     /// Print one JSON object with every measured value instead of a table.
     #[arg(long)]
@@ -41,12 +42,6 @@ struct Line {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let sound = || -> Result<()> {
-        ensure!(args.repeats > 0 && args.parameters != Some(0), "--repeats and --parameters must be at least 1");
-        ensure!(args.bucket_mib.iter().all(|&size| size > 0), "--bucket-mib must be at least 1");
-        Ok(())
-    };
-    sound().or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let lines = match device {
         Device::Cuda(index) => by_nccl(&args, comm, index)?,

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::median;
 use crate::{
-    cli::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake},
+    cli::{config_args::ConfigArgs, device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{nccl, Communicator},
     config::Config,
     models::{architectures::Architecture, pipeline::Pipeline},
@@ -27,10 +27,10 @@ pub struct Args {
     #[arg(long, value_enum)]
     architecture: Option<Architecture>,
     /// Iterations that are not counted.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<u64>(0, 1_000_000))]
     warm_up: u64,
     /// Iterations that are.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<u64>(1, 1_000_000))]
     measured: u64,
     /// Print one JSON object with every measured value instead of a table.
     #[arg(long)]
@@ -51,7 +51,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     };
     let mut trainer = Trainer::new(&config, comm, pipeline).or_mistake()?;
     let mut measured = Vec::new();
-    for iteration in 0..args.warm_up + args.measured.max(1) {
+    for iteration in 0..args.warm_up + args.measured {
         let metrics = trainer.iterate(iteration, &mut |_, _, _, _| Ok(()))?;
         if iteration >= args.warm_up {
             measured.push(metrics);

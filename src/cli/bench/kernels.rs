@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use anyhow::{ensure, Result};
+use anyhow::Result;
 use serde_json::{json, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::{median, rates::Rates};
 use crate::{
-    cli::{device_args::DeviceArgs, Failure, OrMistake},
+    cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::Communicator,
     device::stopwatch,
     kernels::{
@@ -32,15 +32,15 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Samples of a transition and rows of half as many guided pairs; SDv2's lane has 16.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<i64>(1, 65_536))]
     samples: Option<i64>,
     /// Scalars of the optimizer step; SDv2's U-Net has 866 million.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<i64>(1, 1 << 36))]
     parameters: Option<i64>,
     /// Launches of one measurement, on rotating inputs.
-    #[arg(long, default_value_t = 20, value_name = "N")]
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
     launches: usize,
-    #[arg(long, default_value_t = 7, value_name = "N")]
+    #[arg(long, default_value_t = 7, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
     repeats: usize,
     /// Print one JSON object with every measured value instead of a table.
     #[arg(long)]
@@ -48,12 +48,6 @@ pub struct Args {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let sound = || -> Result<()> {
-        let sizes = [args.samples, args.parameters].into_iter().flatten().all(|size| size > 0);
-        ensure!(sizes && args.launches > 0 && args.repeats > 0, "every size and count must be at least 1");
-        Ok(())
-    };
-    sound().or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     if comm.rank() > 0 {
         return Ok(());

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    cli::{Failure, OrMistake},
+    cli::{numbers::whole, Failure, OrMistake},
     comm::{Communicator, Local},
     diffusion::{
         sampler::{self, Conditioning},
@@ -49,16 +49,16 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Compute::F32)]
     compute: Compute,
     /// Train low-rank adapters of this rank instead of the U-Net; 0 trains the U-Net.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<i64>(0, 4096))]
     lora: i64,
     /// Keep all activations instead of computing them again.
     #[arg(long)]
     no_gradient_checkpointing: bool,
     /// libtorch's threads.
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<i32>(1, 256))]
     threads: i32,
     /// Samples of the step, each one a guided pair.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<usize>(1, 65_536))]
     samples: usize,
 }
 
@@ -79,7 +79,6 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let free = || -> Result<()> {
         ensure!(!args.out.exists(), "{} exists already", args.out.display());
-        ensure!(args.samples > 0 && args.threads > 0 && args.lora >= 0, "--samples and --threads must be at least 1");
         Ok(())
     };
     free().or_mistake()?;

@@ -4,13 +4,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::{median, rates::Rates};
 use crate::{
-    cli::{device_args::DeviceArgs, Failure, OrMistake},
+    cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{nccl, Communicator},
     device::{self, stopwatch},
     diffusion::{
@@ -48,10 +48,10 @@ pub struct Args {
     #[arg(long, value_enum)]
     architecture: Option<Architecture>,
     /// Samples of a pass, each a guided pair.
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = whole::<usize>(1, 65_536))]
     samples: usize,
     /// DDIM steps of a roll-out.
-    #[arg(long, default_value_t = 50, value_name = "N")]
+    #[arg(long, default_value_t = 50, value_name = "N", value_parser = whole::<usize>(1, 1000))]
     steps: usize,
     /// The U-Net in bf16.
     #[arg(long)]
@@ -61,12 +61,12 @@ pub struct Args {
     /// The roll-out replays the U-Net's work as a CUDA graph.
     #[arg(long)]
     cuda_graph: bool,
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<usize>(0, 1_000_000))]
     warm_up: usize,
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
     repeats: usize,
     /// libtorch's threads.
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<i32>(1, 256))]
     threads: i32,
     /// Print one JSON object with every measured value.
     #[arg(long)]
@@ -86,11 +86,6 @@ pub enum Pass {
 const GUIDANCE_SCALE: f64 = 7.0;
 
 pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let sound = || -> Result<()> {
-        ensure!(args.samples > 0 && args.repeats > 0, "--samples and --repeats must be at least 1");
-        Ok(())
-    };
-    sound().or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, Some(nccl::PATIENCE)).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
     cannot_write::make_folder,
+    cli::numbers::whole,
     comm::{agree, Communicator},
     folders::{can_be_folder, outputs},
     streams,
@@ -29,10 +30,10 @@ pub struct Args {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     lanes_per_rank: u16,
     /// Iterations that are not counted.
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<u64>(0, 1_000_000))]
     warm_up: u64,
     /// Iterations that are.
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<u64>(1, 1_000_000))]
     measured: u64,
     /// Measure nothing: print table and prediction from the measurements in this folder, and draw them there.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "set"])]
