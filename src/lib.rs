@@ -24,7 +24,8 @@
 //! Around the loop: [`cli`] → [`config`] → [`run`] (model in, [`store`] and [`telemetry`] out, [`evaluate`] now and then and
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
-//! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`].
+//! A user's own files come in through [`text_file`], [`image_file`], [`parquet_file`], [`python_json`] and
+//! [`word_list`].
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -84,6 +85,7 @@ pub mod pairs;
 pub mod parquet_file;
 pub mod policy;
 pub mod prompts;
+pub mod python_json;
 pub mod random;
 pub mod replicas;
 pub mod report;

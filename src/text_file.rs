@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::{anyhow, bail, Context, Result};
 use serde_json::{Map, Value};
 
+use crate::python_json::{self, shown};
+
 /// Lines that are not blank, trimmed, with their number (from 1). A byte-order mark at the beginning is skipped.
 ///
 /// # Errors
@@ -32,7 +34,7 @@ pub struct JsonLine(Map<String, Value>);
 
 impl JsonLine {
     pub fn parse(line: &str) -> Result<Self> {
-        match serde_json::from_str(line).map_err(|e| anyhow!("not JSON: {e}"))? {
+        match python_json::parse(line.as_bytes()).map_err(|e| anyhow!("{e}"))? {
             Value::Object(object) => Ok(JsonLine(object)),
             _ => bail!("not a JSON object"),
         }
@@ -41,7 +43,7 @@ impl JsonLine {
     /// The string under `key`.
     pub fn string(&self, key: &str) -> Result<&str> {
         let value = self.value(key)?;
-        value.as_str().with_context(|| format!("{key:?} is not a string but {value}"))
+        value.as_str().with_context(|| format!("{key:?} is not a string but {}", shown(value)))
     }
 
     /// The list of strings under `key`.

@@ -133,7 +133,8 @@ fn complaints(case: &Case, folder: &Path) -> Vec<String> {
     if case.code == 2 && !printed.lines().any(|line| line.starts_with("error: ")) {
         wrong.push("has no line that begins with \"error: \"".to_string());
     }
-    wrong.extend(case.leaves.iter().filter(|p| !folder.join(p).exists()).map(|p| format!("{} is missing", p.display())));
+    wrong
+        .extend(case.leaves.iter().filter(|p| !folder.join(p).exists()).map(|p| format!("{} is missing", p.display())));
     wrong.extend(case.absent.iter().filter(|p| folder.join(p).exists()).map(|p| format!("{} is there", p.display())));
     if !wrong.is_empty() {
         let tail: Vec<&str> = printed.lines().rev().take(12).collect();
@@ -145,7 +146,8 @@ fn complaints(case: &Case, folder: &Path) -> Vec<String> {
 #[test]
 fn every_row_comes_out_as_expected() {
     let word = std::env::var("RLDIFF_CORPUS").unwrap_or_default();
-    let rows: Vec<_> = cases().into_iter().filter(|(kind, case)| format!("{kind}/{}", case.name).contains(&word)).collect();
+    let rows: Vec<_> =
+        cases().into_iter().filter(|(kind, case)| format!("{kind}/{}", case.name).contains(&word)).collect();
     assert!(!rows.is_empty(), "no row is called like {word:?}");
     let waiting = Mutex::new(rows.iter());
     let (failed, skipped) = (Mutex::new(Vec::new()), Mutex::new(0));

@@ -82,7 +82,7 @@ impl Schedule {
 
     /// As [`Schedule::new`], from a model's `scheduler_config.json`.
     pub fn of_model(scheduler: &serde_json::Value) -> Result<Self> {
-        Schedule::new(&SchedulerConfig::from_json(&scheduler.to_string())?)
+        Schedule::new(&SchedulerConfig::from_value(scheduler)?)
     }
 
     /// The config this schedule was made from.
