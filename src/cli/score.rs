@@ -13,6 +13,7 @@ use crate::{
     config::{validate::validate_reward, RewardConfig},
     image_file,
     prompts::Prompt,
+    python_json,
     rewards::{
         registry::{build, Place},
         Reward,
@@ -130,7 +131,7 @@ fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let lines = text_file::lines(path)?;
     ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
     let prompt = |(number, line): (usize, String)| match line.starts_with('{') {
-        true => serde_json::from_str(&line).with_context(|| format!("{}: line {number}", path.display())),
+        true => python_json::read(line.as_bytes()).with_context(|| format!("{}: line {number}", path.display())),
         false => Ok(Prompt { text: line, objects: Vec::new() }),
     };
     lines.into_iter().map(prompt).collect()

@@ -4,6 +4,7 @@
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
 //! judge.rs        what a folder is, before its weights are read
 //! model_index.rs  the classes a model may be made of      config_keys.rs   keys of the networks' configs
+//! scheduler_config.rs   the betas and steps that a model was trained with
 //! weight_files.rs which file holds a network's weights
 //! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
@@ -34,6 +35,7 @@ pub mod pipeline;
 pub mod prompt_cleaning;
 pub mod recompute;
 pub mod resnet;
+pub mod scheduler_config;
 pub mod text_encoder;
 pub mod time_embedding;
 pub mod tokenizer;

@@ -12,6 +12,7 @@ use super::{
     lora::{self, LoraSettings},
     model_index::{ensure_supported_pipeline, ensure_supported_scheduler, unread_components},
     parameters::{Builder, Parameters, Source},
+    scheduler_config::{as_the_pipeline_has_it, SchedulerConfig},
     text_encoder::{self, TextConfig, TextEncoder},
     tokenizer::Tokenizer,
     tokenizer_files::for_older_readers,
@@ -20,11 +21,7 @@ use super::{
     vae::{self, Vae, VaeConfig},
     weights::{save_safetensors, write_safetensors},
 };
-use crate::{
-    diffusion::scheduler_config::{as_the_pipeline_has_it, SchedulerConfig},
-    kernels::on_device,
-    telemetry::write_atomic,
-};
+use crate::{kernels::on_device, telemetry::write_atomic};
 
 pub struct Pipeline {
     /// Where the networks lie, and what they take and give.
@@ -94,7 +91,7 @@ impl Plan {
         let [unet_json, text_json, vae_json] = [UNET, TEXT, VAE].map(|path| files.json(path));
         let (unet_json, text_json, vae_json) = (unet_json?, text_json?, vae_json?);
         ensure_unet_of_this_kind(&unet_json).with_context(|| at(UNET))?;
-        let unet = UNetConfig::from_json(&unet_json).with_context(|| at(UNET))?;
+        let mut unet = UNetConfig::from_json(&unet_json).with_context(|| at(UNET))?;
         let text = TextConfig::from_json(&text_json).with_context(|| at(TEXT))?;
         let vae = VaeConfig::from_json(&vae_json).with_context(|| at(VAE))?;
         let stored = files.json(SCHEDULER)?;
@@ -113,6 +110,14 @@ impl Plan {
         }
         notes.extend(tokenizer.notes.iter().cloned());
         notes.extend(unread(&index, &unet_json, &text_json, &vae_json));
+        if unet.sample_size[0] < 64 && unet_json["sample_size"].is_i64() && is_before_0_9(&unet_json) {
+            notes.push(format!(
+                "{UNET}: sample_size = {} is taken for 64, as diffusers' pipeline does with files from \
+                                before its version 0.9",
+                unet.sample_size[0]
+            ));
+            unet.sample_size = [64; 2];
+        }
         if unet_json.get("sample_size").is_none_or(Value::is_null) {
             notes.push(format!("{UNET}: sample_size is not set, it is taken for {}", unet.sample_size[0]));
         }
@@ -157,6 +162,13 @@ impl Plan {
             )
         })
     }
+}
+
+/// Whether a config was written by a diffusers of before 0.9.
+fn is_before_0_9(config: &Value) -> bool {
+    let version = config.get("_diffusers_version").and_then(Value::as_str).unwrap_or_default();
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
+    matches!((numbers.next().flatten(), numbers.next().flatten()), (Some(0), Some(minor)) if minor < 9)
 }
 
 /// Keys and components that nobody reads, in one sentence, if there are any.

@@ -149,7 +149,7 @@ impl SchedulerConfig {
         Self::from_json(&text).with_context(|| format!("in {}", path.display()))
     }
 
-    pub(super) fn ensure_supported(&self) -> Result<()> {
+    pub(crate) fn ensure_supported(&self) -> Result<()> {
         ensure!(
             !self.clip_sample,
             "clip_sample: true is for models of pixels, rldiff trains latent models; set it to false"
@@ -176,7 +176,7 @@ impl SchedulerConfig {
     }
 
     /// β_t in f32, as diffusers makes them.
-    pub(super) fn betas(&self) -> Vec<f32> {
+    pub(crate) fn betas(&self) -> Vec<f32> {
         let count = self.num_train_timesteps;
         let betas = match (&self.trained_betas, self.beta_schedule) {
             (Some(betas), _) => betas.iter().map(|&beta| beta as f32).collect(),
@@ -216,7 +216,7 @@ fn squared_cosine_betas(count: usize) -> Vec<f32> {
 }
 
 /// Π(1−β), multiplied up in f64, each product rounded to f32 (as torch.cumprod does on the CPU).
-pub(super) fn cumulative_alphas(betas: &[f32]) -> Vec<f32> {
+pub(crate) fn cumulative_alphas(betas: &[f32]) -> Vec<f32> {
     let mut product = 1.0;
     let step = |&beta: &f32| {
         product *= f64::from(1.0 - beta);
