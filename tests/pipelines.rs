@@ -14,8 +14,11 @@ use rldiff::{
     diffusion::schedule::Schedule,
     models::{
         folder::{ModelFiles, ModelLocation},
+        model_index::ensure_supported_scheduler,
         pipeline::Pipeline,
+        scheduler_config::as_the_pipeline_has_it,
     },
+    python_json,
 };
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -115,4 +118,45 @@ for prompt, ids in expected.items():
         command.arg("-c").arg(script).arg(&saved).arg(folder(name).join("expected.json"));
         common::run_within(command, std::time::Duration::from_secs(240)).expect_success(name);
     }
+}
+
+/// Every scheduler of diffusers 0.42 that can be made from betas, as it writes its config: it gives Stable Diffusion's
+/// table, or is refused.
+#[test]
+fn every_scheduler_is_read_or_refused_by_name() {
+    let bytes = fs::read(folder("schedulers.json")).unwrap();
+    assert!(serde_json::from_slice::<serde_json::Value>(&bytes).is_err(), "there is no infinity in the file");
+    let configs: BTreeMap<String, serde_json::Value> = python_json::read(&bytes).unwrap();
+    let mut read = Vec::new();
+    for (name, config) in &configs {
+        let schedule = ensure_supported_scheduler(config)
+            .and_then(|()| Schedule::of_model(&as_the_pipeline_has_it(config).0))
+            .and_then(|schedule| schedule.steps(20, 1.0).map(|steps| (schedule.alpha_bar()[999], steps.len())));
+        match schedule {
+            Ok((last, steps)) => {
+                assert!(steps == 20 && (last - 0.004660).abs() < 1e-6, "{name}: {last}");
+                read.push(name.as_str());
+            }
+            Err(e) => assert!(format!("{e:#}").contains(name), "{name}: {e:#}"),
+        }
+    }
+    let expected = [
+        "DDIMParallelScheduler",
+        "DDIMScheduler",
+        "DDPMParallelScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "PNDMScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    ];
+    assert_eq!(read, expected);
+    assert_eq!(configs.len(), 42);
 }
