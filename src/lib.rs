@@ -26,8 +26,8 @@
 //! What all of them print goes through [`streams`].
 //! A folder that is written has one owner, and keeps what is not ours: [`folders`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
-//! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`] and [`word_list`];
-//! [`excerpt`] is what messages, pages and sheets show of them.
+//! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`], [`python_json`] and
+//! [`word_list`]; [`excerpt`] is what messages, pages and sheets show of them.
 //!
 //! All of it on the CPU, or on a GPU per rank ([`device`] chooses): tensors lie there, [`kernels::on_device`] and
 //! [`policy::gradient_sum`] do the same there with the kernels of `cuda/` and with NCCL.
@@ -97,6 +97,7 @@ pub mod pairs;
 pub mod parquet_file;
 pub mod policy;
 pub mod prompts;
+pub mod python_json;
 pub mod random;
 pub mod replicas;
 pub mod report;

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     excerpt::{one_line, quoted, IN_MESSAGES},
+    python_json::{self, shown},
     user_file,
 };
 
@@ -123,38 +124,40 @@ pub struct JsonLine(Map<String, Value>);
 
 impl JsonLine {
     pub fn parse(line: &str) -> Result<Self> {
-        match serde_json::from_str(line) {
+        match python_json::parse(line.as_bytes()) {
             Ok(Value::Object(object)) => Ok(JsonLine(object)),
             Ok(Value::Array(_)) => bail!("a JSON array, not a JSON object: one object per line is wanted"),
             Ok(_) => bail!("not a JSON object"),
-            Err(e) if e.is_eof() => {
-                bail!("not JSON: {e}: the object must begin and end in this line, which begins {}", start(line))
+            Err(e) if ends_early(line) => {
+                bail!("{e}: the object must begin and end in this line, which begins {}", start(line))
             }
-            Err(e) => bail!("not JSON: {e}; the line begins {}", start(line)),
+            Err(e) => bail!("{e}; the line begins {}", start(line)),
         }
     }
 
     /// The string under `key`.
     pub fn string(&self, key: &str) -> Result<&str> {
         let value = self.value(key)?;
-        value
-            .as_str()
-            .with_context(|| format!("{key:?} is not a string but {}", one_line(&value.to_string(), IN_MESSAGES)))
+        value.as_str().with_context(|| format!("{key:?} is not a string but {}", one_line(&shown(value), IN_MESSAGES)))
     }
 
     /// The list of strings under `key`.
     pub fn strings(&self, key: &str) -> Result<Vec<&str>> {
         let value = self.value(key)?;
         let strings = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
-        strings.with_context(|| {
-            format!("{key:?} is not a list of strings but {}", one_line(&value.to_string(), IN_MESSAGES))
-        })
+        strings
+            .with_context(|| format!("{key:?} is not a list of strings but {}", one_line(&shown(value), IN_MESSAGES)))
     }
 
     fn value(&self, key: &str) -> Result<&Value> {
         let keys = || one_line(&self.0.keys().cloned().collect::<Vec<_>>().join(", "), 2 * IN_MESSAGES);
         self.0.get(key).with_context(|| format!("there is no {key:?}; keys are {}", keys()))
     }
+}
+
+/// Whether JSON is only cut off.
+fn ends_early(line: &str) -> bool {
+    serde_json::from_str::<Value>(line).is_err_and(|e| e.is_eof())
 }
 
 /// The beginning of a line in errors.

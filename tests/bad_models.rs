@@ -169,7 +169,7 @@ fn foreign_classes_and_configs() {
     refused(set("vae/config.json", "latent_channels", json!(5)), &["vae/config.json", "latent_channels = 5"]);
     let text = "text_encoder/config.json";
     refused(set(text, "hidden_act", json!("swish")), &[text, "hidden_act"]);
-    refused(set(text, "vocab_size", json!(3)), &[text, "vocab_size = 3", "vocab.json"]);
+    refused(set(text, "vocab_size", json!(3)), &[text, "vocab_size = 3", "the id"]);
     let scheduler = "scheduler/scheduler_config.json";
     let flow = json!("FlowMatchEulerDiscreteScheduler");
     refused(set(scheduler, "_class_name", flow), &[scheduler, "FlowMatchEulerDiscreteScheduler"]);

@@ -18,6 +18,7 @@ use crate::{
     folders::{can_be_file, outputs},
     image_file,
     prompts::Prompt,
+    python_json,
     rewards::{
         registry::{build, Place},
         Reward,
@@ -162,7 +163,7 @@ fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
         log::warn!("{}: blank lines, the first before line {number}, are no prompts of images", path.display());
     }
     let prompt = |(number, line): (usize, String)| match line.starts_with('{') {
-        true => serde_json::from_str(&line).with_context(|| format!("{}: line {number}", path.display())),
+        true => python_json::read(line.as_bytes()).with_context(|| format!("{}: line {number}", path.display())),
         false => Ok(Prompt { text: line, objects: Vec::new() }),
     };
     lines.into_iter().map(prompt).collect()

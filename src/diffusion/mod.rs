@@ -3,5 +3,4 @@
 pub mod recorded;
 pub mod sampler;
 pub mod schedule;
-pub mod scheduler_config;
 pub mod transition;

@@ -9,14 +9,14 @@
 //! x̂_0 and ε are affine in x_t and the model's output `eps`, whichever of the two the model predicts
 //! (ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0), so both kinds of model differ in the coefficients only.
 //!
-//! The table is diffusers' f32 table (see [`scheduler_config`](super::scheduler_config)), bit for bit; all that follows
+//! The table is diffusers' f32 table (see [`scheduler_config`](crate::models::scheduler_config)), bit for bit; all that follows
 //! from it is f64.
 
-use super::scheduler_config::cumulative_alphas;
 use crate::kernels::ddim_step::StepScalars;
+use crate::models::scheduler_config::cumulative_alphas;
 use anyhow::{bail, ensure, Context, Result};
 
-pub use super::scheduler_config::{BetaSchedule, PredictionType, SchedulerConfig, TimestepSpacing};
+pub use crate::models::scheduler_config::{BetaSchedule, PredictionType, SchedulerConfig, TimestepSpacing};
 
 /// One DDIM step: where it goes and the coefficients of its transition.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,7 +82,7 @@ impl Schedule {
 
     /// As [`Schedule::new`], from a model's `scheduler_config.json`.
     pub fn of_model(scheduler: &serde_json::Value) -> Result<Self> {
-        Schedule::new(&SchedulerConfig::from_json(&scheduler.to_string())?)
+        Schedule::new(&SchedulerConfig::from_value(scheduler)?)
     }
 
     /// The config this schedule was made from.

@@ -12,11 +12,13 @@ use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use super::{
+    judge, tokenizer_files,
     weight_files::{read_weights, warn_of_bad_values},
-    weights::{ensure_no_pointer, modernise_vae_names, tensor_bytes},
+    weights::{ensure_no_pointer, modernise_text_names, modernise_vae_names, tensor_bytes},
 };
 use crate::{
     comm::Communicator,
+    python_json,
     signals::{self, Interrupted},
 };
 
@@ -28,17 +30,20 @@ pub enum ModelLocation {
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
 
-/// Small files that are kept as they are, so that a saved model has the tokenizer and configs it was loaded with.
+/// Small files that are kept as they are, so that a saved model has the tokenizer and configs it was loaded with, and
+/// whether a model needs them. The tokenizer's are judged together.
 const TEXT_FILES: &[(&str, bool)] = &[
     ("model_index.json", true),
     ("scheduler/scheduler_config.json", true),
     ("text_encoder/config.json", true),
-    ("tokenizer/vocab.json", true),
-    ("tokenizer/merges.txt", true),
-    ("tokenizer/tokenizer_config.json", true),
-    ("tokenizer/special_tokens_map.json", false),
     ("unet/config.json", true),
     ("vae/config.json", true),
+    (tokenizer_files::VOCABULARY, false),
+    (tokenizer_files::MERGES, false),
+    (tokenizer_files::WHOLE, false),
+    (tokenizer_files::SETTINGS, false),
+    (tokenizer_files::SPECIAL, false),
+    (tokenizer_files::ADDED, false),
     ("feature_extractor/preprocessor_config.json", false),
 ];
 
@@ -57,11 +62,33 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Reads the whole folder.
+    /// Reads the whole folder, after everything in it that is not weights has been judged.
     ///
     /// # Errors
-    /// Names the missing or damaged file; [`Interrupted`] between two networks, where a signal may end the loading.
+    /// Says what the folder holds instead of a model that is trained here, or names the missing or damaged file;
+    /// [`Interrupted`] between two networks, where a signal may end the loading.
     pub fn read(location: &ModelLocation) -> Result<Self> {
+        let mut files = judge::judge(location)?;
+        for (component, stem) in COMPONENTS {
+            signals::check()?;
+            let mut tensors = read_weights(location, &files.origin, component, stem)?;
+            warn_of_bad_values(&tensors, &format!("{}: {component}", files.origin));
+            tensors = match component {
+                "vae" => modernise_vae_names(tensors),
+                "text_encoder" => modernise_text_names(tensors),
+                _ => Ok(tensors),
+            }
+            .with_context(|| format!("{}: {component}", files.origin))?;
+            files.weights.insert(component.to_string(), tensors);
+        }
+        Ok(files)
+    }
+
+    /// Reads the configs and the tokenizer alone.
+    ///
+    /// # Errors
+    /// Names the first file that is missing.
+    pub(super) fn read_texts(location: &ModelLocation) -> Result<Self> {
         let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
         for &(path, required) in TEXT_FILES {
             match location.bytes(path)? {
@@ -69,15 +96,6 @@ impl ModelFiles {
                 None if required => bail!("{}: {path} is missing", files.origin),
                 None => {}
             }
-        }
-        for (component, stem) in COMPONENTS {
-            signals::check()?;
-            let mut tensors = read_weights(location, &files.origin, component, stem)?;
-            warn_of_bad_values(&tensors, &format!("{}: {component}", files.origin));
-            if component == "vae" {
-                tensors = modernise_vae_names(tensors).with_context(|| format!("{}: vae", files.origin))?;
-            }
-            files.weights.insert(component.to_string(), tensors);
         }
         Ok(files)
     }
@@ -89,20 +107,17 @@ impl ModelFiles {
     }
 
     /// Reads only what the tokenizer needs: `tokenizer/`, and `text_encoder/config.json` where it is there. A folder
-    /// that itself holds `vocab.json` is taken for the `tokenizer/` of a model.
+    /// that itself holds `vocab.json` or `tokenizer.json` is taken for the `tokenizer/` of a model.
     pub fn read_tokenizer(location: &ModelLocation) -> Result<Self> {
         let mut files = ModelFiles { origin: location.origin()?, ..Default::default() };
-        let bare = location.bytes("vocab.json")?.is_some();
-        for &(path, required) in TEXT_FILES {
+        let bare = location.bytes("vocab.json")?.is_some() || location.bytes("tokenizer.json")?.is_some();
+        for &(path, _) in TEXT_FILES {
             let inside = path.strip_prefix("tokenizer/");
             if inside.is_none() && path != "text_encoder/config.json" {
                 continue;
             }
-            let on_disk = inside.filter(|_| bare).unwrap_or(path);
-            match location.bytes(on_disk)? {
-                Some(bytes) => files.keep_text(path, &bytes)?,
-                None if required && inside.is_some() => bail!("{}: {on_disk} is missing", files.origin),
-                None => {}
+            if let Some(bytes) = location.bytes(inside.filter(|_| bare).unwrap_or(path))? {
+                files.keep_text(path, &bytes)?;
             }
         }
         Ok(files)
@@ -172,7 +187,8 @@ impl ModelFiles {
     }
 
     pub fn json(&self, path: &str) -> Result<Value> {
-        serde_json::from_str(self.text(path)?).with_context(|| format!("{}: {path} is not JSON", self.origin))
+        let bytes = self.texts.get(path).with_context(|| format!("{}: {path} is missing", self.origin))?;
+        python_json::parse(bytes).map_err(|e| anyhow!("{}: {path} {e}", self.origin))
     }
 
     pub fn optional_json(&self, path: &str) -> Result<Option<Value>> {
@@ -188,7 +204,7 @@ impl ModelLocation {
     /// The folder's name for errors, if there is a folder.
     pub fn origin(&self) -> Result<String> {
         match self {
-            ModelLocation::Disk(dir) if !dir.is_dir() => bail!("model folder {} does not exist", dir.display()),
+            ModelLocation::Disk(dir) if !dir.is_dir() => bail!(judge::no_folder(dir)),
             ModelLocation::Disk(dir) => Ok(dir.display().to_string()),
             ModelLocation::Embedded(_) => Ok("embedded miniature".to_string()),
         }

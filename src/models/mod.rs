@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
-//! model_index.rs  the classes a model may be made of
+//! judge.rs        what a folder is, before its weights are read
+//! model_index.rs  the classes a model may be made of      config_keys.rs   keys of the networks' configs
+//! scheduler_config.rs   the betas and steps that a model was trained with
 //! weight_files.rs which file holds a network's weights
 //! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
-//! tokenizer.rs, prompt_cleaning.rs   text -> token ids        text_encoder.rs   CLIP text model
+//! tokenizer_files.rs, tokenizer.rs, prompt_cleaning.rs   text -> token ids   text_encoder.rs   CLIP text model
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
 //! recompute.rs    gradient checkpointing     allocations.rs, flops.rs   what a pass costs
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
@@ -19,10 +21,12 @@
 pub mod allocations;
 pub mod architectures;
 pub mod attention;
+pub mod config_keys;
 pub mod flat_parameters;
 pub mod flops;
 pub mod folder;
 pub mod gradient_hooks;
+pub mod judge;
 pub mod layers;
 pub mod lora;
 pub mod model_index;
@@ -32,9 +36,11 @@ pub mod pipeline;
 pub mod prompt_cleaning;
 pub mod recompute;
 pub mod resnet;
+pub mod scheduler_config;
 pub mod text_encoder;
 pub mod time_embedding;
 pub mod tokenizer;
+pub mod tokenizer_files;
 pub mod torch_file;
 pub mod unet;
 pub mod unet_config;

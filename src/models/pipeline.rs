@@ -3,19 +3,22 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{ensure, Context, Result};
-use serde_json::Value;
+use serde_json::{json, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::{
     folder::{ModelFiles, COMPONENTS},
+    judge::ensure_unet_of_this_kind,
     lora::{self, LoraSettings},
-    model_index::{ensure_supported_pipeline, ensure_supported_scheduler},
+    model_index::{ensure_supported_pipeline, ensure_supported_scheduler, unread_components},
     parameters::{Builder, Parameters, Source},
-    text_encoder::{TextConfig, TextEncoder},
+    scheduler_config::{as_the_pipeline_has_it, SchedulerConfig},
+    text_encoder::{self, TextConfig, TextEncoder},
     tokenizer::Tokenizer,
+    tokenizer_files::for_older_readers,
     unet::UNet,
-    unet_config::UNetConfig,
-    vae::{Vae, VaeConfig},
+    unet_config::{self, UNetConfig},
+    vae::{self, Vae, VaeConfig},
     weights::{save_safetensors, write_safetensors},
 };
 use crate::{
@@ -32,7 +35,7 @@ pub struct Pipeline {
     pub text_encoder: TextEncoder,
     pub unet: UNet,
     pub vae: Vae,
-    /// `scheduler/scheduler_config.json` as it stands.
+    /// `scheduler/scheduler_config.json` as diffusers' pipeline takes it.
     pub scheduler: Value,
     pub text_parameters: Parameters,
     pub unet_parameters: Parameters,
@@ -60,37 +63,133 @@ impl Default for Build {
     }
 }
 
-/// Tensor names that checkpoints carry though no layer needs them.
+/// Tensor names that checkpoints carry though no layer needs them: constants, and what makes the pooled output.
 fn harmless(name: &str) -> bool {
-    name.ends_with("position_ids")
+    name.ends_with("position_ids") || name == "text_projection.weight" || name == "logit_scale"
 }
 
 const INDEX: &str = "model_index.json";
+const TEXT: &str = "text_encoder/config.json";
+const UNET: &str = "unet/config.json";
+const VAE: &str = "vae/config.json";
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
-/// Fails where one part makes what the next cannot take.
-fn ensure_they_fit(tokenizer: &Tokenizer, text: &TextConfig, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
-    ensure!(
-        i64::from(tokenizer.largest_id) < text.vocab_size,
-        "tokenizer/vocab.json holds id {}, text_encoder/config.json says vocab_size = {}",
-        tokenizer.largest_id,
-        text.vocab_size
-    );
-    for level in &unet.levels {
-        ensure!(
-            level.context_channels == text.hidden_size,
-            "unet/config.json: cross_attention_dim = {}, text_encoder/config.json: hidden_size = {}",
-            level.context_channels,
-            text.hidden_size
-        );
+/// What a model is built from: everything in its files but the weights.
+pub(super) struct Plan {
+    text: TextConfig,
+    unet: UNetConfig,
+    vae: VaeConfig,
+    /// As diffusers' pipeline has it.
+    scheduler: Value,
+    tokenizer: Tokenizer,
+    /// What in the files has no effect or another one than they say.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// # Errors
+    /// Names the file and the key that asks for what is not built here, or the parts that do not fit together.
+    pub(super) fn of(files: &ModelFiles) -> Result<Self> {
+        let at = |path: &str| format!("{}: {path}", files.origin);
+        let index = files.json(INDEX)?;
+        ensure_supported_pipeline(&index).with_context(|| at(INDEX))?;
+        let [unet_json, text_json, vae_json] = [UNET, TEXT, VAE].map(|path| files.json(path));
+        let (unet_json, text_json, vae_json) = (unet_json?, text_json?, vae_json?);
+        ensure_unet_of_this_kind(&unet_json).with_context(|| at(UNET))?;
+        let mut unet = UNetConfig::from_json(&unet_json).with_context(|| at(UNET))?;
+        let text = TextConfig::from_json(&text_json).with_context(|| at(TEXT))?;
+        let vae = VaeConfig::from_json(&vae_json).with_context(|| at(VAE))?;
+        let stored = files.json(SCHEDULER)?;
+        ensure_supported_scheduler(&stored).with_context(|| at(SCHEDULER))?;
+        let (scheduler, changes) = as_the_pipeline_has_it(&stored);
+        SchedulerConfig::from_value(&scheduler).with_context(|| at(SCHEDULER))?;
+        let tokenizer = Tokenizer::from_files(files)?;
+
+        let mut notes = Vec::new();
+        let class = stored.get("_class_name").and_then(Value::as_str).unwrap_or("DDIMScheduler");
+        if class != "DDIMScheduler" {
+            notes.push(format!("{SCHEDULER}: {class}'s betas are used, its steps are not: they are DDIM's"));
+        }
+        if !changes.is_empty() {
+            notes.push(format!("{SCHEDULER}: {}, as diffusers' pipeline does", changes.join("; ")));
+        }
+        notes.extend(tokenizer.notes.iter().cloned());
+        notes.extend(unread(&index, &unet_json, &text_json, &vae_json));
+        if unet.sample_size[0] < 64 && unet_json["sample_size"].is_i64() && is_before_0_9(&unet_json) {
+            notes.push(format!(
+                "{UNET}: sample_size = {} is taken for 64, as diffusers' pipeline does with files from \
+                                before its version 0.9",
+                unet.sample_size[0]
+            ));
+            unet.sample_size = [64; 2];
+        }
+        if unet_json.get("sample_size").is_none_or(Value::is_null) {
+            notes.push(format!("{UNET}: sample_size is not set, it is taken for {}", unet.sample_size[0]));
+        }
+        let plan = Plan { text, unet, vae, scheduler, tokenizer, notes };
+        plan.ensure_it_fits().with_context(|| files.origin.clone())?;
+        Ok(plan)
     }
-    ensure!(
-        unet.in_channels == vae.latent_channels,
-        "unet/config.json: in_channels = {}, vae/config.json: latent_channels = {}",
-        unet.in_channels,
-        vae.latent_channels
-    );
-    Ok(())
+
+    /// Fails where one part makes what the next cannot take.
+    fn ensure_it_fits(&self) -> Result<()> {
+        let Plan { text, unet, vae, tokenizer, .. } = self;
+        let (id, token) = &tokenizer.largest;
+        ensure!(
+            i64::from(*id) < text.vocab_size,
+            "the tokenizer gives {token} the id {id}, {TEXT} says vocab_size = {}: the text encoder has no row for it",
+            text.vocab_size
+        );
+        for level in &unet.levels {
+            ensure!(
+                level.context_channels == text.hidden_size,
+                "{UNET}: cross_attention_dim = {}, {TEXT}: hidden_size = {}",
+                level.context_channels,
+                text.hidden_size
+            );
+        }
+        ensure!(
+            unet.in_channels == vae.latent_channels,
+            "{UNET}: in_channels = {}, {VAE}: latent_channels = {}",
+            unet.in_channels,
+            vae.latent_channels
+        );
+        Ok(())
+    }
+
+    /// A sentence where the text encoder has rows that no token leads to.
+    pub(super) fn unreachable_rows(&self) -> Option<String> {
+        let (last, rows) = (i64::from(self.tokenizer.largest.0), self.text.vocab_size);
+        (last + 1 < rows).then(|| {
+            format!(
+                "the text encoder has {rows} rows, the tokenizer's last id is {last}: the rows after it have no effect \
+                 (were there added tokens? then tokenizer/ lacks them)"
+            )
+        })
+    }
+}
+
+/// Whether a config was written by a diffusers of before 0.9.
+fn is_before_0_9(config: &Value) -> bool {
+    let version = config.get("_diffusers_version").and_then(Value::as_str).unwrap_or_default();
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
+    matches!((numbers.next().flatten(), numbers.next().flatten()), (Some(0), Some(minor)) if minor < 9)
+}
+
+/// Keys and components that nobody reads, in one sentence, if there are any.
+fn unread(index: &Value, unet: &Value, text: &Value, vae: &Value) -> Option<String> {
+    let found = [
+        (INDEX, unread_components(index)),
+        (UNET, unet_config::unknown_keys(unet)),
+        (TEXT, text_encoder::unknown_keys(text)),
+        (VAE, vae::unknown_keys(vae)),
+    ];
+    let found: Vec<String> = found
+        .into_iter()
+        .filter(|(_, keys)| !keys.is_empty())
+        .map(|(path, keys)| format!("{path}: {}", keys.join(", ")))
+        .collect();
+    (!found.is_empty()).then(|| format!("what is not known here has no effect: {}", found.join("; ")))
 }
 
 /// Builds one network and checks that the checkpoint held no more than it needs.
@@ -105,7 +204,8 @@ fn build<T>(
     let builder = Builder::new(source, kind, device);
     let network = make(&builder).with_context(|| format!("{origin}: {component}"))?;
     let (parameters, unused) = builder.finish();
-    if let Some(name) = unused.iter().find(|n| !harmless(n)) {
+    let unused: Vec<_> = unused.iter().filter(|name| !harmless(name)).collect();
+    if let Some(name) = unused.first() {
         log::warn!("{origin}: {component}: {} tensors are not used, the first is {name}", unused.len());
     }
     Ok((network, parameters))
@@ -146,18 +246,8 @@ impl Pipeline {
     }
 
     fn build(files: ModelFiles, sources: [Source; 3], how: Build, device: Device) -> Result<Self> {
-        let at = |path: &str| format!("{}: {path}", files.origin);
-        let text_config = TextConfig::from_json(&files.json("text_encoder/config.json")?)
-            .with_context(|| at("text_encoder/config.json"))?;
-        let unet_config =
-            UNetConfig::from_json(&files.json("unet/config.json")?).with_context(|| at("unet/config.json"))?;
-        let vae_config =
-            VaeConfig::from_json(&files.json("vae/config.json")?).with_context(|| at("vae/config.json"))?;
-        let scheduler = files.json(SCHEDULER)?;
-        ensure_supported_pipeline(&files.json(INDEX)?).with_context(|| at(INDEX))?;
-        ensure_supported_scheduler(&scheduler).with_context(|| at(SCHEDULER))?;
-        let tokenizer = Tokenizer::from_files(&files)?;
-        ensure_they_fit(&tokenizer, &text_config, &unet_config, &vae_config).with_context(|| files.origin.clone())?;
+        let plan = Plan::of(&files)?;
+        let Plan { text: text_config, unet: unet_config, vae: vae_config, scheduler, tokenizer, .. } = plan;
 
         on_device::prepare(device)?;
         let [text_source, unet_source, vae_source] = sources;
@@ -239,7 +329,7 @@ impl Pipeline {
     /// Latent channels, height and width at the model's native size.
     pub fn latent_shape(&self) -> [i64; 3] {
         let c = &self.unet.config;
-        [c.in_channels, c.sample_size, c.sample_size]
+        [c.in_channels, c.sample_size[0], c.sample_size[1]]
     }
 
     /// Height and width of the pictures at the model's native size, in pixels.
@@ -261,6 +351,19 @@ impl Pipeline {
     /// Replaces a config file that `save` will write.
     pub fn set_text_file(&mut self, path: &str, contents: Vec<u8>) {
         self.texts.insert(path.to_string(), contents);
+    }
+
+    /// Configs and tokenizer as they came, with what older readers need beside them, and an index of what is written.
+    fn files_to_save(&self) -> Result<BTreeMap<String, Vec<u8>>> {
+        let files = self.architecture();
+        let mut saved = self.texts.clone();
+        saved.extend(for_older_readers(&files)?.into_iter().map(|(path, bytes)| (path.to_string(), bytes)));
+        let index = files.json(INDEX)?;
+        let changed = index_of_what_is_saved(&index, &saved);
+        if changed != index {
+            saved.insert(INDEX.to_string(), serde_json::to_vec_pretty(&changed)?);
+        }
+        Ok(saved)
     }
 
     /// Writes the model as a diffusers folder, weights in `kind` (f32, f16, bf16). `unet` replaces the U-Net's
@@ -287,8 +390,8 @@ impl Pipeline {
 
     /// Writes the files of [`Pipeline::save`] into a folder.
     pub fn save_into(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
-        for (path, bytes) in &self.texts {
-            write(&dir.join(path), bytes)?;
+        for (path, bytes) in self.files_to_save()? {
+            write(&dir.join(path), &bytes)?;
         }
         let named =
             |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
@@ -305,6 +408,21 @@ impl Pipeline {
         }
         Ok(())
     }
+}
+
+/// `index` without the components that are not written: the optional ones are null, as diffusers has them.
+fn index_of_what_is_saved(index: &Value, saved: &BTreeMap<String, Vec<u8>>) -> Value {
+    let mut index = index.clone();
+    let Some(entries) = index.as_object_mut() else { return index };
+    let is_written = |name: &str| saved.keys().any(|path| path.starts_with(&format!("{name}/")));
+    for (name, entry) in entries.iter_mut() {
+        if entry.is_array() && !name.starts_with('_') && !is_written(name) {
+            *entry = json!([null, null]);
+        }
+    }
+    let optional = ["safety_checker", "feature_extractor", "image_encoder"];
+    entries.retain(|name, entry| *entry != json!([null, null]) || optional.contains(&name.as_str()));
+    index
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

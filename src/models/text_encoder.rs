@@ -1,16 +1,17 @@
 //! c → text embedding: the CLIP text model (transformers' `CLIPTextModel`), its last hidden state.
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, ensure, Result};
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::{
     attention::multi_head,
+    config_keys::{self, ensure_size, ensure_supported},
     layers::{LayerNorm, Linear},
     parameters::{Builder, Init},
-    unet_config::ensure_size,
 };
+use crate::python_json;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -57,14 +58,63 @@ impl Default for TextConfig {
     }
 }
 
+/// Keys of the text encoder itself; the others are of transformers, of training, or of the pooled output.
+const READ: &[&str] = &[
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+];
+
+/// Keys without effect on the last hidden state: the rest of transformers' `CLIPTextConfig`.
+const WITHOUT_EFFECT: &[&str] = &[
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dropout",
+    "dtype",
+    "eos_token_id",
+    "initializer_factor",
+    "initializer_range",
+    "model_type",
+    "pad_token_id",
+    "projection_dim",
+    "torch_dtype",
+    "transformers_version",
+];
+
+/// Keys that transformers' `CLIPTextConfig` does not know, apart from those of all its configs (which come in dozens).
+pub fn unknown_keys(json: &Value) -> Vec<String> {
+    let json = of_text(json);
+    // a config that was written with all its defaults has the keys of generation, pruning and the like
+    if json.get("output_hidden_states").is_some() {
+        return Vec::new();
+    }
+    config_keys::unknown(json, &[READ, WITHOUT_EFFECT], &[])
+}
+
+/// The part of a whole CLIP model's config that is the text encoder's.
+fn of_text(json: &Value) -> &Value {
+    match json.get("model_type").and_then(Value::as_str) {
+        Some("clip") => json.get("text_config").filter(|text| text.is_object()).unwrap_or(json),
+        _ => json,
+    }
+}
+
 impl TextConfig {
     pub fn from_json(json: &Value) -> Result<Self> {
+        let json = of_text(json);
         if let Some(kind) = json.get("model_type").and_then(Value::as_str) {
             if kind != "clip_text_model" {
                 bail!("model_type {kind} is not supported (only clip_text_model)");
             }
         }
-        let config: TextConfig = serde_path_to_error::deserialize(json).context("reading the text encoder's config")?;
+        ensure_supported(json, &[("quantization_config", &[])])?;
+        let config: TextConfig = python_json::from_value(&python_json::without_nulls(json)?)?;
         for (key, size) in [
             ("vocab_size", config.vocab_size),
             ("hidden_size", config.hidden_size),

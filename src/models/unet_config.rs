@@ -5,6 +5,42 @@ use anyhow::{bail, ensure, Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::config_keys::{ensure_class, ensure_list, ensure_size, ensure_supported};
+use crate::python_json;
+
+/// Keys that are read, apart from the fixed ones.
+const READ: &[&str] = &[
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "up_block_types",
+    "mid_block_type",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "use_linear_projection",
+    "upcast_attention",
+    "norm_num_groups",
+    "norm_eps",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "downsample_padding",
+    "only_cross_attention",
+];
+
+/// Keys without effect in a network that is built here.
+const WITHOUT_EFFECT: &[&str] =
+    &["addition_embed_type_num_heads", "addition_time_embed_dim", "projection_class_embeddings_input_dim"];
+
+/// Keys that diffusers' U-Net does not know and that nobody reads here.
+pub fn unknown_keys(json: &Value) -> Vec<String> {
+    super::config_keys::unknown(json, &[READ, WITHOUT_EFFECT], FIXED)
+}
+
 /// A number for all levels, or one per level.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -25,10 +61,18 @@ impl<T: Copy> PerLevel<T> {
     }
 }
 
+/// One number for height and width, or the two.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged)]
+enum Side {
+    Both(i64),
+    HeightAndWidth([i64; 2]),
+}
+
 #[derive(Deserialize)]
 #[serde(default)]
 struct Raw {
-    sample_size: i64,
+    sample_size: Side,
     in_channels: i64,
     out_channels: i64,
     block_out_channels: Vec<i64>,
@@ -53,7 +97,7 @@ impl Default for Raw {
     fn default() -> Self {
         let cross = "CrossAttn";
         Raw {
-            sample_size: 64,
+            sample_size: Side::Both(64),
             in_channels: 4,
             out_channels: 4,
             block_out_channels: vec![320, 640, 1280, 1280],
@@ -77,8 +121,15 @@ impl Default for Raw {
 }
 
 impl Raw {
+    fn sides(&self) -> [i64; 2] {
+        match self.sample_size {
+            Side::Both(side) => [side; 2],
+            Side::HeightAndWidth(sides) => sides,
+        }
+    }
+
     fn ensure_sizes(&self) -> Result<()> {
-        ensure_size("sample_size", self.sample_size)?;
+        self.sides().into_iter().try_for_each(|side| ensure_size("sample_size", side))?;
         ensure_size("in_channels", self.in_channels)?;
         ensure_size("norm_num_groups", self.norm_num_groups)?;
         ensure!(
@@ -97,10 +148,10 @@ impl Raw {
 
 /// Keys that must hold one of these values (or be absent or null): variants of the network that are not built here.
 const FIXED: &[(&str, &[&str])] = &[
-    ("act_fn", &["\"silu\"", "\"swish\""]),
+    ("act_fn", &["\"silu\"", "\"swish\"", "\"SiLU\""]),
     ("center_input_sample", &["false"]),
-    ("only_cross_attention", &["false"]),
     ("dual_cross_attention", &["false"]),
+    ("quantization_config", &[]),
     ("class_embed_type", &[]),
     ("num_class_embeds", &[]),
     ("addition_embed_type", &[]),
@@ -118,7 +169,7 @@ const FIXED: &[(&str, &[&str])] = &[
     ("conv_out_kernel", &["3"]),
     ("attention_type", &["\"default\""]),
     ("class_embeddings_concat", &["false"]),
-    ("mid_block_only_cross_attention", &[]),
+    ("mid_block_only_cross_attention", &["false"]),
     ("cross_attention_norm", &[]),
     ("reverse_transformer_layers_per_block", &[]),
     ("mid_block_scale_factor", &["1", "1.0"]),
@@ -141,7 +192,7 @@ pub struct Level {
 #[derive(Clone, Debug)]
 pub struct UNetConfig {
     /// Height and width of the latents at the model's native size.
-    pub sample_size: i64,
+    pub sample_size: [i64; 2],
     pub in_channels: i64,
     pub out_channels: i64,
     /// Finest first.
@@ -155,37 +206,15 @@ pub struct UNetConfig {
     pub downsample_padding: i64,
 }
 
-/// Fails unless a size from a config is positive and small enough that products of a few do not overflow.
-pub fn ensure_size(key: &str, size: i64) -> Result<()> {
-    ensure!((1..=1 << 20).contains(&size), "{key} = {size} is out of range");
-    Ok(())
-}
-
-/// Fails where a key of `json` differs from what this code builds.
-pub fn ensure_supported(json: &Value, fixed: &[(&str, &[&str])]) -> Result<()> {
-    for (key, accepted) in fixed {
-        let value = json.get(*key).unwrap_or(&Value::Null);
-        if !value.is_null() && !accepted.contains(&value.to_string().as_str()) {
-            let list = if accepted.is_empty() { "null".to_string() } else { accepted.join(" or ") };
-            bail!("{key} = {value} is not supported (only {list})");
-        }
-    }
-    Ok(())
-}
-
-/// Fails unless `_class_name` is `expected` (or absent).
-pub fn ensure_class(json: &Value, expected: &str) -> Result<()> {
-    match json.get("_class_name").and_then(Value::as_str) {
-        Some(class) if class != expected => bail!("_class_name is {class}, expected {expected}"),
-        _ => Ok(()),
-    }
-}
-
 impl UNetConfig {
     pub fn from_json(json: &Value) -> Result<Self> {
         ensure_class(json, "UNet2DConditionModel")?;
         ensure_supported(json, FIXED)?;
-        let raw: Raw = serde_path_to_error::deserialize(json).context("reading the U-Net's config")?;
+        ensure_list(json, "only_cross_attention", &Value::Bool(false))?;
+        for key in ["mid_block_type", "norm_num_groups", "flip_sin_to_cos", "attention_head_dim"] {
+            ensure!(json.get(key) != Some(&Value::Null), "{key} = null is not supported");
+        }
+        let raw: Raw = python_json::from_value(&python_json::without_nulls(json)?)?;
         let n = raw.block_out_channels.len();
         ensure!(n > 0, "block_out_channels is empty");
         raw.ensure_sizes()?;
@@ -231,7 +260,7 @@ impl UNetConfig {
             });
         }
         Ok(UNetConfig {
-            sample_size: raw.sample_size,
+            sample_size: raw.sides(),
             in_channels: raw.in_channels,
             out_channels: raw.out_channels,
             levels,
@@ -247,7 +276,8 @@ impl UNetConfig {
 }
 
 fn has_attention(name: &str, plain: &str) -> Result<bool> {
-    match name.strip_suffix(plain) {
+    // the prefix of diffusers' first releases, which it still takes off
+    match name.strip_prefix("UNetRes").unwrap_or(name).strip_suffix(plain) {
         Some("") => Ok(false),
         Some("CrossAttn") => Ok(true),
         _ => bail!("block {name} is not supported (only {plain} and CrossAttn{plain})"),

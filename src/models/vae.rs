@@ -1,17 +1,18 @@
 //! The autoencoder between pictures and latents (diffusers' `AutoencoderKL`).
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::{
     attention::multi_head,
+    config_keys::{self, ensure_class, ensure_size, ensure_supported},
     layers::{to_pixels, to_tokens, Conv2d, GroupNorm, Linear},
     parameters::Builder,
     resnet::{Downsample, ResnetBlock, Upsample},
-    unet_config::{ensure_class, ensure_size, ensure_supported},
 };
+use crate::python_json;
 
 const NORM_EPS: f64 = 1e-6;
 
@@ -27,7 +28,6 @@ pub struct VaeConfig {
     pub norm_num_groups: i64,
     /// Latents are multiplied by this so that the U-Net sees unit variance.
     pub scaling_factor: f64,
-    pub sample_size: i64,
 }
 
 impl Default for VaeConfig {
@@ -40,27 +40,48 @@ impl Default for VaeConfig {
             layers_per_block: 1,
             norm_num_groups: 32,
             scaling_factor: 0.18215,
-            sample_size: 32,
         }
     }
+}
+
+/// Variants that are not built here.
+const FIXED: &[(&str, &[&str])] = &[
+    ("act_fn", &["\"silu\"", "\"swish\"", "\"SiLU\""]),
+    ("shift_factor", &["0", "0.0"]),
+    ("latents_mean", &[]),
+    ("latents_std", &[]),
+    ("use_quant_conv", &["true"]),
+    ("use_post_quant_conv", &["true"]),
+    ("mid_block_add_attention", &["true"]),
+    ("quantization_config", &[]),
+];
+
+const READ: &[&str] = &[
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "norm_num_groups",
+    "scaling_factor",
+];
+
+/// The first is of tiles, the second of half precision.
+const WITHOUT_EFFECT: &[&str] = &["sample_size", "force_upcast"];
+
+/// Keys that diffusers' AutoencoderKL does not know and that nobody reads here.
+pub fn unknown_keys(json: &Value) -> Vec<String> {
+    config_keys::unknown(json, &[READ, WITHOUT_EFFECT], FIXED)
 }
 
 impl VaeConfig {
     pub fn from_json(json: &Value) -> Result<Self> {
         ensure_class(json, "AutoencoderKL")?;
-        ensure_supported(
-            json,
-            &[
-                ("act_fn", &["\"silu\"", "\"swish\""]),
-                ("shift_factor", &[]),
-                ("latents_mean", &[]),
-                ("latents_std", &[]),
-                ("use_quant_conv", &["true"]),
-                ("use_post_quant_conv", &["true"]),
-                ("mid_block_add_attention", &["true"]),
-            ],
-        )?;
-        let config: VaeConfig = serde_path_to_error::deserialize(json).context("reading the VAE's config")?;
+        ensure_supported(json, FIXED)?;
+        ensure!(json.get("norm_num_groups") != Some(&Value::Null), "norm_num_groups = null is not supported");
+        let config: VaeConfig = python_json::from_value(&python_json::without_nulls(json)?)?;
         ensure!(!config.block_out_channels.is_empty(), "block_out_channels is empty");
         for (key, expected) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
             let Some(blocks) = json.get(key).and_then(Value::as_array) else { continue };

@@ -21,6 +21,7 @@ use super::{
     torch_file::{is_pickle, is_zip, read_torch_file},
     weights::{ensure_no_pointer, read_safetensors},
 };
+use crate::python_json;
 
 /// File names of a component's weights, the preferred first.
 fn candidates(stem: &str) -> Vec<String> {
@@ -57,7 +58,40 @@ pub fn read_weights(
         }
         return read_shards(location, origin, component, &path, &bytes);
     }
-    bail!("{origin}: {component}/{stem}.safetensors is missing (and there is no .fp16, .bin or sharded form of it)")
+    bail!(missing(origin, component, stem))
+}
+
+fn missing(origin: &str, component: &str, stem: &str) -> String {
+    format!("{origin}: {component}/{stem}.safetensors is missing (and there is no .fp16, .bin or sharded form of it)")
+}
+
+/// Fails where the weights of `component` are not there, or Git's placeholders for them are; reads only beginnings.
+pub fn ensure_present(location: &ModelLocation, origin: &str, component: &str, stem: &str) -> Result<()> {
+    for name in candidates(stem) {
+        let path = format!("{component}/{name}");
+        let Some(bytes) = location.bytes(&path)? else { continue };
+        ensure_no_pointer(&bytes, &format!("{origin}: {path}"))?;
+        if !name.ends_with(".json") {
+            return Ok(());
+        }
+        let index = python_json::parse(&bytes).with_context(|| format!("{origin}: {path}"))?;
+        let files: BTreeSet<&str> =
+            index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, file)| file.as_str()).collect();
+        for file in files.into_iter().filter(|file| !file.contains(['/', '\\'])) {
+            let shard = format!("{component}/{file}");
+            let bytes = location.bytes(&shard)?;
+            let bytes = bytes.with_context(|| format!("{origin}: {shard}, named in {path}, is missing"))?;
+            ensure_no_pointer(&bytes, &format!("{origin}: {shard}"))?;
+        }
+        return Ok(());
+    }
+    bail!(missing(origin, component, stem))
+}
+
+/// Whether diffusers or transformers put a file of this name beside a component's config.
+pub fn is_weight_file(name: &str, stem: &str) -> bool {
+    let shard = |name: &str| name.contains("-of-") && name.starts_with(stem);
+    candidates(stem).iter().any(|known| known == name) || shard(name) || name.starts_with("pytorch_model")
 }
 
 /// The tensors of one file of any format.
@@ -82,7 +116,7 @@ fn read_shards(
 ) -> Result<BTreeMap<String, Tensor>> {
     let at = || format!("{origin}: {index_path}");
     ensure_no_pointer(index, &at())?;
-    let index: Value = serde_json::from_slice(index).with_context(at)?;
+    let index = python_json::parse(index).with_context(at)?;
     let map = index
         .get("weight_map")
         .and_then(Value::as_object)

@@ -144,6 +144,23 @@ pub fn modernise_vae_names(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap
     Ok(out)
 }
 
+/// Names of the text encoder's tensors as transformers 4 has them, `text_model.…`. Transformers 5 writes them without that,
+/// and files of whole CLIP models or of wrapped ones have more in front (`transformer.text_model.`, `module.`).
+pub fn modernise_text_names(tensors: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
+    const NAME: &str = "text_model.";
+    let mut prefixes = tensors.keys().filter_map(|name| name.strip_suffix("embeddings.token_embedding.weight"));
+    let Some(prefix) = prefixes.next().map(str::to_string) else { return Ok(tensors) };
+    if let Some(other) = prefixes.next() {
+        bail!("the file holds two text encoders, {prefix}… and {other}…");
+    }
+    let parts = ["embeddings.", "encoder.", "final_layer_norm."];
+    let renamed = |name: String| match name.strip_prefix(&prefix) {
+        Some(rest) if parts.iter().any(|part| rest.starts_with(part)) => format!("{NAME}{rest}"),
+        _ => name,
+    };
+    Ok(tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +175,21 @@ mod tests {
             assert_eq!(back["w"].kind(), kind);
             assert_eq!(back["w"].to_kind(Kind::Float), values);
         }
+    }
+
+    #[test]
+    fn a_text_encoders_names_have_one_form() {
+        let zero = || Tensor::from_slice(&[0f32]);
+        for prefix in ["", "text_model.", "transformer.text_model.", "module.text_model.", "cond_stage_model."] {
+            let names = ["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.bias", "final_layer_norm.bias"];
+            let mut tensors: BTreeMap<_, _> = names.iter().map(|name| (format!("{prefix}{name}"), zero())).collect();
+            tensors.insert("text_projection.weight".into(), zero());
+            let back = modernise_text_names(tensors).unwrap();
+            assert!(names.iter().all(|name| back.contains_key(&format!("text_model.{name}"))), "{prefix:?}");
+            assert!(back.contains_key("text_projection.weight") && back.len() == 4);
+        }
+        let two = ["a.", "b."].map(|p| (format!("{p}embeddings.token_embedding.weight"), zero()));
+        assert!(modernise_text_names(BTreeMap::from(two)).unwrap_err().to_string().contains("two text encoders"));
     }
 
     #[test]

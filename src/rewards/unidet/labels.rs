@@ -10,6 +10,8 @@ use std::{collections::HashMap, path::Path};
 use anyhow::{ensure, Context, Result};
 use serde::Deserialize;
 
+use crate::python_json;
+
 /// Objects of the paper that no class is called, with what their class is called.
 const BY_HAND: [(&str, &str); 3] = [("crosswalk", "crosswalk plain"), ("fig", "common fig"), ("sofa", "sofa bed")];
 
@@ -34,7 +36,7 @@ impl Labels {
     /// A file that cannot be read, is no label space, or whose classes are not numbered from 0 in order.
     pub fn load(path: &str) -> Result<Labels> {
         let bytes = std::fs::read(Path::new(path)).with_context(|| format!("cannot read {path}"))?;
-        let space: LabelSpace = serde_json::from_slice(&bytes).with_context(|| format!("{path} is no label space"))?;
+        let space: LabelSpace = python_json::read(&bytes).with_context(|| format!("{path} is no label space"))?;
         Labels::new(space).with_context(|| path.to_string())
     }
 

@@ -1,16 +1,21 @@
 //! diffusers' `scheduler_config.json` and the β it stands for.
 //!
 //! Stable Diffusion ships the file of another sampler (PNDM); its numbers are reinterpreted as DDIM, keys that DDIM
-//! does not have are ignored, and missing keys have the defaults of diffusers' DDIMScheduler. One exception:
-//! `clip_sample` counts as false where it is missing, since diffusers' Stable Diffusion pipeline turns it off.
+//! does not have are ignored, and missing keys have the defaults of diffusers' DDIMScheduler. Diffusers' Stable Diffusion
+//! pipeline sets two keys itself, whatever the file says: `clip_sample` to false and `steps_offset` to 1.
+//! [`as_the_pipeline_has_it`] does the same to a model's file.
 //!
 //! The models were trained with β computed in f32 and ᾱ rounded to f32. Such a table differs from one computed in f64
 //! throughout by up to 4.7e-7, which moves σ² by 6e-7 of its value and more at the last step; this module reproduces
 //! the f32 table bit for bit.
 
-use anyhow::{anyhow, ensure, Context, Result};
-use serde::{Deserialize, Serialize};
 use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
+
+use crate::python_json;
 
 /// How β grows from `beta_start` to `beta_end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,11 +95,50 @@ impl Default for SchedulerConfig {
     }
 }
 
+/// Keys of other samplers that say that the model is of another kind (flow matching, EDM, a learned variance), with
+/// the texts that do not.
+const MUST_BE: &[(&str, &[&str])] = &[
+    ("use_flow_sigmas", &[]),
+    ("timestep_type", &["discrete"]),
+    ("variance_type", &["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"]),
+];
+
+/// A model's scheduler config as diffusers' Stable Diffusion pipeline changes it when it is made, and what it changed, in
+/// words (source: `StableDiffusionPipeline.__init__`, diffusers 0.39 and 0.42).
+pub fn as_the_pipeline_has_it(scheduler: &Value) -> (Value, Vec<String>) {
+    let (mut scheduler, mut changes) = (scheduler.clone(), Vec::new());
+    let Some(object) = scheduler.as_object_mut() else { return (scheduler, changes) };
+    if object.get("clip_sample") == Some(&json!(true)) {
+        object.insert("clip_sample".into(), json!(false));
+        changes.push("clip_sample = true is for models of pixels and taken for false".to_string());
+    }
+    let leading = object.get("timestep_spacing").is_none_or(|spacing| spacing.is_null() || spacing == "leading");
+    let offset = object.get("steps_offset").filter(|offset| !offset.is_null()).cloned();
+    if offset.as_ref().is_none_or(|offset| offset.is_u64() && offset != &json!(1)) {
+        object.insert("steps_offset".into(), json!(1));
+        if leading {
+            let found = offset.map_or("absent".to_string(), |offset| offset.to_string());
+            changes.push(format!("steps_offset ({found}) is taken for 1"));
+        }
+    }
+    (scheduler, changes)
+}
+
 impl SchedulerConfig {
     /// Parses the text of a `scheduler_config.json`. An error names the key.
     pub fn from_json(text: &str) -> Result<Self> {
-        let config: Self = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text))
-            .map_err(|error| anyhow!("key {}: {}", error.path(), error.inner()))?;
+        Self::from_value(&python_json::parse(text.as_bytes())?)
+    }
+
+    /// As [`SchedulerConfig::from_json`]; null is as absent.
+    pub fn from_value(json: &Value) -> Result<Self> {
+        for (key, harmless) in MUST_BE {
+            let value = json.get(*key).unwrap_or(&Value::Null);
+            let fits = value.is_null() || harmless.iter().any(|text| value.as_str() == Some(*text));
+            ensure!(fits || value == &json!(false), "{key} = {} is not supported", python_json::shown(value));
+        }
+        let config: Self =
+            python_json::from_value(&python_json::without_nulls(json)?).context("a key of the scheduler")?;
         config.ensure_supported()?;
         Ok(config)
     }
@@ -105,7 +149,7 @@ impl SchedulerConfig {
         Self::from_json(&text).with_context(|| format!("in {}", path.display()))
     }
 
-    pub(super) fn ensure_supported(&self) -> Result<()> {
+    pub(crate) fn ensure_supported(&self) -> Result<()> {
         ensure!(
             !self.clip_sample,
             "clip_sample: true is for models of pixels, rldiff trains latent models; set it to false"
@@ -132,7 +176,7 @@ impl SchedulerConfig {
     }
 
     /// β_t in f32, as diffusers makes them.
-    pub(super) fn betas(&self) -> Vec<f32> {
+    pub(crate) fn betas(&self) -> Vec<f32> {
         let count = self.num_train_timesteps;
         let betas = match (&self.trained_betas, self.beta_schedule) {
             (Some(betas), _) => betas.iter().map(|&beta| beta as f32).collect(),
@@ -172,7 +216,7 @@ fn squared_cosine_betas(count: usize) -> Vec<f32> {
 }
 
 /// Π(1−β), multiplied up in f64, each product rounded to f32 (as torch.cumprod does on the CPU).
-pub(super) fn cumulative_alphas(betas: &[f32]) -> Vec<f32> {
+pub(crate) fn cumulative_alphas(betas: &[f32]) -> Vec<f32> {
     let mut product = 1.0;
     let step = |&beta: &f32| {
         product *= f64::from(1.0 - beta);
@@ -209,6 +253,31 @@ mod tests {
         assert!(refusal(r#"{"rescale_betas_zero_snr": true}"#).contains("v_prediction"));
         assert!(refusal(r#"{"trained_betas": [0.1]}"#).contains("trained_betas"));
         assert!(refusal(r#"{"num_train_timesteps": 0}"#).contains("num_train_timesteps"));
+    }
+
+    #[test]
+    fn what_python_and_other_samplers_write_is_read() {
+        // diffusers' DPMSolverMultistepScheduler
+        let text = r#"{"beta_end": 0.012, "lambda_min_clipped": -Infinity, "trained_betas": null, "variance_type": null,
+            "use_flow_sigmas": false, "timestep_spacing": null, "beta_schedule": "scaled_linear"}"#;
+        let config = SchedulerConfig::from_json(text).unwrap();
+        assert_eq!((config.beta_end, config.timestep_spacing), (0.012, TimestepSpacing::Leading));
+        let e = refusal(r#"{"beta_end": Infinity}"#);
+        assert!(e.contains("beta_end is Infinity, a finite number is needed"), "{e}");
+        assert!(refusal(r#"{"use_flow_sigmas": true}"#).contains("use_flow_sigmas = true"));
+        assert!(refusal(r#"{"variance_type": "learned_range"}"#).contains("variance_type"));
+        assert!(refusal(r#"{"timestep_type": "continuous"}"#).contains("timestep_type"));
+    }
+
+    #[test]
+    fn the_pipeline_sets_two_keys() {
+        let (same, changes) = as_the_pipeline_has_it(&json!({"steps_offset": 1, "clip_sample": false}));
+        assert_eq!((same, changes.len()), (json!({"steps_offset": 1, "clip_sample": false}), 0));
+        let (changed, changes) = as_the_pipeline_has_it(&json!({"steps_offset": 0, "clip_sample": true}));
+        assert_eq!((changed, changes.len()), (json!({"steps_offset": 1, "clip_sample": false}), 2));
+        // the offset is of the leading spacing alone: nothing to say
+        let (changed, changes) = as_the_pipeline_has_it(&json!({"timestep_spacing": "trailing"}));
+        assert_eq!((&changed["steps_offset"], changes.len()), (&json!(1), 0));
     }
 
     #[test]
