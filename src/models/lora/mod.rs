@@ -166,7 +166,7 @@ mod tests {
         assert_eq!((2 * merged.unet_layers, merged.text_layers), (adapters.len(), 0));
         let again = Pipeline::from_files(files, Device::Cpu).unwrap();
         let gap = (predict(&again) - predict(&pipeline)).abs().max().double_value(&[]);
-        // observed 2e-6: (W + B·A)·x against W·x + B·(A·x) in f32
+        // as above: (W + B·A)·x against W·x + B·(A·x) in f32
         assert!(gap < 2e-5, "{gap:e}");
         let effect = (predict(&again) - predict(&base())).abs().max().double_value(&[]);
         assert!(effect > 1e-2, "{effect:e}");
