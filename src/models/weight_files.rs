@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{bail, ensure, Context, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::{
@@ -74,10 +74,9 @@ pub fn ensure_present(location: &ModelLocation, origin: &str, component: &str, s
         if !name.ends_with(".json") {
             return Ok(());
         }
-        let index = python_json::parse(&bytes).with_context(|| format!("{origin}: {path}"))?;
-        let files: BTreeSet<&str> =
-            index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, file)| file.as_str()).collect();
-        for file in files.into_iter().filter(|file| !file.contains(['/', '\\'])) {
+        let at = format!("{origin}: {path}");
+        let index = python_json::parse(&bytes).with_context(|| at.clone())?;
+        for file in shards_of(weight_map(&index, &at)?, &at)? {
             let shard = format!("{component}/{file}");
             let bytes = location.bytes(&shard)?;
             let bytes = bytes.with_context(|| format!("{origin}: {shard}, named in {path}, is missing"))?;
@@ -106,6 +105,20 @@ pub fn read_tensors(bytes: &[u8], origin: &str) -> Result<BTreeMap<String, Tenso
     }
 }
 
+/// Tensors and the files they are in, of an index.
+fn weight_map<'a>(index: &'a Value, at: &str) -> Result<&'a Map<String, Value>> {
+    index.get("weight_map").and_then(Value::as_object).with_context(|| format!("{at}: weight_map is missing"))
+}
+
+/// The names of all shards.
+fn shards_of<'a>(map: &'a Map<String, Value>, at: &str) -> Result<BTreeSet<&'a str>> {
+    let file_name = |(name, file): (&String, &'a Value)| {
+        let file = file.as_str().filter(|file| !file.is_empty() && !file.contains(['/', '\\']));
+        file.with_context(|| format!("{at}: weight_map.{name} is not a file name"))
+    };
+    map.iter().map(file_name).collect()
+}
+
 /// All shards that an index names.
 fn read_shards(
     location: &ModelLocation,
@@ -117,15 +130,8 @@ fn read_shards(
     let at = || format!("{origin}: {index_path}");
     ensure_no_pointer(index, &at())?;
     let index = python_json::parse(index).with_context(at)?;
-    let map = index
-        .get("weight_map")
-        .and_then(Value::as_object)
-        .with_context(|| format!("{}: weight_map is missing", at()))?;
-    let mut shards = BTreeSet::new();
-    for (name, file) in map {
-        let file = file.as_str().filter(|file| !file.is_empty() && !file.contains(['/', '\\']));
-        shards.insert(file.with_context(|| format!("{}: weight_map.{name} is not a file name", at()))?);
-    }
+    let map = weight_map(&index, &at())?;
+    let shards = shards_of(map, &at())?;
     let mut tensors = BTreeMap::new();
     for file in shards {
         let path = format!("{component}/{file}");
