@@ -21,7 +21,7 @@ fn try_out(count: usize) -> Result<()> {
     let mut outcome = Ok(());
     for _ in 1..count {
         let (alive, until) = std::sync::mpsc::channel::<()>();
-        match std::thread::Builder::new().stack_size(1 << 16).spawn(move || until.recv().unwrap_or_default()) {
+        match std::thread::Builder::new().stack_size(1 << 16).spawn(move || until.recv().is_ok()) {
             Ok(thread) => running.push((alive, thread)),
             Err(e) => {
                 outcome = Err(e.into());
