@@ -6,12 +6,7 @@ use tch::Device;
 use super::{check_report::Report, config_args::ConfigArgs, eval, numbers::number, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{
-        eval::is_evaluation,
-        needs::Missing,
-        study::is_study,
-        Config,
-    },
+    config::{eval::is_evaluation, needs::Missing, study::is_study, Config},
     device::parts::gpus,
     diffusion::schedule::{Schedule, Step},
     methods,
@@ -182,7 +177,9 @@ fn sizes(config: &Config, args: &Args, report: &mut Report) -> Result<Option<Siz
         report.line("model", model);
         let pipeline = report.keep(load_for_training(config, &Local, Device::Cpu));
         if pipeline.is_none() {
+            // no figure can be given, but all that is wrong
             report.look_for(&config.needs());
+            report.verdict()?;
         }
         return Ok(pipeline.map(|pipeline| Sizes { pipeline, is_own: true }));
     };

@@ -8,12 +8,7 @@ use std::{
 use anyhow::{anyhow, Context, Result};
 use tch::Device;
 
-use super::{
-    check::against,
-    check_report::Report,
-    device_args::DeviceArgs,
-    Failure, OrMistake, START_AGAIN,
-};
+use super::{check::against, check_report::Report, device_args::DeviceArgs, Failure, OrMistake, START_AGAIN};
 use crate::{
     comm::{agree, nccl, Communicator, Local, Watched},
     config::{needs::Need, Config, StudyConfig},
