@@ -157,7 +157,7 @@ fn score_judges_files_at_every_number_of_ranks() {
 fn mistakes_are_one_line_and_exit_code_2() {
     let folder = empty_folder("data-mistakes");
     pictures(&folder);
-    fs::write(folder.join("empty"), "").unwrap();
+    fs::write(folder.join("empty"), "\n").unwrap();
     fs::write(folder.join("bad.csv"), "id,text\n1,x\n").unwrap();
     let csv =
         r#"{ source = "csv", path = "bad.csv", column = "prompt", held_out = 0, split_seed = 1, drop_words = "" }"#;
@@ -179,7 +179,7 @@ fn mistakes_are_one_line_and_exit_code_2() {
         (train_with("task.preference.reward={ name = \"torchscript\", path = \"prompts\" }"), "no TorchScript module"),
         (train_with("task.preference.reward={ name = \"sum\", normalise = true, parts = [] }"), "parts must name"),
         (score("beauty"), "unknown variant `beauty`"),
-        (score("{ name = \"torchscript\", path = \"none.pt\" }"), "cannot read none.pt"),
+        (score("{ name = \"torchscript\", path = \"none.pt\" }"), "reward.path: none.pt does not exist"),
         (["score", "--reward", "colorfulness", "images", "none"].map(String::from).to_vec(), "cannot read none"),
         (
             ["score", "--reward", "colorfulness", "images/a.png", "prompts"].map(String::from).to_vec(),

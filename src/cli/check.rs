@@ -181,7 +181,9 @@ fn sizes(config: &Config, args: &Args, report: &mut Report) -> Result<Option<Siz
         report.line("model", model);
         let pipeline = report.keep(load_for_training(config, &Local, Device::Cpu));
         if pipeline.is_none() {
+            // no figure can be given, but all that is wrong
             report.look_for(&config.needs());
+            report.verdict()?;
         }
         return Ok(pipeline.map(|pipeline| Sizes { pipeline, is_own: true }));
     };
