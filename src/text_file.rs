@@ -129,9 +129,9 @@ impl JsonLine {
             Ok(Value::Array(_)) => bail!("a JSON array, not a JSON object: one object per line is wanted"),
             Ok(_) => bail!("not a JSON object"),
             Err(e) if ends_early(line) => {
-                bail!("{e}: the object must begin and end in this line, which begins {}", start(line))
+                bail!("{}: the object must begin and end in this line, which begins {}", of_line(&e), start(line))
             }
-            Err(e) => bail!("{e}; the line begins {}", start(line)),
+            Err(e) => bail!("{}; the line begins {}", of_line(&e), start(line)),
         }
     }
 
@@ -153,6 +153,12 @@ impl JsonLine {
         let keys = || one_line(&self.0.keys().cloned().collect::<Vec<_>>().join(", "), 2 * IN_MESSAGES);
         self.0.get(key).with_context(|| format!("there is no {key:?}; keys are {}", keys()))
     }
+}
+
+/// What [`python_json`] says of a file, without its verb.
+fn of_line(error: &anyhow::Error) -> String {
+    let text = error.to_string();
+    text.strip_prefix("is ").unwrap_or(&text).to_string()
 }
 
 /// Whether JSON is only cut off.
@@ -230,7 +236,7 @@ mod tests {
             ("{", "the object must begin and end in this line"),
             ("{\"prompt\": \"x", "the object must begin and end in this line, which begins"),
             (r#"{"prompt": "x"} {"prompt": "y"}"#, "not JSON: trailing characters"),
-            (r#"{"prompt": "x", "score": NaN}"#, "not JSON: expected value"),
+            (r#"{"prompt": NaN}"#, "not a string but NaN"),
             ("[1]", "a JSON array, not a JSON object: one object per line is wanted"),
             ("1", "not a JSON object"),
             (r#"{"text": "x", "n": 1}"#, "keys are text, n"),

@@ -224,8 +224,6 @@ fn print_usage(error: &clap::Error) -> Result<(), ()> {
 
 /// What libraries need and end the process without.
 fn surroundings() -> Result<(), Error> {
-    // relative paths have no meaning there, and MKL does not start
-    std::env::current_dir().context("the working folder is gone; go to one that exists")?;
     // libtorch asks it for the processor
     std::fs::metadata("/proc/cpuinfo").context("/proc is not mounted here; libtorch needs /proc/cpuinfo")?;
     Ok(())

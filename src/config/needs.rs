@@ -277,12 +277,17 @@ fn program(name: &str) -> Result<()> {
     if name.contains('/') {
         let found = kind_of(name)?;
         ensure!(!found.is_dir(), "{name} is a folder, a program is wanted");
-        ensure!(runs(Path::new(name)), "{name} is not executable");
+        ensure!(
+            runs(Path::new(name)),
+            "{name} is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])"
+        );
         return Ok(());
     }
     let path = env::var_os("PATH").unwrap_or_default();
     let here = env::split_paths(&path).any(|folder| runs(&folder.join(name)));
-    ensure!(here, "there is no program {name} on the PATH");
+    let beside =
+        if Path::new(name).is_file() { format!(", but in this folder: write \"./{name}\"") } else { String::new() };
+    ensure!(here, "there is no program {name} on the PATH{beside}");
     Ok(())
 }
 

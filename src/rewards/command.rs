@@ -163,9 +163,6 @@ fn why_not(program: &str, error: &io::Error) -> String {
             Some(line) => format!(": the interpreter of its first line, {}, is not there", escaped(line.as_bytes())),
             None => String::new(),
         },
-        ErrorKind::NotFound if program.contains('/') => String::new(),
-        ErrorKind::NotFound if file.exists() => format!(": not in the PATH, but in this folder: write \"./{program}\""),
-        ErrorKind::NotFound => ": no program of this name is in the PATH".to_string(),
         ErrorKind::PermissionDenied => {
             ": it is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])"
                 .to_string()

@@ -208,7 +208,7 @@ mod tests {
     fn mixed_or_broken_groups_are_errors() {
         let mut reward = Parity::new("parity", FirstPixel, 4).unwrap();
         let mixed = reward.score(&pictures(&[0, 1, 2, 3]), &prompts(&["a", "b"], 2)).unwrap_err();
-        assert!(mixed.to_string().contains("'a' and 'b'"), "{mixed}");
+        assert!(mixed.to_string().contains("\"a\" and \"b\""), "{mixed}");
         assert!(reward.score(&pictures(&[0, 1, 2]), &prompts(&["a"], 3)).is_err());
         assert!(Parity::new("parity", FirstPixel, 0).is_err());
     }

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     comm::{agree, Communicator},
     models::weight_files::read_tensors,
+    user_file,
 };
 
 /// Names that libraries save adapters under, the preferred first.
@@ -249,7 +250,7 @@ fn in_folder(dir: &Path, network: Network) -> Result<Option<AdapterFile>> {
 }
 
 fn file(path: PathBuf, config: Option<PathBuf>, network: Network) -> Result<AdapterFile> {
-    let read = |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let read = |path: &Path| user_file::read(path).with_context(|| format!("cannot read {}", path.display()));
     Ok(AdapterFile {
         origin: path.display().to_string(),
         network,
