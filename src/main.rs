@@ -1,9 +1,9 @@
 //! The program: everything is in the library's `cli`.
 
-/// Runs before the libraries' own beginnings.
+/// Run before everything else, the set-up of shared libraries included.
 #[used]
 #[link_section = ".preinit_array"]
-static BEFORE_LIBRARIES: extern "C" fn() = ensure_working_folder;
+static FIRST: [extern "C" fn(); 2] = [rldiff::signals::note_ignored, ensure_working_folder];
 
 /// Ends the process with a line where the folder it was started in has been removed: MKL, whose beginning is before
 /// `main`, would end it with one about a library that it cannot load.
