@@ -1,7 +1,7 @@
 //! Bytes of a file that a user names, which may be a pipe (`<(sed … experiment.toml)`, `/dev/stdin`) or a device.
 //!
 //! A pipe gives its bytes once; they are kept, so that a config can be looked at before it is loaded. A device may never
-//! end (`/dev/zero`): more than [`MOST`] is an error instead of all memory.
+//! end (`/dev/zero`): more than 256 MiB is an error instead of all memory.
 
 use std::{
     fs::{self, File},

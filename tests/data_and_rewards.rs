@@ -170,7 +170,7 @@ fn mistakes_are_one_line_and_exit_code_2() {
     let score = |reward: &str| ["score", "--reward", reward, "images", "prompts"].map(String::from).to_vec();
     for (args, wanted) in [
         (train_with(&format!("task.preference.prompts={csv}")), "columns are id, text"),
-        (train_with(&format!("task.preference.prompts={text}")), "there are no prompts: empty: 0 lines"),
+        (train_with(&format!("task.preference.prompts={text}")), "there are no prompts: empty: 1 line"),
         (train_with(&format!("pretrain.data={shards}")), "there is no .tar file in images"),
         (
             train_with(&format!("task.preference.reward={command}")),

@@ -38,7 +38,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     report.line("HDF5", &store::hdf5_version());
     report.line("cores", &std::thread::available_parallelism().map_or("unknown".into(), |n| n.to_string()));
     gpu_lines(&report);
-    let mut slurm: Vec<String> = std::env::vars_os().map(|(k, v)| format!("{}={}", k.display(), v.display())).collect();
+    let mut slurm: Vec<String> =
+        std::env::vars_os().map(|(k, v)| format!("{}={}", k.to_string_lossy(), v.to_string_lossy())).collect();
     slurm.retain(|variable| variable.starts_with("SLURM_"));
     slurm.sort();
     report.line("Slurm", if slurm.is_empty() { "not inside a job" } else { "" });

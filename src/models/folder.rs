@@ -68,7 +68,7 @@ impl ModelFiles {
     /// Says what the folder holds instead of a model that is trained here, or names the missing or damaged file;
     /// [`Interrupted`] between two networks, where a signal may end the loading.
     pub fn read(location: &ModelLocation) -> Result<Self> {
-        let mut files = judge::judge(location)?;
+        let (mut files, notes) = judge::judge(location)?;
         for (component, stem) in COMPONENTS {
             signals::check()?;
             let mut tensors = read_weights(location, &files.origin, component, stem)?;
@@ -81,6 +81,7 @@ impl ModelFiles {
             .with_context(|| format!("{}: {component}", files.origin))?;
             files.weights.insert(component.to_string(), tensors);
         }
+        judge::warn_once(notes);
         Ok(files)
     }
 

@@ -23,12 +23,12 @@ use crate::python_json::{self, shown};
 
 const INDEX: &str = "model_index.json";
 
-/// The configs and the tokenizer of a model that can be built, whose weights are there. Warns, once in a process, of
-/// everything in the folder that has no effect.
+/// The configs and the tokenizer of a model that can be built, whose weights are there; and what is to be said once the
+/// weights are read: everything in the folder that has no effect.
 ///
 /// # Errors
 /// Says what the folder holds instead, or names the file and what is wrong in it.
-pub fn judge(location: &ModelLocation) -> Result<ModelFiles> {
+pub fn judge(location: &ModelLocation) -> Result<(ModelFiles, Vec<String>)> {
     let origin = location.origin()?;
     let json = |path: &str| -> Result<Option<Value>> {
         let Some(bytes) = location.bytes(path)? else { return Ok(None) };
@@ -49,16 +49,19 @@ pub fn judge(location: &ModelLocation) -> Result<ModelFiles> {
         ensure_present(location, &origin, component, stem)?;
     }
     let notes = plan.notes.iter().cloned().chain(plan.unreachable_rows()).chain(unread_files(location));
-    notes.for_each(|note| warn_once(format!("{origin}: {note}")));
-    Ok(files)
+    let notes = notes.map(|note| format!("{origin}: {note}")).collect();
+    Ok((files, notes))
 }
 
-fn warn_once(warning: String) {
+/// Says what has not been said in this process yet.
+pub fn warn_once(warnings: Vec<String>) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-    if !said.contains(&warning) {
-        log::warn!("{warning}");
-        said.insert(warning);
+    for warning in warnings {
+        if !said.contains(&warning) {
+            log::warn!("{warning}");
+            said.insert(warning);
+        }
     }
 }
 

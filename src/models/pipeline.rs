@@ -370,7 +370,7 @@ impl Pipeline {
     /// weights where given (an average of them, for example). The folder appears whole or not at all.
     ///
     /// # Errors
-    /// Something is at `dir` already, or it cannot be written ([`CannotWrite`](crate::cannot_write::CannotWrite)); what was begun is removed.
+    /// Something is at `dir` already, or it cannot be written ([`CannotWrite`]); what was begun is removed.
     pub fn save(&self, dir: &Path, kind: Kind, unet: Option<&BTreeMap<String, Tensor>>) -> Result<()> {
         let new = NewFolder::begin(dir, "model")?;
         self.save_into(new.path(), kind, unet)?;

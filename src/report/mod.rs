@@ -43,7 +43,7 @@ const HEAD: &str = "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\
 /// What it has and other pages have not.
 const MARK: &str = "<div id=\"values\" aria-live=\"polite\" hidden></div>\n<script>\n";
 
-/// Whether `bytes` are a page that [`document`] made, of any version.
+/// Whether `bytes` are a page that `document` made, of any version.
 pub fn is_page(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_ok_and(|text| text.starts_with(HEAD) && text.contains(MARK))
 }

@@ -163,6 +163,7 @@ fn why_not(program: &str, error: &io::Error) -> String {
             Some(line) => format!(": the interpreter of its first line, {}, is not there", escaped(line.as_bytes())),
             None => String::new(),
         },
+        ErrorKind::NotFound if !program.contains('/') => ": no program of this name is in the PATH".to_string(),
         ErrorKind::PermissionDenied => {
             ": it is not executable (chmod +x), or its interpreter should come first (command = [\"python3\", …])"
                 .to_string()

@@ -1,4 +1,4 @@
-//! Adapters as they lie on disk: files or folders of any layout ([`super::layouts`]) → the tensors of each layer.
+//! Adapters as they lie on disk: files or folders of any layout (`layouts.rs`) → the tensors of each layer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -160,7 +160,7 @@ fn merge_layer(weights: &mut BTreeMap<String, Tensor>, path: &str, adapter: &Lay
         let lengths = weight.flatten(1, -1).square().sum_dim_intlist(1, false, Kind::Double).sqrt();
         let mut rows = vec![1; size.len()];
         rows[0] = size[0];
-        weight = weight * (magnitude.view([-1]) / lengths).view(rows.as_slice());
+        weight = (magnitude.view([-1]) / lengths).view(rows.as_slice()) * weight;
     }
     let weight = weight.to_kind(Kind::Float);
     ensure!(weight.isfinite().all().int64_value(&[]) != 0, "the adapted weight is not finite");
