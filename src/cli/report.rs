@@ -28,8 +28,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         [run] => run.join("report.html"),
         _ => PathBuf::from("report.html"),
     });
-    can_be_file(&out).or_mistake()?;
     let page = report::page(&args.runs).or_mistake()?;
+    can_be_file(&out).or_mistake()?;
     outputs::may_replace(&out, report::is_page).or_mistake()?;
     write_atomic(&out, page.as_bytes())?;
     say!("{}", out.display());

@@ -1,3 +1,5 @@
+use std::{fs::File, time::Duration};
+
 use super::*;
 
 /// The same rules, a thousand times as fast.

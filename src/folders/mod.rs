@@ -8,6 +8,7 @@
 
 pub mod contents;
 mod lock;
+mod lock_file;
 mod new_folder;
 pub mod outputs;
 mod owner;

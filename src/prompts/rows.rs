@@ -1,8 +1,9 @@
 //! Rows of TSV and CSV files with the lines where they begin.
 //!
 //! CSV is RFC 4180's, read strictly where a tolerant reader would swallow rows: a quote that never closes, text behind a
-//! closing quote and a quoted field of more than [`MOST_LINES`] lines are errors. A quote within an unquoted field is a
-//! character as any other. In TSV all quotes are. Lines end with LF, CR LF or CR.
+//! closing quote and a quoted field of more than [`MOST_LINES`] lines are errors. (The csv crate takes all three without
+//! a word, which is why it is not used here.) A quote within an unquoted field is a character as any other. In TSV all
+//! quotes are. Lines end with LF, CR LF or CR.
 
 use std::borrow::Cow;
 
