@@ -138,7 +138,7 @@ fn mistakes_are_one_line_and_write_nothing() {
         ("{ name = \"colorfulness\" }", metric, "set.places.metrics.preference.reward.weights: none.pt does not exist"),
         ("split = \"train\"", "split = \"test\"", "unknown variant `test`"),
         ("images_per_prompt = 1\n", "images_per_prompts = 1\n", "images_per_prompts"),
-        ("count = 4", "count = 9999", "set seen: count = 9999, there are 450 prompts"),
+        ("count = 4", "count = 9999", "set seen: count = 9999, there are 280 prompts"),
         ("lora = \"\"", "lora = \"none.safetensors\"", "none.safetensors"),
     ] {
         assert!(sound.contains(from), "{from}");

@@ -12,7 +12,7 @@ pub struct DrawingArgs {
     #[arg(long, default_value_t = 50, value_name = "N", value_parser = whole::<usize>(1, 1000))]
     steps: usize,
     /// Guidance scale g; 1 for no guidance.
-    #[arg(long, default_value_t = 5.0, value_name = "G", value_parser = within(GUIDANCE))]
+    #[arg(long, default_value_t = 7.0, value_name = "G", value_parser = within(GUIDANCE))]
     guidance: f64,
     /// Noise of the transitions: 0 is deterministic DDIM.
     #[arg(long, default_value_t = 0.0, value_parser = within(ETA))]

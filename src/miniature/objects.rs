@@ -6,10 +6,10 @@ use super::raster::{Canvas, Frame, Part, Point, Rgb, Shape};
 pub const NAMES: [&str; 12] =
     ["apple", "ball", "book", "box", "carrot", "coin", "cucumber", "donut", "eggplant", "kite", "tire", "tree"];
 
-/// Objects that the pictures show but that no prompt of the RL training names.
-pub const HELD_OUT: [&str; 2] = ["cucumber", "kite"];
+/// Objects that the pictures show but that no composition prompt of the RL training names.
+pub const HELD_OUT: [&str; 4] = ["coin", "cucumber", "kite", "tree"];
 
-/// Names that may occur in the prompts of the RL training.
+/// Names that occur in the composition prompts of the RL training.
 pub fn trained() -> Vec<&'static str> {
     NAMES.into_iter().filter(|name| !HELD_OUT.contains(name)).collect()
 }

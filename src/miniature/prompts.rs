@@ -6,7 +6,7 @@ use crate::prompts::places::Places;
 
 use super::{objects, places, portraits};
 
-/// 450 training prompts (10 · 9 pairs, 5 relations) and 210 with a held-out object.
+/// 280 training prompts (8 · 7 pairs, 5 relations) and 60 of two held-out objects (4 · 3 pairs).
 pub fn compositions() -> Compositions {
     Compositions::new(owned(&objects::trained()), owned(&objects::HELD_OUT))
         .expect("the miniature's objects are a valid set")
@@ -39,7 +39,7 @@ mod tests {
     fn sizes_and_words() {
         let known: HashSet<String> = vocabulary().into_iter().collect();
         let sources: [(&dyn PromptSource, u64, u64); 3] =
-            [(&compositions(), 450, 210), (&occupations(), 12, 4), (&in_places(), 60, 12)];
+            [(&compositions(), 280, 60), (&occupations(), 12, 4), (&in_places(), 60, 12)];
         for (source, trained, held_out) in sources {
             assert_eq!((source.len(Split::Train), source.len(Split::HeldOut)), (trained, held_out));
             for split in [Split::Train, Split::HeldOut] {

@@ -1,4 +1,4 @@
-//! Prompts that name two objects and a relation, "a carrot next to a book" (section 4.2 of the paper).
+//! Prompts that name two objects and a relation, "a carrot next to a book" (section 4.3 of the paper).
 
 use anyhow::{bail, Result};
 
@@ -15,9 +15,9 @@ pub fn text(first: &str, relation: &str, second: &str) -> String {
     format!("{} {relation} {}", phrase(first), phrase(second))
 }
 
-/// Ordered pairs of different objects times relations. The training part pairs trained objects only; the held-out
-/// part has at least one held-out object in every pair. With the paper's 450 and 82 objects the training part has
-/// 450 · 449 · 5 = 1,010,250 prompts; nothing is materialised.
+/// Ordered pairs of different objects times relations. The training part pairs trained objects, the held-out part held-out
+/// objects: a pair of one of each is in neither, since half of it has been seen. With the paper's 450 and 82 objects there
+/// are 450 · 449 · 5 = 1,010,250 and 82 · 81 · 5 = 33,210 prompts; nothing is materialised.
 #[derive(Clone, Debug)]
 pub struct Compositions {
     trained: Vec<String>,
@@ -25,49 +25,37 @@ pub struct Compositions {
 }
 
 impl Compositions {
-    /// Errors: an object in both lists or twice in one, or fewer than two trained objects.
+    /// Errors: an object in both lists or twice in one, fewer than two trained objects, or a single held-out one.
     pub fn new(trained: Vec<String>, held_out: Vec<String>) -> Result<Self> {
         super::check_names("object", &trained, &held_out)?;
         if trained.len() < 2 {
             bail!("pairs need at least two objects to train on, there are {}", trained.len());
         }
+        if held_out.len() == 1 {
+            bail!("one held-out object makes no pair of held-out objects: hold out none, or at least two");
+        }
         Ok(Compositions { trained, held_out })
     }
 
-    /// The two objects of ordered pair number `pair` of a split.
-    ///
-    /// With T trained and H held-out objects the held-out pairs are, in this order: T·H (trained, held out),
-    /// H·T (held out, trained), H·(H−1) (held out, held out).
-    fn pair(&self, split: Split, pair: u64) -> (&str, &str) {
-        let (trained, held_out) = (self.trained.len() as u64, self.held_out.len() as u64);
-        let mixed = trained * held_out;
+    fn names(&self, split: Split) -> &[String] {
         match split {
-            Split::Train => different(&self.trained, pair),
-            Split::HeldOut if pair < mixed => (at(&self.trained, pair / held_out), at(&self.held_out, pair % held_out)),
-            Split::HeldOut if pair < 2 * mixed => {
-                let pair = pair - mixed;
-                (at(&self.held_out, pair / trained), at(&self.trained, pair % trained))
-            }
-            Split::HeldOut => different(&self.held_out, pair - 2 * mixed),
+            Split::Train => &self.trained,
+            Split::HeldOut => &self.held_out,
         }
     }
 }
 
 impl PromptSource for Compositions {
     fn len(&self, split: Split) -> u64 {
-        let (trained, held_out) = (self.trained.len() as u64, self.held_out.len() as u64);
-        let pairs = match split {
-            Split::Train => trained * (trained - 1),
-            Split::HeldOut => held_out * (2 * trained + held_out.saturating_sub(1)),
-        };
-        pairs * RELATIONS.len() as u64
+        let names = self.names(split).len() as u64;
+        names * names.saturating_sub(1) * RELATIONS.len() as u64
     }
 
     /// `objects` are the two names, in the order of the text. Panics when `index` is not below `len(split)`.
     fn prompt(&self, split: Split, index: u64) -> Prompt {
         assert!(index < self.len(split), "prompt {index} of {} ({split:?})", self.len(split));
         let relations = RELATIONS.len() as u64;
-        let (first, second) = self.pair(split, index / relations);
+        let (first, second) = different(self.names(split), index / relations);
         let text = text(first, RELATIONS[(index % relations) as usize], second);
         Prompt { text, objects: vec![first.to_owned(), second.to_owned()] }
     }
@@ -77,15 +65,12 @@ impl PromptSource for Compositions {
     }
 }
 
-fn at(names: &[String], index: u64) -> &str {
-    &names[index as usize]
-}
-
 /// Ordered pair number `pair` of two different names, out of n·(n−1).
 fn different(names: &[String], pair: u64) -> (&str, &str) {
     let others = names.len() as u64 - 1;
     let (first, other) = (pair / others, pair % others);
-    (at(names, first), at(names, other + u64::from(other >= first)))
+    let second = other + u64::from(other >= first);
+    (&names[first as usize], &names[second as usize])
 }
 
 #[cfg(test)]
@@ -102,25 +87,25 @@ mod tests {
     fn every_prompt_once_and_in_its_split() {
         let source = Compositions::new(names(5, "t"), names(3, "h")).unwrap();
         assert_eq!(source.len(Split::Train), 5 * 4 * 5);
-        assert_eq!(source.len(Split::HeldOut), (8 * 7 - 5 * 4) * 5);
+        assert_eq!(source.len(Split::HeldOut), 3 * 2 * 5);
         let mut seen = HashSet::new();
         for split in [Split::Train, Split::HeldOut] {
             for index in 0..source.len(split) {
                 let prompt = source.prompt(split, index);
                 let [first, second] = prompt.objects.as_slice() else { panic!("{prompt:?}") };
                 assert_ne!(first, second);
-                let held_out = first.starts_with('h') || second.starts_with('h');
-                assert_eq!(held_out, split == Split::HeldOut, "{prompt:?}");
+                let kind = if split == Split::HeldOut { 'h' } else { 't' };
+                assert!(first.starts_with(kind) && second.starts_with(kind), "{prompt:?}");
                 assert!(seen.insert(prompt.text));
             }
         }
     }
 
-    /// The count of section 4.2: "over 1 million prompts".
+    /// The count of section 4.3: "over 1 million prompts"; and the unseen ones, of which Table 4 takes 300.
     #[test]
     fn the_papers_million() {
         let source = Compositions::new(names(450, "t"), names(82, "h")).unwrap();
-        assert_eq!(source.len(Split::Train), 1_010_250);
+        assert_eq!((source.len(Split::Train), source.len(Split::HeldOut)), (1_010_250, 33_210));
         let last = source.prompt(Split::Train, 1_010_249);
         assert_eq!(last.text, "a t449 beside a t448");
     }
@@ -137,7 +122,8 @@ mod tests {
         let list = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
         assert!(Compositions::new(list(&["ball"]), list(&[])).is_err());
         assert!(Compositions::new(list(&["ball", "ball"]), list(&[])).is_err());
-        let error = Compositions::new(list(&["ball", "kite"]), list(&["kite"])).unwrap_err();
+        assert!(Compositions::new(list(&["ball", "book"]), list(&["kite"])).is_err());
+        let error = Compositions::new(list(&["ball", "kite"]), list(&["kite", "tree"])).unwrap_err();
         assert!(error.to_string().contains("kite"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! Prompts for portraits, "a portrait of a nurse" (section 4.3 of the paper).
+//! Prompts for portraits, "a portrait of a nurse" (section 4.2 of the paper).
 
 use anyhow::{bail, Result};
 

@@ -8,6 +8,7 @@ use std::{
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::{
+    cannot_write::make_folder,
     comm::Communicator,
     config::{load, Config},
     folders::{can_be_folder, contents, outputs, FolderLock, Place},
@@ -103,7 +104,7 @@ pub fn return_to(checkpoint: &Path, done: u64, lock: &mut FolderLock, files: &Ru
             copy(&of_run.metrics(), &files.metrics())?;
         }
         for (task, _, path) in samples(&of_run)?.into_iter().filter(|(_, at, _)| *at <= done) {
-            fs::create_dir_all(files.samples(&task))?;
+            make_folder(&files.samples(&task))?;
             copy(&path, &files.samples(&task).join(path.file_name().unwrap_or_default()))?;
         }
         return Ok(());

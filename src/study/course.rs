@@ -52,6 +52,17 @@ impl Course {
     }
 }
 
+impl Course {
+    /// Whether the run fell back: at its end more than half of the largest gain in the evaluated reward is gone again. None
+    /// where it never rises above its beginning.
+    pub fn diverged(&self, task: &str) -> Option<bool> {
+        let evaluations = self.evaluations(task);
+        let (first, last) = (evaluations.first()?.2, evaluations.last()?.2);
+        let best = evaluations.iter().map(|e| e.2).fold(f64::NEG_INFINITY, f64::max);
+        (best > first).then(|| last - first < 0.5 * (best - first))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +85,25 @@ mod tests {
         assert_eq!(course.convergence("a", 1.0), Some((5, 10.0)));
         assert_eq!(course.convergence("a", 0.1), Some((1, 2.0)));
         assert_eq!(course.convergence("b", 0.9), None);
+        assert_eq!((course.diverged("a"), course.diverged("b")), (Some(false), None));
+    }
+
+    #[test]
+    fn a_run_that_loses_most_of_its_gain_has_diverged() {
+        let course = |rewards: &[f64]| {
+            let history = rewards.iter().enumerate().map(|(i, &reward)| {
+                let mut metrics = Metrics::new(i as u64);
+                if i == 0 {
+                    metrics.set("a/base_evaluation_reward", 0.5);
+                }
+                metrics.set("a/evaluation_reward", reward);
+                metrics
+            });
+            Course { history: history.collect(), seconds: 0.0, samples: 0 }
+        };
+        assert_eq!(course(&[0.6, 0.9, 0.6]).diverged("a"), Some(true));
+        assert_eq!(course(&[0.6, 0.9, 0.1]).diverged("a"), Some(true));
+        assert_eq!(course(&[0.6, 0.9, 0.8]).diverged("a"), Some(false));
+        assert_eq!(course(&[0.4, 0.3]).diverged("a"), None);
     }
 }

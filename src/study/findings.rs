@@ -30,6 +30,8 @@ impl Verdict {
 pub struct Finding {
     /// What the paper finds.
     pub claim: String,
+    /// The paper's own figure, and where it is.
+    pub paper: String,
     pub verdict: Verdict,
     /// The figure behind the verdict.
     pub evidence: String,
@@ -37,7 +39,7 @@ pub struct Finding {
 
 impl Finding {
     /// Of a quantity that the paper finds to be at least (or above) `level`.
-    pub fn at_least(claim: String, what: &str, found: Interval, level: f64) -> Self {
+    pub fn at_least(claim: String, paper: String, what: &str, found: Interval, level: f64) -> Self {
         let verdict = if found.low > level || (found.low == level && level != 0.0) {
             Verdict::Reproduced
         } else if found.high < level {
@@ -45,13 +47,17 @@ impl Finding {
         } else {
             Verdict::Undecided
         };
-        Finding { claim, verdict, evidence: format!("{what} {}", found.text(true)) }
+        Finding { claim, paper, verdict, evidence: format!("{what} {}", found.text(true)) }
     }
 
-    /// Of something that is so or not.
-    pub fn that(claim: String, evidence: String, holds: bool) -> Self {
-        let verdict = if holds { Verdict::Reproduced } else { Verdict::NotReproduced };
-        Finding { claim, verdict, evidence }
+    /// Of something that is so or not with each seed: undecided where seeds disagree.
+    pub fn that(claim: String, paper: String, evidence: String, holds: &[bool]) -> Self {
+        let verdict = match (holds.contains(&true), holds.contains(&false)) {
+            (true, false) => Verdict::Reproduced,
+            (false, true) => Verdict::NotReproduced,
+            _ => Verdict::Undecided,
+        };
+        Finding { claim, paper, verdict, evidence }
     }
 }
 
@@ -63,8 +69,13 @@ mod tests {
     fn the_whole_interval_decides() {
         let verdict = |low, high, level| {
             let found = Interval { value: (low + high) / 2.0, low, high };
-            Finding::at_least("x".into(), "gain", found, level).verdict
+            Finding::at_least("x".into(), "y".into(), "gain", found, level).verdict
         };
+        let that = |holds: &[bool]| Finding::that("x".into(), "y".into(), "z".into(), holds).verdict;
+        assert_eq!(that(&[true, true]), Verdict::Reproduced);
+        assert_eq!(that(&[false]), Verdict::NotReproduced);
+        assert_eq!(that(&[true, false]), Verdict::Undecided);
+        assert_eq!(that(&[]), Verdict::Undecided);
         assert_eq!(verdict(0.1, 0.3, 0.0), Verdict::Reproduced);
         assert_eq!(verdict(-0.1, 0.3, 0.0), Verdict::Undecided);
         assert_eq!(verdict(0.0, 0.3, 0.0), Verdict::Undecided);

@@ -11,7 +11,9 @@
 
 mod course;
 mod findings;
+mod joint;
 mod page;
+mod paper;
 mod statistics;
 mod tables;
 

@@ -30,14 +30,17 @@ fn findings(study: &Study) -> String {
         Verdict::NotReproduced => format!("<strong>{}</strong>", verdict.words()),
         verdict => verdict.words().to_string(),
     };
-    let rows: Vec<Vec<String>> =
-        study.findings.iter().map(|f| vec![escape(&f.claim), mark(f.verdict), escape(&f.evidence)]).collect();
+    let rows: Vec<Vec<String>> = study
+        .findings
+        .iter()
+        .map(|f| vec![escape(&f.claim), escape(&f.paper), mark(f.verdict), escape(&f.evidence)])
+        .collect();
     let seeds: Vec<String> = study.seeds.iter().map(|seed| seed.to_string()).collect();
     format!(
         "<p>Seeds {}. All models draw the same prompts from the same noise. Intervals are 95 %, from draws of prompts and seeds \
          with replacement; what few seeds say of the seeds' share in them is little.</p>\n{}",
         seeds.join(", "),
-        table(&["finding", "here", "figure"], &rows)
+        table(&["the paper finds", "its figure", "here", "our figure"], &rows)
     )
 }
 

@@ -31,32 +31,47 @@ pub struct Resampling {
 
 struct Draw {
     seeds: Vec<usize>,
-    prompts: Vec<usize>,
+    /// Of each set.
+    prompts: Vec<Vec<usize>>,
 }
 
 impl Resampling {
     pub fn new(seeds: usize, prompts: usize, draws: usize) -> Self {
+        Resampling::over_sets(seeds, &[prompts], draws)
+    }
+
+    /// For quantities over several sets of prompts, with so many prompts each; every set is drawn from by itself.
+    pub fn over_sets(seeds: usize, prompts: &[usize], draws: usize) -> Self {
         let mut stream = Coordinates::new(1, Purpose::Resampling).stream();
         let some = |count: usize, stream: &mut Stream| -> Vec<usize> {
             (0..count).map(|_| stream.below(count as u64) as usize).collect()
         };
-        let draws =
-            (0..draws).map(|_| Draw { seeds: some(seeds, &mut stream), prompts: some(prompts, &mut stream) }).collect();
-        Resampling { draws }
+        let draw = |_| Draw {
+            seeds: some(seeds, &mut stream),
+            prompts: prompts.iter().map(|&count| some(count, &mut stream)).collect(),
+        };
+        Resampling { draws: (0..draws).map(draw).collect() }
     }
 
     /// The interval of `quantity`, which is given the mean of each of `models` (those with one seed only, as a base model,
     /// are the same in every draw of seeds). Values that are no numbers are left out of means.
     pub fn interval(&self, models: &[&BySeed], quantity: impl Fn(&[f64]) -> f64) -> Interval {
-        let of = |pick: &dyn Fn(&BySeed) -> f64| quantity(&models.iter().map(|model| pick(model)).collect::<Vec<_>>());
-        let value = of(&|model| mean(model.iter().flatten().copied()));
+        self.interval_over_sets(&models.iter().map(|model| (0, *model)).collect::<Vec<_>>(), quantity)
+    }
+
+    /// The same of models with the number of the set that each one's values belong to.
+    pub fn interval_over_sets(&self, models: &[(usize, &BySeed)], quantity: impl Fn(&[f64]) -> f64) -> Interval {
+        let of = |pick: &dyn Fn(usize, &BySeed) -> f64| {
+            quantity(&models.iter().map(|&(set, model)| pick(set, model)).collect::<Vec<_>>())
+        };
+        let value = of(&|_, model| mean(model.iter().flatten().copied()));
         let mut values: Vec<f64> = self
             .draws
             .iter()
             .map(|draw| {
-                of(&|model: &BySeed| {
+                of(&|set, model: &BySeed| {
                     let seeds = draw.seeds.iter().map(|seed| &model[seed % model.len()]);
-                    mean(seeds.flat_map(|prompts| draw.prompts.iter().map(|&prompt| prompts[prompt])))
+                    mean(seeds.flat_map(|prompts| draw.prompts[set].iter().map(|&prompt| prompts[prompt])))
                 })
             })
             .filter(|value| !value.is_nan())
@@ -105,6 +120,21 @@ mod tests {
         }
         let twice = Resampling::new(1, 400, 4000).interval(&[&model], |means| means[0]);
         assert_eq!(interval, twice);
+    }
+
+    /// Two sets of known spread and different sizes: variances of their means add.
+    #[test]
+    fn the_interval_of_a_mean_over_sets() {
+        let set = |count: usize| -> BySeed { vec![(0..count).map(|i| (i % 2) as f64).collect()] };
+        let (small, large) = (set(100), set(400));
+        let resampling = Resampling::over_sets(1, &[100, 400], 4000);
+        let found = resampling.interval_over_sets(&[(0, &small), (1, &large)], |means| means.iter().sum::<f64>() / 2.0);
+        // a coin's deviation is 1/2; ±1.96·√(0.25/100 + 0.25/400)/2
+        let half = 1.96 * (0.25f64 / 100.0 + 0.25 / 400.0).sqrt() / 2.0;
+        assert!((found.value - 0.5).abs() < 1e-12);
+        for (found, expected) in [(found.low, 0.5 - half), (found.high, 0.5 + half)] {
+            assert!((found - expected).abs() < 0.1 * half, "{found} instead of {expected}");
+        }
     }
 
     #[test]

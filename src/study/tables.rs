@@ -8,7 +8,9 @@ use tch::Device;
 
 use super::{
     course::Course,
-    findings::{Finding, Verdict},
+    findings::Finding,
+    joint,
+    paper::{self, Kind},
     statistics::{BySeed, Interval, Resampling},
     Member, Plan, BASE,
 };
@@ -56,8 +58,8 @@ impl Cell {
 }
 
 /// The values of all models by name, set and metric, and the draws behind intervals.
-struct Figures<'a> {
-    plan: &'a Plan,
+pub(super) struct Figures<'a> {
+    pub(super) plan: &'a Plan,
     results: &'a [ModelResult],
 }
 
@@ -82,8 +84,81 @@ impl Figures<'_> {
         Resampling::new(study.seeds.len(), models[0][0].len(), study.resamplings).interval(models, quantity)
     }
 
+    /// Of `quantity`, which is given each of `runs`' mean over `sets`, every set counting equally.
+    fn over_sets(
+        &self,
+        runs: &[&str],
+        sets: &[String],
+        metric: &str,
+        quantity: impl Fn(&[f64]) -> f64,
+    ) -> Result<Interval> {
+        let mut values = Vec::new();
+        for run in runs {
+            for (number, set) in sets.iter().enumerate() {
+                values.push((number, self.values(run, set, metric)?));
+            }
+        }
+        let counts: Vec<usize> = values[..sets.len()].iter().map(|(_, of_set)| of_set[0].len()).collect();
+        let study = &self.plan.config.study;
+        let models: Vec<(usize, &BySeed)> = values.iter().map(|(set, model)| (*set, model)).collect();
+        let resampling = Resampling::over_sets(study.seeds.len(), &counts, study.resamplings);
+        Ok(resampling.interval_over_sets(&models, |means| {
+            let of_runs = means.chunks(sets.len()).map(|of_run| of_run.iter().sum::<f64>() / sets.len() as f64);
+            quantity(&of_runs.collect::<Vec<_>>())
+        }))
+    }
+
+    /// `sign` times the mean over sets.
+    pub(super) fn mean(&self, run: &str, sets: &[String], metric: &str, sign: f64) -> Result<Interval> {
+        self.over_sets(&[run], sets, metric, |means| sign * means[0])
+    }
+
+    /// By how much `run` is above `other` in the mean over sets.
+    pub(super) fn mean_gain(&self, run: &str, other: &str, sets: &[String], metric: &str) -> Result<Interval> {
+        self.over_sets(&[run, other], sets, metric, |means| means[0] - means[1])
+    }
+
+    /// A ratio of two runs' means over sets.
+    pub(super) fn mean_ratio(
+        &self,
+        runs: [&str; 2],
+        sets: &[String],
+        metric: &str,
+        ratio: impl Fn(f64, f64) -> f64,
+    ) -> Result<Interval> {
+        self.over_sets(&runs, sets, metric, |means| ratio(means[0], means[1]))
+    }
+
+    /// The share of `other`'s gain over `base` that `run` has.
+    pub(super) fn mean_share(
+        &self,
+        run: &str,
+        other: &str,
+        base: &str,
+        sets: &[String],
+        metric: &str,
+    ) -> Result<Interval> {
+        self.over_sets(&[run, other, base], sets, metric, |means| (means[0] - means[2]) / (means[1] - means[2]))
+    }
+
+    /// The kind of a set's metric.
+    pub(super) fn kind(&self, set: &str, metric: &str) -> Kind {
+        let set = self.plan.evaluation.sets.iter().find(|other| other.name == set);
+        let metric = set.and_then(|set| set.metrics.iter().find(|other| other.name == metric));
+        Kind::of(&metric.expect("a metric of the evaluation").reward)
+    }
+
+    /// As the tables print it: SP is minus the reward.
     fn value(&self, run: &str, set: &str, metric: &str) -> Result<Interval> {
-        Ok(self.interval(&[&self.values(run, set, metric)?], |means| means[0]))
+        let sign = self.kind(set, metric).sign();
+        Ok(self.interval(&[&self.values(run, set, metric)?], |means| sign * means[0]))
+    }
+
+    /// By how much what the tables print changes from the base model to `run`.
+    fn change(&self, run: &str, set: &str, metric: &str) -> Result<Interval> {
+        let sign = self.kind(set, metric).sign();
+        let (run, base) = (self.values(run, set, metric)?, self.values(BASE, set, metric)?);
+        Ok(self.interval(&[&run, &base], |means| sign * (means[0] - means[1])))
     }
 
     /// By how much `run` is above `other`.
@@ -93,7 +168,7 @@ impl Figures<'_> {
     }
 
     /// Sets and metrics whose reward is as wanted, in the evaluation's order.
-    fn metrics(&self, wanted: impl Fn(&str, &RewardConfig) -> bool) -> Vec<(String, String)> {
+    pub(super) fn metrics(&self, wanted: impl Fn(&str, &RewardConfig) -> bool) -> Vec<(String, String)> {
         let sets = self.plan.evaluation.sets.iter();
         let all = sets.flat_map(|set| set.metrics.iter().map(move |metric| (set, metric)));
         all.filter(|(_, metric)| wanted(&metric.name, &metric.reward))
@@ -105,7 +180,10 @@ impl Figures<'_> {
     fn comparison(&self, title: &str, note: &str, runs: &[&str], metrics: &[(String, String)]) -> Result<Table> {
         let mut columns = vec!["model".to_string()];
         for (set, metric) in metrics {
-            columns.extend([format!("{metric} on {set}"), "gain".to_string()]);
+            columns.extend(match self.kind(set, metric) {
+                Kind::Parity => [format!("SP on {set} (lower is better)"), "change".to_string()],
+                _ => [format!("{metric} on {set}"), "gain".to_string()],
+            });
         }
         let mut rows = Vec::new();
         for run in [BASE].iter().chain(runs) {
@@ -114,7 +192,7 @@ impl Figures<'_> {
                 row.push(Cell::Value(self.value(run, set, metric)?));
                 row.push(match *run {
                     BASE => Cell::Text(String::new()),
-                    run => Cell::Gain(self.gain(run, BASE, set, metric)?),
+                    run => Cell::Gain(self.change(run, set, metric)?),
                 });
             }
             rows.push(row);
@@ -124,15 +202,15 @@ impl Figures<'_> {
 }
 
 /// Members of the first seed: one for each run.
-fn runs(plan: &Plan) -> Vec<&Member> {
+pub(super) fn runs(plan: &Plan) -> Vec<&Member> {
     plan.members.iter().filter(|member| member.seed == plan.config.study.seeds[0]).collect()
 }
 
-fn trained(member: &Member) -> Vec<&str> {
+pub(super) fn trained(member: &Member) -> Vec<&str> {
     member.config.trained_tasks().map(|(_, task)| task.name.as_str()).collect()
 }
 
-fn is_ours(member: &Member) -> bool {
+pub(super) fn is_ours(member: &Member) -> bool {
     matches!(member.config.method, MethodConfig::Ours(_))
 }
 
@@ -153,42 +231,23 @@ impl Study {
         methods.extend(joint.map(|joint| joint.name.as_str()));
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
         tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_compared)?);
-        if let Some(ours) = alone.iter().find(|run| is_ours(run)) {
-            for (set, metric) in &of_compared {
-                for other in alone.iter().filter(|run| !is_ours(run)) {
-                    let difference = figures.gain(&ours.name, &other.name, set, metric)?;
-                    let claim = format!("the paper's method reaches more {metric} on {set} than {}", other.name);
-                    findings.push(Finding::at_least(claim, "difference", difference, 0.0));
-                }
-            }
-        }
+        order_of_methods(&figures, &alone, &of_compared, &mut findings)?;
         tables.push(time_and_generality(plan, &alone, &compared, &mut findings)?);
 
         let parity = figures.metrics(|_, reward| matches!(reward, RewardConfig::Parity { .. }));
         if !parity.is_empty() {
-            let note = "0 is even, −0.866 one tone only.";
+            let note = "0 is even, 0.866 one tone only.";
             tables.push(figures.comparison("Table 3. Skin-tone parity", note, &names, &parity)?);
         }
         let detection = figures.metrics(|_, reward| {
             matches!(reward, RewardConfig::MiniatureComposition {} | RewardConfig::Composition(_))
         });
         if !detection.is_empty() {
-            let note = "Mean confidence of the prompts' objects, those seen in training and those held out.";
+            let note =
+                "Mean confidence of the prompts' objects, pairs of objects seen in training and pairs of unseen ones.";
             tables.push(figures.comparison("Table 4. Detection of the prompts' objects", note, &names, &detection)?);
         }
-        let singles: Vec<&Member> =
-            runs.iter().copied().filter(|run| is_ours(run) && trained(run).len() == 1).collect();
-        for single in &singles {
-            let reward = trained(single)[0];
-            for (set, metric) in figures.metrics(|metric, _| metric == reward) {
-                let gain = figures.gain(&single.name, BASE, &set, &metric)?;
-                let claim = format!("training on {reward} alone raises {metric} on {set}");
-                findings.push(Finding::at_least(claim, "gain", gain, 0.0));
-            }
-        }
-        if let Some(joint) = joint {
-            tables.push(joint_against_single(&figures, joint, &singles, &mut findings)?);
-        }
+        joint::table_5(&figures, &mut tables, &mut findings)?;
         Ok(Study { name: plan.config.study.name.clone(), seeds: plan.config.study.seeds.clone(), tables, findings })
     }
 
@@ -209,14 +268,56 @@ impl Study {
                 let _ = writeln!(text, "| {} |", cells.join(" | "));
             }
         }
-        text.push_str("\n## The paper's findings\n\n| finding | here | figure |\n|---|---|---|\n");
+        text.push_str(
+            "\n## The paper's findings\n\n| the paper finds | its figure | here | our figure |\n|---|---|---|---|\n",
+        );
         for finding in &self.findings {
-            let _ = writeln!(text, "| {} | {} | {} |", finding.claim, finding.verdict.words(), finding.evidence);
+            let (claim, paper, verdict) = (&finding.claim, &finding.paper, finding.verdict.words());
+            let _ = writeln!(text, "| {claim} | {paper} | {verdict} | {} |", finding.evidence);
         }
         text.push('\n');
         text
     }
 }
+
+/// Table 1: on the reward that all are trained on ReFL is first and the paper's method before the others.
+fn order_of_methods(
+    figures: &Figures,
+    alone: &[&Member],
+    metrics: &[(String, String)],
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
+    for (set, metric) in metrics {
+        for other in alone.iter().filter(|run| !is_ours(run)) {
+            let first = matches!(other.config.method, MethodConfig::Refl(_));
+            let (higher, lower) = if first { (*other, *ours) } else { (*ours, *other) };
+            let difference = figures.gain(&higher.name, &lower.name, set, metric)?;
+            let called = |run: &Member| if is_ours(run) { "the paper's method".to_string() } else { run.name.clone() };
+            let claim = format!("{} reaches more {metric} on {set} than {}", called(higher), called(lower));
+            findings.push(Finding::at_least(claim, imagereward_of(higher, lower), "difference", difference, 0.0));
+        }
+    }
+    Ok(())
+}
+
+/// Two methods in the paper's Table 1.
+fn imagereward_of(higher: &Member, lower: &Member) -> String {
+    let of = |run: &Member| paper::image_reward(run.config.method.name());
+    let (Some(higher), Some(lower)) = (of(higher), of(lower)) else { return "not in the paper".to_string() };
+    format!(
+        "ImageReward {:.3} against {:.3} on DiffusionDB, {:.3} against {:.3} on PartiPrompts (Table 1)",
+        higher[0], lower[0], higher[1], lower[1]
+    )
+}
+
+/// What a run's task is of the paper's three.
+pub(super) fn reward_kind(member: &Member, task: &str) -> Kind {
+    let task = member.config.tasks.iter().find(|other| other.name == task).expect("a task of the run");
+    Kind::of(&task.reward)
+}
+
+const TABLE_2: &str = "generalises to any reward: yes or no (Table 2)";
 
 /// Table 2, measured: time to converge, and which of the study's rewards a method can train on.
 fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &mut Vec<Finding>) -> Result<Table> {
@@ -227,6 +328,7 @@ fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &
         let mut built = Task::new(task, i, tasks.run.seed, Device::Cpu, &Local)?;
         differentiable.push((task.name.as_str(), built.reward.differentiable().is_some()));
     }
+    let (mut ours_converged, mut draft_converged) = (Vec::new(), Vec::new());
     let mut rows = Vec::new();
     for run in alone {
         let courses = plan
@@ -237,10 +339,22 @@ fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &
             .collect::<Result<Vec<_>>>()?;
         let each = |text: &dyn Fn(&Course) -> String| courses.iter().map(text).collect::<Vec<_>>().join(", ");
         let converged = each(&|course| match course.convergence(reward, share) {
+            Some(_) if course.diverged(reward) == Some(true) => "diverged".to_string(),
             Some((iterations, seconds)) => format!("{seconds:.0} s ({iterations} iterations)"),
             None => "never rises".to_string(),
         });
         let method = &run.config.method;
+        if matches!(method, MethodConfig::Raft(_)) {
+            let diverged: Vec<bool> = courses.iter().filter_map(|course| course.diverged(reward)).collect();
+            let evidence = format!("{} of {} seeds", diverged.iter().filter(|d| **d).count(), courses.len());
+            findings.push(Finding::that("raft diverges".into(), "diverged (Table 2)".into(), evidence, &diverged));
+        }
+        if is_ours(run) {
+            ours_converged = courses.iter().map(|course| course.convergence(reward, share)).collect();
+        }
+        if matches!(method, MethodConfig::Draft(_)) {
+            draft_converged = courses.iter().map(|course| course.convergence(reward, share)).collect();
+        }
         let can: Vec<&str> = differentiable
             .iter()
             .filter(|(_, differentiable)| *differentiable || !method.needs_gradient_of_reward())
@@ -249,11 +363,11 @@ fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &
         if method.needs_gradient_of_reward() {
             let claim = format!("{} cannot train on every reward", run.name);
             let evidence = format!("it needs a gradient; {} of {} rewards have one", can.len(), differentiable.len());
-            findings.push(Finding::that(claim, evidence, can.len() < differentiable.len()));
+            findings.push(Finding::that(claim, TABLE_2.into(), evidence, &[can.len() < differentiable.len()]));
         } else if is_ours(run) {
             let claim = "the paper's method trains on every reward".to_string();
             let evidence = format!("{} of {}", can.len(), differentiable.len());
-            findings.push(Finding::that(claim, evidence, can.len() == differentiable.len()));
+            findings.push(Finding::that(claim, TABLE_2.into(), evidence, &[can.len() == differentiable.len()]));
         }
         rows.push(vec![
             Cell::Text(run.name.clone()),
@@ -264,65 +378,25 @@ fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &
             Cell::Text(can.join(", ")),
         ]);
     }
+    let pairs: Vec<(u64, u64)> =
+        ours_converged.iter().zip(&draft_converged).filter_map(|(a, b)| Some((a.as_ref()?.0, b.as_ref()?.0))).collect();
+    if !draft_converged.is_empty() && !ours_converged.is_empty() {
+        let evidence =
+            pairs.iter().map(|(ours, draft)| format!("{ours} against {draft}")).collect::<Vec<_>>().join(", ");
+        let holds: Vec<bool> = pairs.iter().map(|(ours, draft)| ours < draft).collect();
+        let claim = "the paper's method converges in fewer iterations than draft".to_string();
+        let paper = "about 1,000 against about 4,000 (section 4.1)".to_string();
+        findings.push(Finding::that(claim, paper, format!("iterations by seed: {evidence}"), &holds));
+    }
     let columns = ["method", "time to converge", "training", "samples drawn", "needs the reward's gradient", "rewards"];
     Ok(Table {
         title: "Table 2. Time to converge, and generality".to_string(),
         note: format!(
             "Measured on this machine, per seed; converged: {:.0} % of a run's largest gain in {reward} on the few held-out \
-             prompts that are evaluated in the course of training. Evaluations are not counted.",
+             prompts that are evaluated in the course of training; diverged: more than half of it is gone again at the end. \
+             Evaluations are not counted.",
             100.0 * share
         ),
-        columns: columns.map(String::from).to_vec(),
-        rows,
-    })
-}
-
-/// Table 5.
-fn joint_against_single(
-    figures: &Figures,
-    joint: &Member,
-    singles: &[&Member],
-    findings: &mut Vec<Finding>,
-) -> Result<Table> {
-    let mut rows = Vec::new();
-    for single in singles {
-        let reward = trained(single)[0];
-        if !trained(joint).contains(&reward) {
-            continue;
-        }
-        for (set, metric) in figures.metrics(|metric, _| metric == reward) {
-            let base = figures.values(BASE, &set, &metric)?;
-            let (of_single, of_joint) =
-                (figures.values(&single.name, &set, &metric)?, figures.values(&joint.name, &set, &metric)?);
-            let share = figures
-                .interval(&[&of_joint, &of_single, &base], |means| (means[0] - means[2]) / (means[1] - means[2]));
-            let gain = figures.gain(&joint.name, BASE, &set, &metric)?;
-            let of_single = figures.gain(&single.name, BASE, &set, &metric)?;
-            // a share of a gain that may be none says nothing
-            let has_gain = of_single.low > 0.0;
-            rows.push(vec![
-                Cell::Text(format!("{metric} on {set}")),
-                Cell::Value(figures.value(BASE, &set, &metric)?),
-                Cell::Gain(of_single),
-                Cell::Gain(gain),
-                if has_gain { Cell::Value(share) } else { Cell::Text("the single run has no sure gain".to_string()) },
-            ]);
-            findings.push(Finding::at_least(format!("the joint run raises {metric} on {set}"), "gain", gain, 0.0));
-            let claim = format!("the joint run keeps at least 80 % of the single run's gain in {metric} on {set}");
-            findings.push(match has_gain {
-                true => Finding::at_least(claim, "share", share, 0.8),
-                false => Finding {
-                    claim,
-                    verdict: Verdict::Undecided,
-                    evidence: format!("the single run has no sure gain: {}", of_single.text(true)),
-                },
-            });
-        }
-    }
-    let columns = ["reward", "base", "gain of the single run", "gain of the joint run", "share kept"];
-    Ok(Table {
-        title: "Table 5. Joint against single-reward training".to_string(),
-        note: "The paper's joint run keeps at least 80 % of each single run's gain.".to_string(),
         columns: columns.map(String::from).to_vec(),
         rows,
     })

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use dog::{Limits, Watchdog};
 
-use crate::{comm::Communicator, faults};
+use crate::{cannot_write::make_folder, comm::Communicator, faults};
 
 /// The stage that `run.reward_limit` is about.
 pub const REWARD: &str = "reward";
@@ -140,7 +140,7 @@ impl Record {
 
 /// Makes the folder of [`Watchdog::start`], and removes what the alarm of an earlier start has left in it.
 pub fn clear(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    make_folder(folder)?;
     let clear = || -> std::io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;

@@ -42,7 +42,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    tch::set_num_threads(config.run.threads as i32);
+    crate::device::threads::use_threads(config.run.threads, comm).or_mistake()?;
     let pipeline = match args.architecture {
         Some(architecture) => {
             Pipeline::seeded_with(architecture.files(), config.run.seed, device, build_for(&config)).or_mistake()?

@@ -55,8 +55,8 @@ pub struct Args {
     #[arg(long)]
     no_gradient_checkpointing: bool,
     /// libtorch's threads.
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<i32>(1, 256))]
-    threads: i32,
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<usize>(1, 256))]
+    threads: usize,
     /// Samples of the step, each one a guided pair.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = whole::<usize>(1, 65_536))]
     samples: usize,
@@ -82,7 +82,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         Ok(())
     };
     free().or_mistake()?;
-    tch::set_num_threads(args.threads);
+    crate::device::threads::use_threads(args.threads, comm).or_mistake()?;
     let report = measure(&args)?;
     say!("{}", serde_json::to_string_pretty(&report)?);
     Ok(())

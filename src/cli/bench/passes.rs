@@ -66,8 +66,8 @@ pub struct Args {
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
     repeats: usize,
     /// libtorch's threads.
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<i32>(1, 256))]
-    threads: i32,
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = whole::<usize>(1, 256))]
+    threads: usize,
     /// Print one JSON object with every measured value.
     #[arg(long)]
     json: bool,
@@ -92,7 +92,7 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     if args.cuda_graph {
         device::ensure_gpu(device, "--cuda-graph").or_mistake()?;
     }
-    tch::set_num_threads(args.threads);
+    crate::device::threads::use_threads(args.threads, comm).or_mistake()?;
     let bench = Bench::new(&args, comm, device).or_mistake()?;
     let measured = match pass {
         Pass::Unet => bench.measure(1.0, |i| {

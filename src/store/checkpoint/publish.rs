@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::{list, manifest};
-use crate::faults;
+use crate::{cannot_write::make_folder, faults};
 
 /// Which checkpoints stay when a new one is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub struct Keep {
 pub(super) fn start_empty(partial: &Path) -> Result<()> {
     faults::file_point("create_folder", partial)?;
     remove_files(partial)?;
-    fs::create_dir_all(partial).with_context(|| format!("cannot create {}", partial.display()))
+    make_folder(partial)
 }
 
 /// Gives a complete folder its name. One of that name (a run that fell back past it) is replaced.

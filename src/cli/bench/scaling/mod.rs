@@ -52,7 +52,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
-    tch::set_num_threads(config.run.threads as i32);
+    crate::device::threads::use_threads(config.run.threads, comm).or_mistake()?;
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
         warm_up: args.warm_up,
