@@ -12,6 +12,7 @@ use super::{
     agreement::{equal_pairs, krippendorff_alpha},
     interval::Share,
     questions::{Answer, Edition, Form, Question},
+    rank::{rank, Meeting, Ranked},
     study::{Query, Study},
     votes::Session,
 };
@@ -35,6 +36,18 @@ pub struct Tally {
     /// The same for each set of prompts, where there is more than one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub by_set: Vec<Comparison>,
+    pub ranks: Vec<Rank>,
+}
+
+/// All models on one question.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Rank {
+    pub form: Form,
+    pub question: String,
+    #[serde(skip)]
+    title: &'static str,
+    /// Best first; none where no chain of votes connects all models.
+    pub models: Option<Vec<Ranked>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -146,7 +159,11 @@ impl Tally {
                 }
             }
         }
+        let forms = Form::ALL.into_iter().filter(|form| study.queries.iter().any(|query| query.form == *form));
+        let questions =
+            forms.flat_map(|form| form.questions(study.edition).iter().map(move |question| (form, question)));
         Tally {
+            ranks: questions.map(|(form, question)| Rank::of(study, form, question, &answers)).collect(),
             title: study.title.clone(),
             study: study.id(),
             raters: sessions.iter().map(Rater::of).collect(),
@@ -189,6 +206,25 @@ impl Tally {
                 self.table(&mut text, "set: question", (first, second), self.by_set.iter().filter(meets));
             }
         }
+        text.push_str("\n## Rank of the models\n\n| question | rank | model | strength |\n|---|---|---|---|\n");
+        for of_question in &self.ranks {
+            let title = of_question.title;
+            let Some(models) = &of_question.models else {
+                let _ = writeln!(text, "| {title} | – | no chain of votes connects all models | – |");
+                continue;
+            };
+            for r in models {
+                let numbers = [r.strength, r.low, r.high].map(|x| format!("{x:.2}").replace('-', "−"));
+                let [strength, low, high] = numbers;
+                let place = format!("{} ({}–{})", r.rank, r.rank_low, r.rank_high);
+                let _ = writeln!(text, "| {title} | {place} | {} | {strength} ({low} to {high}) |", r.model);
+            }
+        }
+        text.push_str(
+            "\nstrength is Bradley–Terry's θ, with mean 0: a model is preferred to one that is weaker by d in a share \
+             1/(1 + exp(−d)) of the votes. A vote for neither counts half for each. In brackets 95 % intervals over draws of the \
+             prompts with replacement.\n",
+        );
         text.push_str("\n| rater | answers | median seconds per query |\n|---|---|---|\n");
         for rater in &self.raters {
             // a name is whatever the rater typed
@@ -231,6 +267,33 @@ impl Tally {
             let alpha = c.alpha.map_or("–".to_owned(), |alpha| format!("{alpha:.2}").replace('-', "−"));
             let row = c.set.as_ref().map_or(c.title.to_owned(), |set| format!("{set}: {}", c.title));
             let _ = writeln!(text, "| {row} | {} | {} | {agree} | {alpha} |", c.votes, shares.join(" | "));
+        }
+    }
+}
+
+impl Rank {
+    fn of(study: &Study, form: Form, question: &Question, answers: &Answers) -> Self {
+        // queries with the same noise show the same pictures of the same prompt
+        let mut prompts: BTreeMap<usize, Vec<Meeting>> = BTreeMap::new();
+        for query in study.queries.iter().filter(|query| query.form == form) {
+            let mut votes = (0.0, 0.0);
+            for outcome in answers.to(query, question).iter().filter_map(|&answer| outcome(answer, query)) {
+                let (first, second) = match outcome {
+                    Outcome::First => (1.0, 0.0),
+                    Outcome::Second => (0.0, 1.0),
+                    Outcome::BothGood | Outcome::BothBad | Outcome::NotSure => (0.5, 0.5),
+                };
+                votes = (votes.0 + first, votes.1 + second);
+            }
+            prompts.entry(query.first_sample).or_default().push(Meeting { models: query.models(), votes });
+        }
+        let names: Vec<&str> = study.models.iter().map(|model| model.name.as_str()).collect();
+        let prompts: Vec<_> = prompts.into_values().collect();
+        Rank {
+            form,
+            question: question.id.to_owned(),
+            title: question.title,
+            models: rank(&names, &prompts, study.drawing.seed),
         }
     }
 }
@@ -358,6 +421,29 @@ mod tests {
         // preference was not answered at all, diversity three times instead of five
         assert_eq!((tally.queries, tally.queries_with_fewer), (5, 5));
         assert_eq!((tally.raters[0].answers, tally.raters[0].median_seconds_per_query), (9, 1.5));
+    }
+
+    /// Model 2 wins over 1, and 1 over 0, whatever the sides.
+    #[test]
+    fn models_are_ranked_by_all_their_votes() {
+        let study = example(3, 6, 0);
+        let answers: Vec<_> = study
+            .queries
+            .iter()
+            .map(|query| {
+                let preferred = if query.left > query.right { Answer::Left } else { Answer::Right };
+                (query.id.as_str(), "preference", preferred)
+            })
+            .collect();
+        let tally = Tally::of(&study, &[session(&study, "abe", &answers)]);
+        let rank = tally.ranks.iter().find(|rank| rank.question == "preference").unwrap();
+        let models: Vec<_> = rank.models.as_ref().unwrap().iter().map(|r| (r.rank, r.model.as_str())).collect();
+        assert_eq!(models, [(1, "model 2"), (2, "model 1"), (3, "model 0")]);
+        // nobody was asked about the other two
+        assert_eq!(tally.ranks.iter().filter(|rank| rank.models.is_none()).count(), 2);
+        let text = tally.markdown();
+        assert!(text.contains("| overall preference | 1 (1–1) | model 2 | "), "{text}");
+        assert!(text.contains("| fidelity and quality | – | no chain of votes connects all models | – |"), "{text}");
     }
 
     /// Two raters on pairs of two sets. Of fidelity the first is not sure, for the second nothing loaded.
