@@ -67,10 +67,10 @@ fn prompts_come_from_evaluations() {
     let folder = folder_with_two_models("human_eval_sets");
     let evaluation = concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/miniature-evaluation.toml");
     let experiment = concat!(env!("CARGO_MANIFEST_DIR"), "/slurm/miniature-joint.toml");
-    let (places, seen) = (format!("{evaluation}:places"), format!("{evaluation}:seen"));
+    let (places, seen) = (format!("{evaluation}:places:3"), format!("{evaluation}:seen"));
     let portraits = format!("{experiment}:parity");
     let models = ["human-eval", "--model", "embedded", "--model", "tuned", "--steps", "1", "--guidance", "1"];
-    let sets = ["--prompt-set", &places, "--prompt-set", &seen, "--prompt-count", "2"];
+    let sets = ["--prompt-set", &places, "--prompt-set", &seen, "--prompt-count", "1"];
     let groups = ["--group-prompt-set", &portraits, "--group-prompt-count", "1"];
     for (ranks, out) in [(1, "one"), (2, "two")] {
         let done = human_eval(ranks, &folder, &[&models[..], &sets, &groups, &["--out", out]].concat());
@@ -81,11 +81,13 @@ fn prompts_come_from_evaluations() {
     let study: Value = serde_json::from_slice(&fs::read(folder.join("one/study.json")).unwrap()).unwrap();
     let prompts: Vec<&str> =
         study["queries"].as_array().unwrap().iter().map(|q| q["prompt"].as_str().unwrap()).collect();
-    println!("{prompts:?}");
+    let sets: Vec<&str> = study["queries"].as_array().unwrap().iter().map(|q| q["set"].as_str().unwrap()).collect();
+    assert_eq!(sets, ["places", "places", "places", "seen", "parity"]);
     assert!(prompts.iter().any(|prompt| prompt.starts_with("a portrait of")), "{prompts:?}");
     for (named, wanted) in [
         (format!("{evaluation}:nobody"), "has no set nobody; it has seen, unseen, occupations, places"),
         ("places".to_string(), "places: CONFIG:SET is wanted"),
+        (format!("{evaluation}:places:0"), "places:0: 0 prompts; 1 to 16777216 are possible"),
         ("none.toml:places".to_string(), "cannot read none.toml"),
     ] {
         let done = human_eval(2, &folder, &[&models[..], &["--prompt-set", &named, "--out", "no"]].concat());
@@ -194,7 +196,14 @@ fn raters_answer_in_a_browser_and_the_answers_are_counted() {
     let tally = ["human-eval", "tally", "study", "votes", "--json", "tally.json", "--markdown", "tally.md"];
     let counted = human_eval(1, &folder, &tally).expect_success("tally");
     assert_eq!(counted.stdout, fs::read_to_string(folder.join("tally.md")).unwrap());
-    assert!(counted.stdout.contains("2 raters, 3 queries, 14 answers.\nIn brackets"), "{}", counted.stdout);
+    assert!(
+        counted.stdout.contains(
+            "2 raters, 3 queries, 14 answers. \
+             2 of them say that a picture did not load and are in no other share.\n1 of 3 queries have"
+        ),
+        "{}",
+        counted.stdout
+    );
     let tally: Value = serde_json::from_slice(&fs::read(folder.join("tally.json")).unwrap()).unwrap();
     let of = |question: &str| -> Value {
         tally["comparisons"].as_array().unwrap().iter().find(|c| c["question"] == question).unwrap().clone()
@@ -202,7 +211,9 @@ fn raters_answer_in_a_browser_and_the_answers_are_counted() {
     // the rule by which the script answers
     assert_eq!(of("alignment")["second_preferred"]["share"], 1.0);
     assert_eq!(of("alignment")["second"], "tuned");
-    assert_eq!(of("fidelity")["both_bad"]["share"], 1.0);
+    // one of the two queries did not load: it is no vote
+    assert_eq!((&of("fidelity")["votes"], &of("fidelity")["not_sure"]["share"]), (&2.into(), &1.0.into()));
+    assert_eq!(of("fidelity")["did_not_load"]["share"], 0.5);
     assert_eq!(of("preference")["left_of_decided"]["share"], 1.0);
     // always left is each model once: two queries, two raters who agree
     assert_eq!(
@@ -210,7 +221,7 @@ fn raters_answer_in_a_browser_and_the_answers_are_counted() {
         (&0.5.into(), &1.0.into())
     );
     assert_eq!(of("diversity")["second_preferred"]["counted"], 2);
-    assert_eq!(tally["queries_with_fewer"], 0);
+    assert_eq!(tally["queries_with_fewer"], 1);
 
     // what cannot be counted: twice the same session, another study's, a torn file
     fs::copy(votes.join(&names[0]), votes.join("zz-copy.json")).unwrap();

@@ -17,7 +17,7 @@ use crate::{
     folders::{can_be_file, outputs, FolderLock},
     human_eval::{
         pages::{State, StudyFiles},
-        study::{Model, Pairing, Study},
+        study::{Model, Pairing, Prompt, Study},
         tally::Tally,
         votes,
     },
@@ -61,10 +61,10 @@ struct BuildArgs {
     #[arg(long = "prompts", value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// Draw the prompts of this set of an evaluation, for example slurm/eval-preference.toml:partiprompts. May be given several
-    /// times.
-    #[arg(long = "prompt-set", value_name = "CONFIG:SET")]
+    /// times. A number at the end says how many prompts of it: slurm/eval-preference.toml:diffusiondb:300.
+    #[arg(long = "prompt-set", value_name = "CONFIG:SET[:N]")]
     prompt_sets: Vec<String>,
-    /// Prompts of each --prompt-set; 0 for as many as its evaluation takes.
+    /// Prompts of each --prompt-set that does not say how many; 0 for as many as its evaluation takes.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
     prompt_count: usize,
     /// What to draw for the question on sets of six pictures. May be given several times.
@@ -73,10 +73,11 @@ struct BuildArgs {
     /// File with one such prompt per line.
     #[arg(long = "group-prompts", value_name = "FILE")]
     group_prompt_file: Option<PathBuf>,
-    /// Draw the prompts of this set of an evaluation, for example slurm/eval-parity.toml:occupations.
-    #[arg(long = "group-prompt-set", value_name = "CONFIG:SET")]
+    /// Draw the prompts of this set of an evaluation, for example slurm/eval-parity.toml:occupations; a
+    /// number at the end as for --prompt-set.
+    #[arg(long = "group-prompt-set", value_name = "CONFIG:SET[:N]")]
     group_prompt_sets: Vec<String>,
-    /// Prompts of each --group-prompt-set; 0 for as many as its evaluation takes.
+    /// Prompts of each --group-prompt-set that does not say how many; 0 for as many as its evaluation takes.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
     group_prompt_count: usize,
     /// Heading of the pages; raters read it.
@@ -167,9 +168,16 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
 }
 
 /// Prompts for single pictures and for sets of pictures, from texts, files and sets. A collective call.
-fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<String>; 2]> {
-    let of_sets = |sets: &[String], count: usize| -> Result<Vec<String>> {
-        let prompts = sets.iter().map(|named| of_set(named, count, comm));
+fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<Prompt>; 2]> {
+    let of_sets = |sets: &[String], count: usize| -> Result<Vec<Prompt>> {
+        let sets = sets.iter().map(|named| SetName::parse(named)).collect::<Result<Vec<_>>>()?;
+        let prompts = sets.iter().enumerate().map(|(i, set)| {
+            ensure!(!sets[..i].contains(set), "{}:{} is given twice", set.config, set.set);
+            // two configs may have sets of one name
+            let alone = sets.iter().filter(|other| other.set == set.set).count() == 1;
+            let label = if alone { set.set.to_owned() } else { format!("{}:{}", set.config, set.set) };
+            of_set(set, count, &label, comm)
+        });
         Ok(prompts.collect::<Result<Vec<_>>>()?.concat())
     };
     let pairs = all_made(comm, prompts(&args.prompts, args.prompt_file.as_ref()))?;
@@ -180,10 +188,40 @@ fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<String>; 2]> 
     ])
 }
 
-/// `count` prompts of the set that `named`, CONFIG:SET, says; 0 for the set's own count. A collective call.
-fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<String>> {
+/// CONFIG:SET or CONFIG:SET:N, taken apart.
+#[derive(Debug)]
+struct SetName<'a> {
+    config: &'a str,
+    set: &'a str,
+    /// Prompts of it, where it says so.
+    count: Option<usize>,
+}
+
+impl PartialEq for SetName<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        (self.config, self.set) == (other.config, other.set)
+    }
+}
+
+impl<'a> SetName<'a> {
+    fn parse(named: &'a str) -> Result<Self> {
+        let split = |text: &'a str| text.rsplit_once(':').filter(|(left, right)| !left.is_empty() && !right.is_empty());
+        let (config, set) = split(named).with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
+        let with_count = split(config).filter(|_| set.bytes().all(|byte| byte.is_ascii_digit()));
+        let Some((config, name)) = with_count else {
+            return Ok(SetName { config, set, count: None });
+        };
+        let count = set.parse().ok().filter(|count| (1..=16_777_216).contains(count));
+        let count = count.with_context(|| format!("{named}: {set} prompts; 1 to 16777216 are possible"))?;
+        Ok(SetName { config, set: name, count: Some(count) })
+    }
+}
+
+/// The prompts of a set: as many as its name says, or `count`, or, where that is 0, the set's own count. `label` is what
+/// tables call it. A collective call.
+fn of_set(named: &SetName, count: usize, label: &str, comm: &dyn Communicator) -> Result<Vec<Prompt>> {
+    let (path, name, count) = (named.config, named.set, named.count.unwrap_or(count));
     let read = || -> Result<_> {
-        let (path, name) = named.rsplit_once(':').with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
         let path = Path::new(path);
         let text = user_file::read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = match is_evaluation(&text) {
@@ -199,15 +237,17 @@ fn of_set(named: &str, count: usize, comm: &dyn Communicator) -> Result<Vec<Stri
     let (config, index) = all_made(comm, read())?;
     let set = &config.sets[index];
     let set = EvalSet { count: if count == 0 { set.count } else { count }, ..set.clone() };
-    let drawn = draw_prompts(&set, index as u8, config.eval.seed, comm).with_context(|| named.to_string())?;
-    Ok(drawn.prompts.into_iter().map(|prompt| prompt.text).collect())
+    let drawn =
+        draw_prompts(&set, index as u8, config.eval.seed, comm).with_context(|| format!("{}:{name}", named.config))?;
+    let labelled = |text| Prompt { text, set: Some(label.to_owned()) };
+    Ok(drawn.prompts.into_iter().map(|prompt| labelled(prompt.text)).collect())
 }
 
 fn plan(
     args: &BuildArgs,
     drawing: &Drawing,
-    pair_prompts: &[String],
-    group_prompts: &[String],
+    pair_prompts: &[Prompt],
+    group_prompts: &[Prompt],
     digests: &[String],
 ) -> Result<Study> {
     let models = args.models.iter().zip(digests);
@@ -215,14 +255,14 @@ fn plan(
     Study::plan(&args.title, models, args.pairing, pair_prompts, group_prompts, args.raters, drawing.clone())
 }
 
-fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<String>> {
+fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<Prompt>> {
     let mut prompts = given.to_vec();
     if let Some(path) = file {
         let lines = text_file::lines(path)?;
         ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
         prompts.extend(lines.into_iter().map(|(_, line)| line));
     }
-    Ok(prompts)
+    Ok(prompts.into_iter().map(|text| Prompt { text, set: None }).collect())
 }
 
 /// Raters would know the models by the size of their pictures.
@@ -275,4 +315,25 @@ fn tally(args: &TallyArgs) -> Result<(), Failure> {
     }
     streams::print(format_args!("{markdown}"));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SetName;
+
+    #[test]
+    fn a_set_may_say_how_many_prompts() {
+        let parsed =
+            |named| SetName::parse(named).map(|set| (set.config, set.set, set.count)).map_err(|e| e.to_string());
+        assert_eq!(parsed("a/b.toml:places"), Ok(("a/b.toml", "places", None)));
+        assert_eq!(parsed("a/b.toml:places:300"), Ok(("a/b.toml", "places", Some(300))));
+        // a set may be called by a number, a path may hold a colon
+        assert_eq!(parsed("b.toml:17"), Ok(("b.toml", "17", None)));
+        assert_eq!(parsed("a:b.toml:places"), Ok(("a:b.toml", "places", None)));
+        for wrong in ["places", ":places", "b.toml:"] {
+            assert_eq!(parsed(wrong), Err(format!("{wrong}: CONFIG:SET is wanted")));
+        }
+        let error = parsed("b.toml:places:0").unwrap_err();
+        assert_eq!(error, "b.toml:places:0: 0 prompts; 1 to 16777216 are possible");
+    }
 }

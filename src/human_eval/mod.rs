@@ -12,6 +12,7 @@ pub mod agreement;
 pub mod interval;
 pub mod pages;
 pub mod questions;
+pub mod rank;
 pub mod study;
 pub mod tally;
 pub mod votes;

@@ -137,8 +137,10 @@ fn image_path(query: &Query, side: &str, n: usize) -> String {
 
 /// Everything the pages know, without the models.
 fn study_script(study: &Study, (width, height): (usize, usize)) -> String {
-    let forms: Map<String, Value> =
-        Form::ALL.iter().map(|form| (form.name().to_owned(), json!({"questions": form.questions()}))).collect();
+    let forms: Map<String, Value> = Form::ALL
+        .iter()
+        .map(|form| (form.name().to_owned(), json!({"questions": form.questions(study.edition)})))
+        .collect();
     let paths = |query: &Query, side| -> Vec<String> {
         (0..query.form.pictures()).map(|n| image_path(query, side, n)).collect()
     };
@@ -177,7 +179,7 @@ mod tests {
         assert_eq!(data["queries"].as_array().unwrap().len(), 5);
         assert_eq!(data["queries"][4]["left"].as_array().unwrap().len(), 6);
         assert_eq!(data["forms"]["pair"]["questions"].as_array().unwrap().len(), 3);
-        assert_eq!(data["forms"]["pair"]["questions"][2]["answers"][3][0], "both_bad");
+        assert_eq!(data["forms"]["pair"]["questions"][2]["answers"][3][0], "did_not_load");
     }
 
     #[test]

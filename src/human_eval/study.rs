@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::questions::Form;
+use super::questions::{Edition, Form};
 use crate::{
     draw::Drawing,
     random::{Coordinates, Purpose},
@@ -13,15 +13,14 @@ use crate::{
     telemetry::write_atomic,
 };
 
-/// First field of `study.json`.
-const FORMAT: &str = "rldiff-study-1";
-
 /// All there is to know about a study before anybody has answered. It is kept by whoever runs it: raters must not see
 /// which model is where.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Study {
-    format: String,
+    /// Which questions it asks.
+    #[serde(rename = "format")]
+    pub edition: Edition,
     pub title: String,
     pub models: Vec<Model>,
     /// How the pictures are drawn; the seed also decides the sides.
@@ -47,11 +46,21 @@ pub struct Query {
     pub id: String,
     pub form: Form,
     pub prompt: String,
+    /// Which set of prompts it is from; none for one that was given by itself, and in old studies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set: Option<String>,
     /// Index of the model on this side.
     pub left: usize,
     pub right: usize,
     /// Number of the first picture's noise; both models draw with the same.
     pub first_sample: usize,
+}
+
+/// What to draw, and where it is from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    pub text: String,
+    pub set: Option<String>,
 }
 
 impl Query {
@@ -80,8 +89,8 @@ impl Study {
         title: &str,
         models: Vec<Model>,
         pairing: Pairing,
-        pair_prompts: &[String],
-        group_prompts: &[String],
+        pair_prompts: &[Prompt],
+        group_prompts: &[Prompt],
         raters: usize,
         drawing: Drawing,
     ) -> Result<Self> {
@@ -103,11 +112,12 @@ impl Study {
                     let (left, right) = if swapped[i] { (high, low) } else { (low, high) };
                     let id = format!("{}-{:04}", form.name(), number * prompts.len() + i + 1);
                     let first_sample = first + i * form.pictures();
-                    queries.push(Query { id, form, prompt: prompt.clone(), left, right, first_sample });
+                    let Prompt { text: prompt, set } = prompt.clone();
+                    queries.push(Query { id, form, prompt, set, left, right, first_sample });
                 }
             }
         }
-        Ok(Study { format: FORMAT.to_owned(), title: title.to_owned(), models, drawing, raters, queries })
+        Ok(Study { edition: Edition::Paper, title: title.to_owned(), models, drawing, raters, queries })
     }
 
     /// What tells this study's pages and votes from another's: the beginning of the SHA-256 of all of it.
@@ -124,7 +134,6 @@ impl Study {
         let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let study: Study =
             serde_json::from_slice(&bytes).with_context(|| format!("{} is no study.json", path.display()))?;
-        ensure!(study.format == FORMAT, "{} has the format {:?}, not {FORMAT:?}", path.display(), study.format);
         let known = |query: &Query| query.left.max(query.right) < study.models.len() && query.left != query.right;
         let wrong = study.queries.iter().find(|query| !known(query));
         ensure!(wrong.is_none(), "{}: query {} names a model that is not there", path.display(), wrong.unwrap().id);
@@ -167,7 +176,7 @@ pub(super) mod tests {
 
     pub fn example(models: usize, pairs: usize, groups: usize) -> Study {
         let models = (0..models).map(|i| Model { name: format!("model {i}"), digest: String::new() }).collect();
-        let prompts = |n: usize| (0..n).map(|i| format!("prompt {i}")).collect::<Vec<_>>();
+        let prompts = |n: usize| (0..n).map(|i| Prompt { text: format!("prompt {i}"), set: None }).collect::<Vec<_>>();
         Study::plan("A study", models, Pairing::All, &prompts(pairs), &prompts(groups), 5, drawing(3)).unwrap()
     }
 
@@ -221,11 +230,27 @@ pub(super) mod tests {
         assert!(format!("{:#}", Study::read(&path).unwrap_err()).contains("study.json: query pair-0002"));
     }
 
+    /// What the program wrote before there were editions and sets; the id is the one that its pages have.
+    #[test]
+    fn a_study_of_the_first_edition_keeps_its_id() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("study.json");
+        let text = r#"{"format":"rldiff-study-1","title":"A study","models":[{"name":"model 0","digest":""},{"name":"model 1","digest":""}],"drawing":{"seed":3,"steps":2,"guidance_scale":1.0,"eta":0.0,"negative":"","height":null,"width":null},"raters":5,"queries":[{"id":"pair-0001","form":"pair","prompt":"prompt 0","left":1,"right":0,"first_sample":0}]}"#;
+        std::fs::write(&path, text).unwrap();
+        let study = Study::read(&path).unwrap();
+        assert_eq!(study.edition, Edition::First);
+        assert_eq!(serde_json::to_string(&study).unwrap(), text);
+        assert_eq!(study.id(), digest::of_bytes(text.as_bytes())[..32]);
+        std::fs::write(&path, text.replace("study-1", "study-9")).unwrap();
+        let error = format!("{:#}", Study::read(&path).unwrap_err());
+        assert!(error.contains("unknown variant `rldiff-study-9`"), "{error}");
+    }
+
     #[test]
     fn mistakes_are_named() {
         let model = |name: &str| Model { name: name.into(), digest: String::new() };
-        let prompts = ["p".to_owned()];
-        let plan = |models: Vec<Model>, prompts: &[String], raters| {
+        let prompts = [Prompt { text: "p".to_owned(), set: None }];
+        let plan = |models: Vec<Model>, prompts: &[Prompt], raters| {
             Study::plan("t", models, Pairing::All, prompts, &[], raters, drawing(0)).unwrap_err().to_string()
         };
         assert!(plan(vec![model("a")], &prompts, 5).contains("--model at least twice"));

@@ -1,17 +1,24 @@
 //! Counts the answers: per pair of models and question the share of each answer, which model is preferred, and how far
 //! the raters agree.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+};
 
 use serde::Serialize;
 
 use super::{
     agreement::{equal_pairs, krippendorff_alpha},
     interval::Share,
-    questions::{Answer, Form, Question},
+    questions::{Answer, Edition, Form, Question},
+    rank::{rank, Meeting, Ranked},
     study::{Query, Study},
     votes::Session,
 };
+
+/// What tables call the prompts that were given one by one.
+const NO_SET: &str = "(no set)";
 
 /// Everything that is counted.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,7 +30,24 @@ pub struct Tally {
     /// Raters that every query should have, and how many queries have all their questions answered by fewer.
     pub raters_per_query: usize,
     pub queries_with_fewer: usize,
+    #[serde(skip)]
+    edition: Edition,
     pub comparisons: Vec<Comparison>,
+    /// The same for each set of prompts, where there is more than one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub by_set: Vec<Comparison>,
+    pub ranks: Vec<Rank>,
+}
+
+/// All models on one question.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Rank {
+    pub form: Form,
+    pub question: String,
+    #[serde(skip)]
+    title: &'static str,
+    /// Best first; none where no chain of votes connects all models.
+    pub models: Option<Vec<Ranked>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -43,20 +67,28 @@ pub struct Comparison {
     pub question: String,
     #[serde(skip)]
     title: &'static str,
+    /// Which prompts: all, or those of one set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub set: Option<String>,
     pub queries: usize,
+    /// Answers that say something about the pictures: all but "did not load".
     pub votes: usize,
-    /// Shares of all votes; the four add up to one.
+    /// Shares of all votes; those of one edition's answers add up to one.
     pub first_preferred: Option<Share>,
     pub second_preferred: Option<Share>,
     pub both_good: Option<Share>,
     pub both_bad: Option<Share>,
+    /// "Ambivalent, not sure, similar".
+    pub not_sure: Option<Share>,
+    /// Share of "did not load" in all answers.
+    pub did_not_load: Option<Share>,
     /// Share of the second model in the votes that prefer one.
     pub second_of_decided: Option<Share>,
     /// Share of the left side in those votes: ½ but for chance, unless raters favour a side.
     pub left_of_decided: Option<Share>,
     /// Share of the pairs of votes on one query that are equal.
     pub agreement: Option<f64>,
-    /// Krippendorff's, over the four answers.
+    /// Krippendorff's, over the votes.
     pub alpha: Option<f64>,
 }
 
@@ -67,16 +99,20 @@ enum Outcome {
     Second,
     BothGood,
     BothBad,
+    NotSure,
 }
 
-fn outcome(answer: Answer, query: &Query) -> Outcome {
-    match answer {
+/// `None` for a picture that did not load.
+fn outcome(answer: Answer, query: &Query) -> Option<Outcome> {
+    Some(match answer {
+        Answer::DidNotLoad => return None,
+        Answer::NotSure => Outcome::NotSure,
         Answer::BothGood => Outcome::BothGood,
         Answer::BothBad => Outcome::BothBad,
         Answer::Left if query.left < query.right => Outcome::First,
         Answer::Right if query.left > query.right => Outcome::First,
         Answer::Left | Answer::Right => Outcome::Second,
-    }
+    })
 }
 
 /// By query and question, in the order of the sessions.
@@ -102,27 +138,41 @@ impl Tally {
     pub fn of(study: &Study, sessions: &[Session]) -> Self {
         let answers = Answers::of(sessions);
         let has_fewer = |query: &&Query| {
-            query.form.questions().iter().any(|question| answers.to(query, question).len() < study.raters)
+            let votes = |question| answers.to(query, question).iter().filter(|answer| answer.is_vote()).count();
+            query.form.questions(study.edition).iter().any(|question| votes(question) < study.raters)
         };
-        let mut comparisons = Vec::new();
+        let (mut comparisons, mut by_set) = (Vec::new(), Vec::new());
         for meeting in study.meetings() {
             for form in Form::ALL {
                 let queries: Vec<&Query> =
                     study.queries.iter().filter(|q| q.form == form && q.models() == meeting).collect();
-                for question in form.questions().iter().filter(|_| !queries.is_empty()) {
+                let sets: BTreeSet<Option<&str>> = queries.iter().map(|query| query.set.as_deref()).collect();
+                for question in form.questions(study.edition).iter().filter(|_| !queries.is_empty()) {
                     let answers: Vec<_> = queries.iter().map(|query| (*query, answers.to(query, question))).collect();
-                    comparisons.push(Comparison::of(study, meeting, form, question, &answers));
+                    comparisons.push(Comparison::of(study, meeting, form, question, None, &answers));
+                    for set in sets.iter().filter(|_| sets.len() > 1) {
+                        let of_set: Vec<_> =
+                            answers.iter().copied().filter(|(query, _)| query.set.as_deref() == *set).collect();
+                        let name = set.unwrap_or(NO_SET).to_owned();
+                        by_set.push(Comparison::of(study, meeting, form, question, Some(name), &of_set));
+                    }
                 }
             }
         }
+        let forms = Form::ALL.into_iter().filter(|form| study.queries.iter().any(|query| query.form == *form));
+        let questions =
+            forms.flat_map(|form| form.questions(study.edition).iter().map(move |question| (form, question)));
         Tally {
+            ranks: questions.map(|(form, question)| Rank::of(study, form, question, &answers)).collect(),
             title: study.title.clone(),
             study: study.id(),
             raters: sessions.iter().map(Rater::of).collect(),
             queries: study.queries.len(),
             raters_per_query: study.raters,
             queries_with_fewer: study.queries.iter().filter(has_fewer).count(),
+            edition: study.edition,
             comparisons,
+            by_set,
         }
     }
 
@@ -130,7 +180,12 @@ impl Tally {
     pub fn markdown(&self) -> String {
         let mut text = format!("# Human evaluation: {}\n\n", self.title);
         let votes: usize = self.comparisons.iter().map(|c| c.votes).sum();
-        let _ = writeln!(text, "{} raters, {} queries, {votes} answers.", self.raters.len(), self.queries);
+        let lost: usize = self.comparisons.iter().filter_map(|c| Some(c.did_not_load?.counted)).sum();
+        let _ = write!(text, "{} raters, {} queries, {} answers.", self.raters.len(), self.queries, votes + lost);
+        if lost > 0 {
+            let _ = write!(text, " {lost} of them say that a picture did not load and are in no other share.");
+        }
+        text.push('\n');
         if self.queries_with_fewer > 0 {
             let (fewer, wanted) = (self.queries_with_fewer, self.raters_per_query);
             let _ = writeln!(text, "{fewer} of {} queries have fewer than {wanted} raters.", self.queries);
@@ -144,20 +199,32 @@ impl Tally {
         }
         for (first, second) in names {
             let _ = writeln!(text, "\n## {first} against {second}\n");
-            let _ = writeln!(
-                text,
-                "| question | votes | {first} | {second} | both good | both bad | {second}, of those that prefer one | left, of those | raters agree | alpha |"
-            );
-            text.push_str("|---|---|---|---|---|---|---|---|---|---|\n");
-            for c in self.comparisons.iter().filter(|c| c.first == first && c.second == second) {
-                let shares = [c.first_preferred, c.second_preferred, c.both_good, c.both_bad];
-                let shares: Vec<String> =
-                    shares.into_iter().chain([c.second_of_decided, c.left_of_decided]).map(percent).collect();
-                let agree = c.agreement.map_or("–".to_owned(), |share| format!("{:.0} %", 100.0 * share));
-                let alpha = c.alpha.map_or("–".to_owned(), |alpha| format!("{alpha:.2}").replace('-', "−"));
-                let _ = writeln!(text, "| {} | {} | {} | {agree} | {alpha} |", c.title, c.votes, shares.join(" | "));
+            let meets = |c: &&Comparison| c.first == first && c.second == second;
+            self.table(&mut text, "question", (first, second), self.comparisons.iter().filter(meets));
+            if self.by_set.iter().any(|c| meets(&c)) {
+                text.push('\n');
+                self.table(&mut text, "set: question", (first, second), self.by_set.iter().filter(meets));
             }
         }
+        text.push_str("\n## Rank of the models\n\n| question | rank | model | strength |\n|---|---|---|---|\n");
+        for of_question in &self.ranks {
+            let title = of_question.title;
+            let Some(models) = &of_question.models else {
+                let _ = writeln!(text, "| {title} | – | no chain of votes connects all models | – |");
+                continue;
+            };
+            for r in models {
+                let numbers = [r.strength, r.low, r.high].map(|x| format!("{x:.2}").replace('-', "−"));
+                let [strength, low, high] = numbers;
+                let place = format!("{} ({}–{})", r.rank, r.rank_low, r.rank_high);
+                let _ = writeln!(text, "| {title} | {place} | {} | {strength} ({low} to {high}) |", r.model);
+            }
+        }
+        text.push_str(
+            "\nstrength is Bradley–Terry's θ, with mean 0: a model is preferred to one that is weaker by d in a share \
+             1/(1 + exp(−d)) of the votes. A vote for neither counts half for each. In brackets 95 % intervals over draws of the \
+             prompts with replacement.\n",
+        );
         text.push_str("\n| rater | answers | median seconds per query |\n|---|---|---|\n");
         for rater in &self.raters {
             // a name is whatever the rater typed
@@ -170,6 +237,64 @@ impl Tally {
              \"left\" is near 50 % where raters favour no side.\n",
         );
         text
+    }
+
+    fn table<'a>(
+        &self,
+        text: &mut String,
+        heading: &str,
+        (first, second): (&str, &str),
+        rows: impl Iterator<Item = &'a Comparison>,
+    ) {
+        let others = match self.edition {
+            Edition::First => "both good | both bad",
+            Edition::Paper => "not sure or similar | did not load (of all answers)",
+        };
+        let _ = writeln!(
+            text,
+            "| {heading} | votes | {first} | {second} | {others} | {second}, of those that prefer one | left, of those | raters agree | alpha |"
+        );
+        text.push_str("|---|---|---|---|---|---|---|---|---|---|\n");
+        for c in rows {
+            let others = match self.edition {
+                Edition::First => [c.both_good, c.both_bad],
+                Edition::Paper => [c.not_sure, c.did_not_load],
+            };
+            let shares = [c.first_preferred, c.second_preferred, others[0], others[1]];
+            let shares: Vec<String> =
+                shares.into_iter().chain([c.second_of_decided, c.left_of_decided]).map(percent).collect();
+            let agree = c.agreement.map_or("–".to_owned(), |share| format!("{:.0} %", 100.0 * share));
+            let alpha = c.alpha.map_or("–".to_owned(), |alpha| format!("{alpha:.2}").replace('-', "−"));
+            let row = c.set.as_ref().map_or(c.title.to_owned(), |set| format!("{set}: {}", c.title));
+            let _ = writeln!(text, "| {row} | {} | {} | {agree} | {alpha} |", c.votes, shares.join(" | "));
+        }
+    }
+}
+
+impl Rank {
+    fn of(study: &Study, form: Form, question: &Question, answers: &Answers) -> Self {
+        // queries with the same noise show the same pictures of the same prompt
+        let mut prompts: BTreeMap<usize, Vec<Meeting>> = BTreeMap::new();
+        for query in study.queries.iter().filter(|query| query.form == form) {
+            let mut votes = (0.0, 0.0);
+            for outcome in answers.to(query, question).iter().filter_map(|&answer| outcome(answer, query)) {
+                let (first, second) = match outcome {
+                    Outcome::First => (1.0, 0.0),
+                    Outcome::Second => (0.0, 1.0),
+                    Outcome::BothGood | Outcome::BothBad | Outcome::NotSure => (0.5, 0.5),
+                };
+                votes = (votes.0 + first, votes.1 + second);
+            }
+            prompts.entry(query.first_sample).or_default().push(Meeting { models: query.models(), votes });
+        }
+        let names: Vec<&str> = study.models.iter().map(|model| model.name.as_str()).collect();
+        let prompts: Vec<_> = prompts.into_values().collect();
+        Rank {
+            form,
+            question: question.id.to_owned(),
+            title: question.title,
+            models: rank(&names, &prompts, study.drawing.seed),
+        }
     }
 }
 
@@ -196,10 +321,15 @@ impl Comparison {
         (first, second): (usize, usize),
         form: Form,
         question: &Question,
+        set: Option<String>,
         answers: &[(&Query, &[Answer])],
     ) -> Self {
-        let outcomes: Vec<Vec<Outcome>> =
-            answers.iter().map(|(query, answers)| answers.iter().map(|&a| outcome(a, query)).collect()).collect();
+        let outcomes: Vec<Vec<Outcome>> = answers
+            .iter()
+            .map(|(query, answers)| answers.iter().filter_map(|&a| outcome(a, query)).collect())
+            .collect();
+        let given: Vec<usize> = answers.iter().map(|(_, answers)| answers.len()).collect();
+        let not_loaded = answers.iter().map(|(_, answers)| answers.iter().filter(|a| !a.is_vote()).count()).collect();
         let count = |wanted: &[Outcome]| -> Vec<usize> {
             outcomes.iter().map(|of_query| of_query.iter().filter(|o| wanted.contains(o)).count()).collect()
         };
@@ -215,12 +345,15 @@ impl Comparison {
             form,
             question: question.id.to_owned(),
             title: question.title,
+            set,
             queries: all.iter().filter(|votes| **votes > 0).count(),
             votes: all.iter().sum(),
             first_preferred: share(count(&[Outcome::First]), &all),
             second_preferred: share(count(&[Outcome::Second]), &all),
             both_good: share(count(&[Outcome::BothGood]), &all),
             both_bad: share(count(&[Outcome::BothBad]), &all),
+            not_sure: share(count(&[Outcome::NotSure]), &all),
+            did_not_load: share(not_loaded, &given),
             second_of_decided: share(count(&[Outcome::Second]), &decided),
             left_of_decided: share(left, &decided),
             agreement: equal_pairs(&outcomes),
@@ -242,7 +375,8 @@ mod tests {
 
     /// Three raters on four pairs and one group; all prefer model 1 in the pairs, whatever side it is on.
     fn tally() -> Tally {
-        let study = example(2, 4, 1);
+        let mut study = example(2, 4, 1);
+        study.edition = Edition::First;
         let sessions: Vec<Session> = ["abe", "bea", "c|y"]
             .iter()
             .enumerate()
@@ -287,6 +421,83 @@ mod tests {
         // preference was not answered at all, diversity three times instead of five
         assert_eq!((tally.queries, tally.queries_with_fewer), (5, 5));
         assert_eq!((tally.raters[0].answers, tally.raters[0].median_seconds_per_query), (9, 1.5));
+    }
+
+    /// Model 2 wins over 1, and 1 over 0, whatever the sides.
+    #[test]
+    fn models_are_ranked_by_all_their_votes() {
+        let study = example(3, 6, 0);
+        let answers: Vec<_> = study
+            .queries
+            .iter()
+            .map(|query| {
+                let preferred = if query.left > query.right { Answer::Left } else { Answer::Right };
+                (query.id.as_str(), "preference", preferred)
+            })
+            .collect();
+        let tally = Tally::of(&study, &[session(&study, "abe", &answers)]);
+        let rank = tally.ranks.iter().find(|rank| rank.question == "preference").unwrap();
+        let models: Vec<_> = rank.models.as_ref().unwrap().iter().map(|r| (r.rank, r.model.as_str())).collect();
+        assert_eq!(models, [(1, "model 2"), (2, "model 1"), (3, "model 0")]);
+        // nobody was asked about the other two
+        assert_eq!(tally.ranks.iter().filter(|rank| rank.models.is_none()).count(), 2);
+        let text = tally.markdown();
+        assert!(text.contains("| overall preference | 1 (1–1) | model 2 | "), "{text}");
+        assert!(text.contains("| fidelity and quality | – | no chain of votes connects all models | – |"), "{text}");
+    }
+
+    /// Two raters on pairs of two sets. Of fidelity the first is not sure, for the second nothing loaded.
+    fn tally_of_sets() -> Tally {
+        let mut study = example(2, 4, 0);
+        study.queries[3].set = Some("parti".into());
+        let sessions: Vec<Session> = ["abe", "bea"]
+            .iter()
+            .map(|rater| {
+                let of_fidelity = if *rater == "abe" { Answer::NotSure } else { Answer::DidNotLoad };
+                let mut answers = Vec::new();
+                for query in &study.queries {
+                    // model 1 wins in the set, model 0 elsewhere
+                    let winner = usize::from(query.set.is_some());
+                    let preferred = if query.left == winner { Answer::Left } else { Answer::Right };
+                    answers.push((query.id.as_str(), "fidelity", of_fidelity));
+                    answers.push((query.id.as_str(), "alignment", Answer::NotSure));
+                    answers.push((query.id.as_str(), "preference", preferred));
+                }
+                session(&study, rater, &answers)
+            })
+            .collect();
+        study.raters = 2;
+        Tally::of(&study, &sessions)
+    }
+
+    #[test]
+    fn what_did_not_load_is_no_vote() {
+        let tally = tally_of_sets();
+        let [fidelity, alignment, _] = &tally.comparisons[..] else { panic!() };
+        assert_eq!((fidelity.votes, alignment.votes), (4, 8));
+        let of = |share: Option<Share>| share.map(|s| (s.counted, s.votes));
+        assert_eq!((of(fidelity.not_sure), of(fidelity.did_not_load)), (Some((4, 4)), Some((4, 8))));
+        assert_eq!((of(alignment.not_sure), of(alignment.did_not_load)), (Some((8, 8)), Some((0, 8))));
+        assert_eq!((fidelity.second_of_decided, fidelity.agreement), (None, None));
+        // every query has one vote on fidelity, two were wanted
+        assert_eq!(tally.queries_with_fewer, 4);
+        let text = tally.markdown();
+        assert!(text.contains("24 answers. 4 of them say that a picture did not load"), "{text}");
+        assert!(text.contains("| not sure or similar | did not load (of all answers) |"), "{text}");
+    }
+
+    #[test]
+    fn each_set_of_prompts_has_its_own_rates() {
+        let tally = tally_of_sets();
+        let of = |set: &str| {
+            let found = tally.by_set.iter().find(|c| c.set.as_deref() == Some(set) && c.question == "preference");
+            found.unwrap().second_preferred.map(|s| (s.counted, s.votes))
+        };
+        assert_eq!((of(NO_SET), of("parti")), (Some((0, 6)), Some((2, 2))));
+        assert_eq!(tally.by_set.len(), 6);
+        assert!(tally.markdown().contains("| parti: overall preference | 2 | 0 % ("));
+        // where there is one set only, all prompts are it
+        assert!(self::tally().by_set.is_empty());
     }
 
     #[test]

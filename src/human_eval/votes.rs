@@ -99,8 +99,12 @@ fn read(study: &Study, path: &Path) -> Result<Session> {
         let Some(query) = study.queries.iter().find(|query| query.id == vote.query) else {
             bail!("answers a query {:?} that the study has not", vote.query);
         };
-        let known = query.form.questions().iter().any(|question| question.id == vote.question);
-        ensure!(known, "answers a question {:?} that {} has not", vote.question, vote.query);
+        let questions = query.form.questions(study.edition);
+        let Some(question) = questions.iter().find(|question| question.id == vote.question) else {
+            bail!("answers a question {:?} that {} has not", vote.question, vote.query);
+        };
+        let known = question.has(vote.answer);
+        ensure!(known, "gives {} of {} an answer that it has not", vote.question, vote.query);
         ensure!(seen.insert((&vote.query, &vote.question)), "answers {} of {} twice", vote.question, vote.query);
         ensure!(vote.seconds >= 0.0, "has a negative time at {}", vote.query);
     }
@@ -167,7 +171,7 @@ pub(super) mod tests {
             change(&mut session);
             text(&session)
         };
-        let cases: [(String, &str); 14] = [
+        let cases: [(String, &str); 15] = [
             ("{".into(), "is no file of votes: EOF"),
             ("[]".into(), "is no file of votes"),
             (with(&|_| ()).replace("\"left\"", "\"middle\""), "unknown variant `middle`"),
@@ -178,6 +182,7 @@ pub(super) mod tests {
             (with(&|s| s.answers.clear()), "holds no answers"),
             (with(&|s| s.answers[0].query = "pair-0009".into()), "a query \"pair-0009\" that the study has not"),
             (with(&|s| s.answers[0].question = "diversity".into()), "\"diversity\" that pair-0001 has not"),
+            (with(&|s| s.answers[0].answer = Answer::BothBad), "gives fidelity of pair-0001 an answer that it has not"),
             (with(&|s| s.answers.push(s.answers[0].clone())), "answers fidelity of pair-0001 twice"),
             (with(&|s| s.answers[0].seconds = -1.0), "negative time"),
             (with(&|s| s.session = good.session.clone()), "is the same session as"),

@@ -2,8 +2,8 @@
 
     answer_study.py INDEX_URL STUDY_JSON RATER keys|pointer DOWNLOADS
 
-By a rule that the test knows: alignment and diversity go to the second model, whatever side it is on; fidelity is bad on
-both sides; preference always goes to the left. It reloads the page in the middle of a query, exports, and writes what it
+By a rule that the test knows: alignment and diversity go to the second model, whatever side it is on; of fidelity it is not
+sure, the first query's pictures are said not to have loaded there; preference always goes to the left. It reloads the page in the middle of a query, exports, and writes what it
 saw to DOWNLOADS/seen.json."""
 
 import json
@@ -40,7 +40,7 @@ def check(what, holds):
 
 def wanted(query, question):
     side = "left" if query["left"] == 1 else "right"
-    return {"alignment": side, "diversity": side, "fidelity": "both_bad", "preference": "left"}[question]
+    return {"alignment": side, "diversity": side, "fidelity": "did_not_load" if query["id"] == "pair-0001" else "not_sure", "preference": "left"}[question]
 
 
 def questions():
@@ -48,7 +48,7 @@ def questions():
 
 
 def answer(query, question):
-    number = ["left", "right", "both_good", "both_bad"].index(wanted(query, question))
+    number = ["left", "right", "not_sure", "did_not_load"].index(wanted(query, question))
     if mode == "keys":
         chrome.switch_to.active_element.send_keys(str(number + 1))
     else:

@@ -16,7 +16,9 @@
   const LONG = 90;
   /** Of still longer ones this many characters are shown; the rest comes where one points at them. */
   const LONGEST = 600;
-  const KINDS = { pair: "Two pictures of", group: "Two sets of six pictures of" };
+  /** What the two sides are called, as in the answers. */
+  const SIDES = { left: "A (left)", right: "B (right)" };
+  const KINDS = { pair: "Two images of", group: "Two sets of six images of" };
 
   /** {rater, session, started, at, answers: {query: {question: {answer, seconds}}}} or null before the start. */
   let state = read();
@@ -128,7 +130,7 @@
     element("prompt").textContent = `“${shown}”`;
     element("prompt").title = shown === prompt ? "" : query.prompt;
     element("prompt").classList.toggle("long", query.prompt.length > LONG);
-    element("pictures").replaceChildren(figure(query, "left", "Left"), figure(query, "right", "Right"));
+    element("pictures").replaceChildren(figure(query, "left"), figure(query, "right"));
     element("questions").replaceChildren(...questionsOf(query).map((question) => fieldset(query, question)));
     element("back").disabled = state.at === 0;
     show("query");
@@ -138,24 +140,25 @@
     if (focus) element("main").focus({ preventScroll: true });
   }
 
-  function figure(query, side, name) {
+  function figure(query, side) {
     const single = query[side].length === 1;
+    const name = `${single ? "Image" : "Set"} ${SIDES[side]}`;
     const pictures = query[side].map((path, index) => {
       const number = single ? "" : `, number ${index + 1}`;
       const image = make("img", {
-        src: path, width: study.width, height: study.height, alt: `${name} picture${number}`, draggable: false,
+        src: path, width: study.width, height: study.height, alt: `${name}${number}`, draggable: false,
       });
       const button = make("button", { type: "button", className: "picture", title: "Enlarge" }, image);
       image.addEventListener("error", () => {
-        button.replaceChildren(make("p", { className: "missing", textContent: `${path} is missing` }));
-        showWarning("A picture is missing: tell whoever gave you these pages.");
+        button.replaceChildren(make("p", { className: "missing", textContent: `${path} did not load` }));
+        showWarning("An image did not load. Reload this page; if it stays away, answer “Did not load” and go on.");
       });
       button.addEventListener("click", () => zoom(single ? [path] : query[side], name));
       return button;
     });
     const box = make("div", { className: single ? "" : "set" }, ...pictures);
     if (study.width < SMALL) box.classList.add("small");
-    return make("figure", {}, make("figcaption", { textContent: single ? name : `${name} set` }), box);
+    return make("figure", {}, make("figcaption", { textContent: name }), box);
   }
 
   function fieldset(query, question) {
@@ -182,7 +185,7 @@
     box.className = paths.length > 1 ? "set" : "";
     if (study.width < SMALL) box.classList.add("small");
     box.replaceChildren(...paths.map((path, index) =>
-      make("img", { src: path, alt: `${name} picture${paths.length > 1 ? `, number ${index + 1}` : ""}` })));
+      make("img", { src: path, alt: `${name}${paths.length > 1 ? `, number ${index + 1}` : ""}` })));
     element("zoom").showModal();
   }
 
