@@ -309,6 +309,8 @@ mod tests {
             "task.preference.prompts.path",
             "task.preference.reward.weights",
             "task.preference.reward.vocabulary",
+            "task.parity.prompts.path",
+            "task.parity.prompts.drop_words",
             "task.parity.reward.classifier.face_model",
             "task.composition.reward.weights",
             "task.composition.reward.labels",
