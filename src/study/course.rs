@@ -59,7 +59,7 @@ impl Course {
         let evaluations = self.evaluations(task);
         let (first, last) = (evaluations.first()?.2, evaluations.last()?.2);
         let best = evaluations.iter().map(|e| e.2).fold(f64::NEG_INFINITY, f64::max);
-        (best > first).then(|| last - first < 0.5 * (best - first))
+        (best > first).then_some(last - first < 0.5 * (best - first))
     }
 }
 

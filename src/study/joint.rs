@@ -61,7 +61,7 @@ fn single_runs(figures: &Figures, ours: &[Run], metrics: &[Metric], findings: &m
         let name = &metric.name;
         let gain = figures.mean_gain(own.name, BASE, &metric.sets, name)?;
         let claim = format!("training on {name} alone raises {name}");
-        findings.push(Finding::at_least(claim, metric.kind.from_base(own.on), "gain", gain, 0.0));
+        findings.push(Finding::at_least(claim, metric.kind.since_base(own.on), "gain", gain, 0.0));
         for other in ours.iter().filter(|run| run.name != own.name) {
             let ahead = figures.mean_gain(own.name, other.name, &metric.sets, name)?;
             let claim = format!("the run on {name} alone has a better {name} than {}", other.name);
@@ -74,7 +74,7 @@ fn single_runs(figures: &Figures, ours: &[Run], metrics: &[Metric], findings: &m
         if let (Some(run), Some(metric)) = (run, metric) {
             let loss = figures.mean_gain(BASE, run.name, &metric.sets, &metric.name)?;
             let claim = format!("alignment tax: training on {} alone worsens {}", run.name, metric.name);
-            findings.push(Finding::at_least(claim, loser.from_base(run.on), "worse by", loss, 0.0));
+            findings.push(Finding::at_least(claim, loser.since_base(run.on), "worse by", loss, 0.0));
         }
     }
     Ok(())
@@ -118,7 +118,7 @@ fn shares(
         let (name, sets) = (&metric.name, &metric.sets);
         let gain = figures.mean_gain(joint.name, BASE, sets, name)?;
         let claim = format!("the joint run has a better {name} than the base model");
-        findings.push(Finding::at_least(claim, kind.from_base(joint.on), "gain", gain, 0.0));
+        findings.push(Finding::at_least(claim, kind.since_base(joint.on), "gain", gain, 0.0));
         let score = figures.mean_ratio([joint.name, single.name], sets, name, |joint, single| match kind {
             Kind::Parity => single / joint,
             _ => joint / single,

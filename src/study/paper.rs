@@ -49,7 +49,7 @@ impl Kind {
     }
 
     /// What a model of Table 5 has after `run` and the base model before.
-    pub fn from_base(self, run: Trained) -> String {
+    pub fn since_base(self, run: Trained) -> String {
         let values = self.table_5();
         format!("{} {:.3} to {:.3} (Table 5)", self.metric(), values[0], values[run.column()])
     }
