@@ -15,4 +15,5 @@ pub mod questions;
 pub mod rank;
 pub mod study;
 pub mod tally;
+mod tally_text;
 pub mod votes;

@@ -3,9 +3,10 @@
 use anyhow::Result;
 
 use super::{
+    figures::Figures,
     findings::Finding,
     paper::{Kind, Trained},
-    tables::{is_ours, reward_kind, runs, trained, Cell, Figures, Table},
+    tables::{is_ours, reward_kind, runs, trained, Cell, Table},
     Member, BASE,
 };
 
@@ -59,11 +60,11 @@ fn single_runs(figures: &Figures, ours: &[Run], metrics: &[Metric], findings: &m
     for metric in metrics {
         let Some(own) = ours.iter().find(|run| run.on == Trained::On(metric.kind)) else { continue };
         let name = &metric.name;
-        let gain = figures.mean_gain(own.name, BASE, &metric.sets, name)?;
+        let gain = figures.gain(own.name, BASE, &metric.sets, name)?;
         let claim = format!("training on {name} alone raises {name}");
         findings.push(Finding::at_least(claim, metric.kind.since_base(own.on), "gain", gain, 0.0));
         for other in ours.iter().filter(|run| run.name != own.name) {
-            let ahead = figures.mean_gain(own.name, other.name, &metric.sets, name)?;
+            let ahead = figures.gain(own.name, other.name, &metric.sets, name)?;
             let claim = format!("the run on {name} alone has a better {name} than {}", other.name);
             findings.push(Finding::at_least(claim, metric.kind.against(own.on, other.on), "ahead by", ahead, 0.0));
         }
@@ -72,7 +73,7 @@ fn single_runs(figures: &Figures, ours: &[Run], metrics: &[Metric], findings: &m
         let run = ours.iter().find(|run| run.on == Trained::On(payer));
         let metric = metrics.iter().find(|metric| metric.kind == loser);
         if let (Some(run), Some(metric)) = (run, metric) {
-            let loss = figures.mean_gain(BASE, run.name, &metric.sets, &metric.name)?;
+            let loss = figures.gain(BASE, run.name, &metric.sets, &metric.name)?;
             let claim = format!("alignment tax: training on {} alone worsens {}", run.name, metric.name);
             findings.push(Finding::at_least(claim, loser.since_base(run.on), "worse by", loss, 0.0));
         }
@@ -95,7 +96,7 @@ fn scores(figures: &Figures, ours: &[Run], metrics: &[Metric]) -> Result<Table> 
     for name in [BASE].into_iter().chain(ours.iter().map(|run| run.name)) {
         let mut row = vec![Cell::Text(name.to_string())];
         for metric in metrics {
-            row.push(Cell::Value(figures.mean(name, &metric.sets, &metric.name, metric.kind.sign())?));
+            row.push(Cell::Value(figures.value(name, &metric.sets, &metric.name)?));
         }
         rows.push(row);
     }
@@ -116,20 +117,20 @@ fn shares(
         let kind = metric.kind;
         let Some(single) = ours.iter().find(|run| run.on == Trained::On(kind)) else { continue };
         let (name, sets) = (&metric.name, &metric.sets);
-        let gain = figures.mean_gain(joint.name, BASE, sets, name)?;
+        let gain = figures.gain(joint.name, BASE, sets, name)?;
         let claim = format!("the joint run has a better {name} than the base model");
         findings.push(Finding::at_least(claim, kind.since_base(joint.on), "gain", gain, 0.0));
-        let score = figures.mean_ratio([joint.name, single.name], sets, name, |joint, single| match kind {
+        let score = figures.ratio([joint.name, single.name], sets, name, |joint, single| match kind {
             Kind::Parity => single / joint,
             _ => joint / single,
         })?;
         let paper = format!("{:.3} of the score (from Table 5)", kind.score_kept());
         let claim = format!("the joint run has over 80 % of the single run's score in {name}");
         findings.push(Finding::at_least(claim, paper, "share of the score", score, 0.8));
-        let of_single = figures.mean_gain(single.name, BASE, sets, name)?;
+        let of_single = figures.gain(single.name, BASE, sets, name)?;
         // a share of a gain that may be none says nothing
         let share_of_gain = if of_single.low > 0.0 {
-            Cell::Value(figures.mean_share(joint.name, single.name, BASE, sets, name)?)
+            Cell::Value(figures.share_of_gain(joint.name, single.name, BASE, sets, name)?)
         } else {
             Cell::Text("the single run has no sure gain".to_string())
         };

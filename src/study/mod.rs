@@ -10,6 +10,7 @@
 //! A study that was cut off goes on: a run that is done is found, one that is not goes on from its last checkpoint.
 
 mod course;
+mod figures;
 mod findings;
 mod joint;
 mod page;

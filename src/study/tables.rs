@@ -2,24 +2,20 @@
 
 use std::fmt::Write;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 use tch::Device;
 
 use super::{
     course::Course,
+    figures::Figures,
     findings::Finding,
     joint,
     paper::{self, Kind},
-    statistics::{BySeed, Interval, Resampling},
-    Member, Plan, BASE,
+    statistics::Interval,
+    Member, Plan,
 };
-use crate::{
-    comm::Local,
-    config::{MethodConfig, RewardConfig},
-    evaluation::ModelResult,
-    task::Task,
-};
+use crate::{comm::Local, config::MethodConfig, evaluation::ModelResult, task::Task};
 
 /// What a study found.
 #[derive(Clone, Debug, Serialize)]
@@ -57,150 +53,6 @@ impl Cell {
     }
 }
 
-/// The values of all models by name, set and metric, and the draws behind intervals.
-pub(super) struct Figures<'a> {
-    pub(super) plan: &'a Plan,
-    results: &'a [ModelResult],
-}
-
-impl Figures<'_> {
-    /// A value per prompt of each seed; the base model has one seed.
-    fn values(&self, run: &str, set: &str, metric: &str) -> Result<BySeed> {
-        let names = match run {
-            BASE => vec![BASE.to_string()],
-            run => self.plan.config.study.seeds.iter().map(|seed| format!("{run}-seed{seed}")).collect(),
-        };
-        let of = |name: &String| {
-            let model = self.results.iter().find(|model| model.model == *name);
-            let set =
-                model.and_then(|model| model.set(set)).with_context(|| format!("no result of {name} on {set}"))?;
-            Ok(set.units(metric))
-        };
-        names.iter().map(of).collect()
-    }
-
-    fn interval(&self, models: &[&BySeed], quantity: impl Fn(&[f64]) -> f64) -> Interval {
-        let study = &self.plan.config.study;
-        Resampling::new(study.seeds.len(), models[0][0].len(), study.resamplings).interval(models, quantity)
-    }
-
-    /// Of `quantity`, which is given each of `runs`' mean over `sets`, every set counting equally.
-    fn over_sets(
-        &self,
-        runs: &[&str],
-        sets: &[String],
-        metric: &str,
-        quantity: impl Fn(&[f64]) -> f64,
-    ) -> Result<Interval> {
-        let mut values = Vec::new();
-        for run in runs {
-            for (number, set) in sets.iter().enumerate() {
-                values.push((number, self.values(run, set, metric)?));
-            }
-        }
-        let counts: Vec<usize> = values[..sets.len()].iter().map(|(_, of_set)| of_set[0].len()).collect();
-        let study = &self.plan.config.study;
-        let models: Vec<(usize, &BySeed)> = values.iter().map(|(set, model)| (*set, model)).collect();
-        let resampling = Resampling::over_sets(study.seeds.len(), &counts, study.resamplings);
-        Ok(resampling.interval_over_sets(&models, |means| {
-            let of_runs = means.chunks(sets.len()).map(|of_run| of_run.iter().sum::<f64>() / sets.len() as f64);
-            quantity(&of_runs.collect::<Vec<_>>())
-        }))
-    }
-
-    /// `sign` times the mean over sets.
-    pub(super) fn mean(&self, run: &str, sets: &[String], metric: &str, sign: f64) -> Result<Interval> {
-        self.over_sets(&[run], sets, metric, |means| sign * means[0])
-    }
-
-    /// By how much `run` is above `other` in the mean over sets.
-    pub(super) fn mean_gain(&self, run: &str, other: &str, sets: &[String], metric: &str) -> Result<Interval> {
-        self.over_sets(&[run, other], sets, metric, |means| means[0] - means[1])
-    }
-
-    /// A ratio of two runs' means over sets.
-    pub(super) fn mean_ratio(
-        &self,
-        runs: [&str; 2],
-        sets: &[String],
-        metric: &str,
-        ratio: impl Fn(f64, f64) -> f64,
-    ) -> Result<Interval> {
-        self.over_sets(&runs, sets, metric, |means| ratio(means[0], means[1]))
-    }
-
-    /// The share of `other`'s gain over `base` that `run` has.
-    pub(super) fn mean_share(
-        &self,
-        run: &str,
-        other: &str,
-        base: &str,
-        sets: &[String],
-        metric: &str,
-    ) -> Result<Interval> {
-        self.over_sets(&[run, other, base], sets, metric, |means| (means[0] - means[2]) / (means[1] - means[2]))
-    }
-
-    /// The kind of a set's metric.
-    pub(super) fn kind(&self, set: &str, metric: &str) -> Kind {
-        let set = self.plan.evaluation.sets.iter().find(|other| other.name == set);
-        let metric = set.and_then(|set| set.metrics.iter().find(|other| other.name == metric));
-        Kind::of(&metric.expect("a metric of the evaluation").reward)
-    }
-
-    /// As the tables print it: SP is minus the reward.
-    fn value(&self, run: &str, set: &str, metric: &str) -> Result<Interval> {
-        let sign = self.kind(set, metric).sign();
-        Ok(self.interval(&[&self.values(run, set, metric)?], |means| sign * means[0]))
-    }
-
-    /// By how much what the tables print changes from the base model to `run`.
-    fn change(&self, run: &str, set: &str, metric: &str) -> Result<Interval> {
-        let sign = self.kind(set, metric).sign();
-        let (run, base) = (self.values(run, set, metric)?, self.values(BASE, set, metric)?);
-        Ok(self.interval(&[&run, &base], |means| sign * (means[0] - means[1])))
-    }
-
-    /// By how much `run` is above `other`.
-    fn gain(&self, run: &str, other: &str, set: &str, metric: &str) -> Result<Interval> {
-        let (run, other) = (self.values(run, set, metric)?, self.values(other, set, metric)?);
-        Ok(self.interval(&[&run, &other], |means| means[0] - means[1]))
-    }
-
-    /// Sets and metrics whose reward is as wanted, in the evaluation's order.
-    pub(super) fn metrics(&self, wanted: impl Fn(&str, &RewardConfig) -> bool) -> Vec<(String, String)> {
-        let sets = self.plan.evaluation.sets.iter();
-        let all = sets.flat_map(|set| set.metrics.iter().map(move |metric| (set, metric)));
-        all.filter(|(_, metric)| wanted(&metric.name, &metric.reward))
-            .map(|(set, metric)| (set.name.clone(), metric.name.clone()))
-            .collect()
-    }
-
-    /// Value and gain over the base model on each of `metrics`, a row for each of `runs` and the base model.
-    fn comparison(&self, title: &str, note: &str, runs: &[&str], metrics: &[(String, String)]) -> Result<Table> {
-        let mut columns = vec!["model".to_string()];
-        for (set, metric) in metrics {
-            columns.extend(match self.kind(set, metric) {
-                Kind::Parity => [format!("SP on {set} (lower is better)"), "change".to_string()],
-                _ => [format!("{metric} on {set}"), "gain".to_string()],
-            });
-        }
-        let mut rows = Vec::new();
-        for run in [BASE].iter().chain(runs) {
-            let mut row = vec![Cell::Text(run.to_string())];
-            for (set, metric) in metrics {
-                row.push(Cell::Value(self.value(run, set, metric)?));
-                row.push(match *run {
-                    BASE => Cell::Text(String::new()),
-                    run => Cell::Gain(self.change(run, set, metric)?),
-                });
-            }
-            rows.push(row);
-        }
-        Ok(Table { title: title.to_string(), note: note.to_string(), columns, rows })
-    }
-}
-
 /// Members of the first seed: one for each run.
 pub(super) fn runs(plan: &Plan) -> Vec<&Member> {
     plan.members.iter().filter(|member| member.seed == plan.config.study.seeds[0]).collect()
@@ -234,14 +86,12 @@ impl Study {
         order_of_methods(&figures, &alone, &of_compared, &mut findings)?;
         tables.push(time_and_generality(plan, &alone, &compared, &mut findings)?);
 
-        let parity = figures.metrics(|_, reward| matches!(reward, RewardConfig::Parity { .. }));
+        let parity = figures.metrics(|_, reward| Kind::of(reward) == Kind::Parity);
         if !parity.is_empty() {
             let note = "0 is even, 0.866 one tone only.";
             tables.push(figures.comparison("Table 3. Skin-tone parity", note, &names, &parity)?);
         }
-        let detection = figures.metrics(|_, reward| {
-            matches!(reward, RewardConfig::MiniatureComposition {} | RewardConfig::Composition(_))
-        });
+        let detection = figures.metrics(|_, reward| Kind::of(reward) == Kind::Composition);
         if !detection.is_empty() {
             let note =
                 "Mean confidence of the prompts' objects, pairs of objects seen in training and pairs of unseen ones.";
@@ -292,7 +142,7 @@ fn order_of_methods(
         for other in alone.iter().filter(|run| !is_ours(run)) {
             let first = matches!(other.config.method, MethodConfig::Refl(_));
             let (higher, lower) = if first { (*other, *ours) } else { (*ours, *other) };
-            let difference = figures.gain(&higher.name, &lower.name, set, metric)?;
+            let difference = figures.gain(&higher.name, &lower.name, std::slice::from_ref(set), metric)?;
             let called = |run: &Member| if is_ours(run) { "the paper's method".to_string() } else { run.name.clone() };
             let claim = format!("{} reaches more {metric} on {set} than {}", called(higher), called(lower));
             findings.push(Finding::at_least(claim, imagereward_of(higher, lower), "difference", difference, 0.0));

@@ -8,6 +8,7 @@ use crate::{
     cli::{config_args::ConfigArgs, device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{nccl, Communicator},
     config::Config,
+    device::threads::use_threads,
     models::{architectures::Architecture, pipeline::Pipeline},
     run::{build_for, load_for_training},
     telemetry::{names, Metrics},
@@ -42,7 +43,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
-    crate::device::threads::use_threads(config.run.threads, comm).or_mistake()?;
+    use_threads(config.run.threads, comm).or_mistake()?;
     let pipeline = match args.architecture {
         Some(architecture) => {
             Pipeline::seeded_with(architecture.files(), config.run.seed, device, build_for(&config)).or_mistake()?

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     cli::{numbers::whole, Failure, OrMistake},
     comm::{Communicator, Local},
+    device::threads::use_threads,
     diffusion::{
         sampler::{self, Conditioning},
         schedule::Schedule,
@@ -82,7 +83,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         Ok(())
     };
     free().or_mistake()?;
-    crate::device::threads::use_threads(args.threads, comm).or_mistake()?;
+    use_threads(args.threads, comm).or_mistake()?;
     let report = measure(&args)?;
     say!("{}", serde_json::to_string_pretty(&report)?);
     Ok(())

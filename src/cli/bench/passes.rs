@@ -12,7 +12,7 @@ use super::{median, rates::Rates};
 use crate::{
     cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{nccl, Communicator},
-    device::{self, stopwatch},
+    device::{self, stopwatch, threads::use_threads},
     diffusion::{
         recorded::RecordedUNet,
         sampler::{self, Conditioning, Trajectory},
@@ -92,7 +92,7 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
     if args.cuda_graph {
         device::ensure_gpu(device, "--cuda-graph").or_mistake()?;
     }
-    crate::device::threads::use_threads(args.threads, comm).or_mistake()?;
+    use_threads(args.threads, comm).or_mistake()?;
     let bench = Bench::new(&args, comm, device).or_mistake()?;
     let measured = match pass {
         Pass::Unet => bench.measure(1.0, |i| {

@@ -14,6 +14,7 @@ use crate::{
     cannot_write::make_folder,
     cli::numbers::whole,
     comm::{agree, Communicator},
+    device::threads::use_threads,
     folders::{can_be_folder, outputs},
     streams,
     telemetry::write_atomic,
@@ -52,7 +53,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
-    crate::device::threads::use_threads(config.run.threads, comm).or_mistake()?;
+    use_threads(config.run.threads, comm).or_mistake()?;
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
         warm_up: args.warm_up,
