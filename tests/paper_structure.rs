@@ -83,6 +83,9 @@ fn write_inputs(folder: &Path) {
             Column::Number("image_nsfw", rows.map(|_| 0.02).collect()),
         ],
     );
+    // the list of words that the run names drops the first
+    let people = ["an Asian man with a hat", "a man in a black coat", "a woman on a bench", "two people near a kite"];
+    fs::write(folder.join("people.txt"), people.join("\n") + "\n").unwrap();
     let shards = folder.join("pairs");
     fs::create_dir(&shards).unwrap();
     let mut builder = tar::Builder::new(File::create(shards.join("00000.tar")).unwrap());
@@ -109,7 +112,7 @@ fn write_inputs(folder: &Path) {
     );
 }
 
-const SIZES: [&str; 29] = [
+const SIZES: [&str; 32] = [
     "run.iterations=2",
     "run.lanes=2",
     "run.checkpoint_every=1",
@@ -134,6 +137,9 @@ const SIZES: [&str; 29] = [
     "task.parity.images_per_prompt=4",
     "task.parity.evaluation_samples=8",
     "task.parity.evaluation_images_per_prompt=4",
+    "task.parity.prompts.path=people.txt",
+    "task.parity.prompts.held_out=2",
+    concat!("task.parity.prompts.drop_words=", env!("CARGO_MANIFEST_DIR"), "/slurm/ethnicity-words.txt"),
     "task.parity.reward.classifier={ name = 'torchscript', path = 'classifier.pt', classes = ['a', 'b', 'c', 'd'] }",
     "task.composition.samples=4",
     "task.composition.evaluation_samples=4",
@@ -153,6 +159,7 @@ fn the_joint_run_with_its_three_networks() {
         command.arg(config).args(set(&SIZES)).args(["--out", &format!("ranks-{ranks}")]);
         let done = run_within(command, Duration::from_secs(240)).expect_success("joint.toml");
         assert!(done.stderr.contains("4 pairs in 1 shards"), "{}", done.stderr);
+        assert!(done.stderr.contains("people.txt: 4 lines: 3 prompts (2 held out)"), "{}", done.stderr);
     }
     let files = [2, 1].map(|ranks| RunFiles::new(folder.join(format!("ranks-{ranks}"))));
     assert_same_run(&files[0], &files[1], 2);
