@@ -13,7 +13,8 @@ tar -C "$host/rldiff" --strip-components=1 -xzf "$folder"/rldiff-*.tar.gz
 libraries=$(for file in /bin/sh /usr/bin/dirname /usr/bin/env /usr/bin/hostname; do ldd "$file"; done |
     grep -o '/[^ ]*' | sort -u)
 for name in libm.so.6 libpthread.so.0 libdl.so.2 librt.so.1 libutil.so.1 libstdc++.so.6 libgcc_s.so.1; do
-    libraries+=" $(/sbin/ldconfig -p | awk -v n="$name" '$1 == n && /x86-64/ {print $NF; exit}')"
+    # awk reads to the end: where it left early, ldconfig's next line would have no reader, and the script would end
+    libraries+=" $(/sbin/ldconfig -p | awk -v n="$name" '$1 == n && /x86-64/ && !found++ {print $NF}')"
 done
 cp -L $(tr ' ' '\n' <<< "$libraries" | sort -u) "$host/lib/"
 cp -L /lib64/ld-linux-x86-64.so.2 "$host/lib64/"
