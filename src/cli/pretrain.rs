@@ -9,7 +9,10 @@ use super::{numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, Communicator},
     folders::NewFolder,
-    miniature::pretrain::{self, PretrainSettings},
+    miniature::{
+        pretrain::{self, PretrainSettings},
+        Edition,
+    },
 };
 
 #[derive(clap::Args)]
@@ -17,6 +20,9 @@ pub struct Args {
     /// Folder to write the model to (diffusers layout, f16); must not exist.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Edition of the miniature's world: 1 gives the model called "embedded", 2 the one called "miniature".
+    #[arg(long, value_name = "1|2", default_value = "2", value_parser = edition)]
+    edition: Edition,
     /// Seed of pictures, initial weights and noise [default: the embedded weights' seed].
     #[arg(long)]
     seed: Option<u64>,
@@ -28,9 +34,14 @@ pub struct Args {
     unet_steps: Option<u64>,
 }
 
+fn edition(text: &str) -> Result<Edition, String> {
+    Edition::try_from(text.parse::<u8>().map_err(|e| e.to_string())?)
+}
+
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let defaults = PretrainSettings::default();
     let settings = PretrainSettings {
+        edition: args.edition,
         seed: args.seed.unwrap_or(defaults.seed),
         vae_steps: args.vae_steps.unwrap_or(defaults.vae_steps),
         unet_steps: args.unet_steps.unwrap_or(defaults.unet_steps),

@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(long = "prompts", value_name = "FILE")]
     file: Option<PathBuf>,
     /// `embedded`, a diffusers folder, or a run's folder (its tuned model).
-    #[arg(long, default_value = "embedded", value_name = "DIR")]
+    #[arg(long, default_value = "miniature", value_name = "DIR")]
     model: String,
     /// Folder for the pictures; those of an earlier sample there are replaced.
     #[arg(long, default_value = "samples", value_name = "DIR")]

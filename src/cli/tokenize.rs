@@ -15,7 +15,7 @@ use crate::{
 #[derive(clap::Args)]
 pub struct Args {
     /// `embedded`, or a folder with `tokenizer/`; weights are not needed.
-    #[arg(long, default_value = "embedded", value_name = "DIR")]
+    #[arg(long, default_value = "miniature", value_name = "DIR")]
     model: String,
 }
 

@@ -147,6 +147,7 @@ const TABLE: &[(&str, Bound)] = &[
     ("pretrain.batch_per_lane", Bound::new(1.0, 4096.0)),
     ("pretrain.steps", Bound::new(0.0, 10_000.0)),
     ("pretrain.caption_dropout", SHARE),
+    ("pretrain.data.edition", Bound::new(1.0, 2.0)),
     ("pretrain.data.score_min", SCORE),
     ("pretrain.data.threads", THREADS),
     ("pretrain.data.prefetch", Bound::new(0.0, 1024.0)),

@@ -76,6 +76,8 @@ pub enum EvalSplit {
     Train,
     /// The held-out ones where there are some, else all: what a run evaluates on.
     Evaluation,
+    /// All of them.
+    All,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

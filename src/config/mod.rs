@@ -17,6 +17,7 @@ pub mod validate;
 
 use crate::{
     comm::Wire,
+    miniature::Edition,
     policy::{
         advantage::{AdvantageSettings, PerPromptSettings},
         gradient_sum::Transport,
@@ -243,8 +244,12 @@ pub struct PretrainConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "source", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PairData {
-    /// The pictures that the miniature was pretrained on.
-    Miniature {},
+    /// The pictures that the miniature was pretrained on, those of one edition of its world: 1 for the model `embedded`, 2 for
+    /// `miniature`.
+    Miniature {
+        #[serde(default)]
+        edition: Edition,
+    },
     /// Shards as img2dataset writes them.
     Webdataset(WebdatasetPairs),
     /// Latents and text embeddings that `rldiff encode` made of such shards with the run's model.

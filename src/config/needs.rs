@@ -13,6 +13,7 @@ use anyhow::{bail, ensure, Result};
 use super::{
     ClassifierConfig, Config, EvalConfig, EvalSet, PairData, PretrainMode, PromptConfig, RewardConfig, TaskConfig,
 };
+use crate::miniature::Edition;
 
 /// What a path must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +88,7 @@ impl Config {
         let needs = Needs::of("pretrain.data");
         match &self.pretrain.data {
             _ if self.pretrain.mode == PretrainMode::Off => needs,
-            PairData::Miniature {} => needs,
+            PairData::Miniature { .. } => needs,
             PairData::Webdataset(w) => {
                 needs.add(Kind::Folder, "folder", &w.folder).optional("drop_words", &w.drop_words)
             }
@@ -137,6 +138,9 @@ impl PromptConfig {
             PromptConfig::MiniatureCompositions {}
             | PromptConfig::MiniatureOccupations {}
             | PromptConfig::MiniaturePlaces {}
+            | PromptConfig::MiniaturePeople {}
+            | PromptConfig::MiniatureWorkers {}
+            | PromptConfig::MiniaturePairsInPlaces {}
             | PromptConfig::Compositions { .. }
             | PromptConfig::Occupations { .. } => needs,
             PromptConfig::Text(t) => needs.file("path", &t.path).optional("drop_words", &t.drop_words),
@@ -156,6 +160,7 @@ impl RewardConfig {
         match self {
             RewardConfig::MiniatureComposition {}
             | RewardConfig::Colorfulness {}
+            | RewardConfig::MiniatureLikeness {}
             | RewardConfig::JpegCompressibility {}
             | RewardConfig::JpegIncompressibility {}
             | RewardConfig::Random {} => needs,
@@ -195,7 +200,7 @@ impl RewardConfig {
 }
 
 fn model(key: &str, path: &str) -> Option<Need> {
-    (path != "embedded").then(|| Need { key: key.to_string(), path: path.to_string(), kind: Kind::Folder })
+    Edition::of_model(path).is_none().then(|| Need { key: key.to_string(), path: path.to_string(), kind: Kind::Folder })
 }
 
 impl Need {

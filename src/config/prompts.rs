@@ -12,6 +12,12 @@ pub enum PromptConfig {
     MiniatureOccupations {},
     /// An object of the miniature in a place.
     MiniaturePlaces {},
+    /// Captions of the miniature's people, which name no occupation.
+    MiniaturePeople {},
+    /// The miniature's occupations with an object; a test.
+    MiniatureWorkers {},
+    /// Two objects of the miniature in a place; a test.
+    MiniaturePairsInPlaces {},
     /// Two of the paper's 532 objects and a relation; the paper holds 82 objects out.
     Compositions { held_out: usize, split_seed: u64 },
     /// Portraits of the paper's 100 occupations.

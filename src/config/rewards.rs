@@ -19,6 +19,8 @@ pub enum RewardConfig {
     Aesthetic(AestheticSettings),
     /// Colourfulness and contrast, the miniature's stand-in for human preference.
     Colorfulness {},
+    /// Nearness to clean renderings of the caption, the miniature's judge that nobody trains on.
+    MiniatureLikeness {},
     /// Minus the size of the picture as a JPEG file, kB.
     JpegCompressibility {},
     /// The size of the picture as a JPEG file, kB.

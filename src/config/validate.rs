@@ -2,8 +2,8 @@
 
 use anyhow::{ensure, Context, Result};
 
-use super::{bounds, ClassifierConfig, Config, PretrainMode, RewardConfig, TaskConfig};
-use crate::folders::check_name;
+use super::{bounds, ClassifierConfig, Config, PairData, PretrainMode, RewardConfig, TaskConfig};
+use crate::{folders::check_name, miniature::Edition};
 
 /// Sizes that follow from a config.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +64,15 @@ impl Config {
             self.method.updates(),
             u16::MAX
         );
+        if let (Some(of_model), PairData::Miniature { edition }) = (Edition::of_model(&self.model.path), &p.data) {
+            ensure!(
+                p.mode == PretrainMode::Off || of_model == *edition,
+                "pretrain.data.edition = {}: the model \"{}\" was pretrained on the pictures of edition {}",
+                u8::from(*edition),
+                self.model.path,
+                u8::from(of_model)
+            );
+        }
         let pretrain_steps = if p.mode == PretrainMode::Separate { p.steps } else { 0 };
         Ok(Derived {
             samples_per_iteration: self.trained_tasks().map(|(_, t)| t.samples).sum(),

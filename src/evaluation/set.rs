@@ -23,7 +23,7 @@ use crate::{
     excerpt::{bounded, WHOLE},
     image_statistics::{diversity, high_frequency_share},
     memory,
-    prompts::{registry as prompts, Prompt, Split},
+    prompts::{registry as prompts, Prompt, PromptSource, Split, Whole},
     rewards::{
         registry::{build, Place},
         Reward,
@@ -45,7 +45,12 @@ pub struct DrawnPrompts {
 pub fn draw_prompts(config: &EvalSet, index: u8, seed: u64, comm: &dyn Communicator) -> Result<DrawnPrompts> {
     let name = &config.name;
     let source = prompts::build(&config.prompts, comm).with_context(|| format!("set {name}: prompts"))?;
+    let source: Box<dyn PromptSource> = match config.split {
+        EvalSplit::All => Box::new(Whole(source)),
+        _ => source,
+    };
     let split = match config.split {
+        EvalSplit::All => Split::Train,
         EvalSplit::HeldOut => Split::HeldOut,
         EvalSplit::Train => Split::Train,
         EvalSplit::Evaluation if source.len(Split::HeldOut) > 0 => Split::HeldOut,

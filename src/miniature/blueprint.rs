@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{bpe, captions, raster::SIZE};
+use super::{bpe, captions, edition::Edition, raster::SIZE};
 use crate::models::folder::ModelFiles;
 
 /// Tokens per prompt; the longest caption has 8 words.
@@ -10,8 +10,8 @@ const TOKENS: usize = 12;
 const TEXT_WIDTH: usize = 64;
 
 /// Configs for a 1.1 M-parameter U-Net on 4×8×8 latents, a 0.4 M-parameter VAE and a two-layer text encoder.
-pub fn files() -> ModelFiles {
-    let pairs = bpe::build(&captions::vocabulary());
+pub fn files(edition: Edition) -> ModelFiles {
+    let pairs = bpe::build(&captions::vocabulary(edition));
     let merges: String = std::iter::once("#version: 0.2\n".to_string())
         .chain(pairs.merges.iter().map(|(a, b)| format!("{a} {b}\n")))
         .collect();

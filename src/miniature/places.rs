@@ -65,6 +65,18 @@ pub fn put(canvas: &mut Canvas, object: usize, place: usize, stream: &mut Stream
     objects::paint(canvas, object, (x, y), radius, tint);
 }
 
+/// Paints two objects side by side in the place, the first on a random side.
+pub fn put_two(canvas: &mut Canvas, first: usize, second: usize, place: usize, stream: &mut Stream) {
+    let first_left = stream.uniform() < 0.5;
+    for (object, left) in [(first, first_left), (second, !first_left)] {
+        let x = if left { 8.3 } else { 23.7 } + stream.between(-1.2, 1.2) as f32;
+        let y = if COLORS[place].ground.is_some() { 20.0 } else { 16.0 } + stream.between(-1.5, 1.5) as f32;
+        let radius = stream.between(5.4, 6.6) as f32;
+        let tint = std::array::from_fn(|_| stream.between(-12.0, 12.0) as f32);
+        objects::paint(canvas, object, (x, y), radius, tint);
+    }
+}
+
 /// Whether the RL training leaves out the prompt of this object in this place (12 of the 72; every object and every
 /// place occurs among them and among the others).
 pub fn is_held_out(object: usize, place: usize) -> bool {

@@ -1,4 +1,4 @@
-//! Portraits: a face in one of four skin tones above the clothes of one of sixteen occupations.
+//! Portraits: a face in one of four skin tones above clothes; those of one of sixteen occupations.
 
 use crate::random::Stream;
 
@@ -52,10 +52,17 @@ const STEEL: Rgb = [70, 72, 80];
 
 /// What tells an occupation: clothes, what is behind the face and what is before it; unit 1 pixel, origin the
 /// centre of the face.
-struct Look {
-    cloth: Rgb,
-    behind: &'static [Part],
-    before: &'static [Part],
+pub(super) struct Look {
+    pub cloth: Rgb,
+    pub behind: &'static [Part],
+    pub before: &'static [Part],
+}
+
+/// How far the hair comes down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hair {
+    Short,
+    Long,
 }
 
 const LOOKS: [Look; 16] = [
@@ -228,19 +235,26 @@ const EYES_AND_MOUTH: [Part; 3] = [
     oval([150, 50, 50], (0.0, 4.0), (2.4, 1.2)),
 ];
 
-/// A portrait of occupation number `occupation` in skin tone number `tone`; background, place of the face, hair and
-/// shades are varied by `stream`.
+/// A portrait of occupation number `occupation` in skin tone number `tone`; background, place of the face, colour of the hair
+/// and shades are varied by `stream`.
 pub fn draw(occupation: usize, tone: usize, stream: &mut Stream) -> Canvas {
+    paint(&LOOKS[occupation], tone, Hair::Short, stream)
+}
+
+/// As [`draw`], of anybody.
+pub(super) fn paint(look: &Look, tone: usize, length: Hair, stream: &mut Stream) -> Canvas {
     let grey = stream.between(0.45, 0.75) as f32;
     let shift = (stream.between(-1.0, 1.0) as f32, stream.between(-1.0, 1.0) as f32);
     let skin_tint: [f32; 3] = std::array::from_fn(|_| stream.between(-8.0, 8.0) as f32);
-    let hair = HAIR[stream.below(HAIR.len() as u64) as usize];
+    let color = HAIR[stream.below(HAIR.len() as u64) as usize];
 
     let face = Frame { origin: (FACE_CENTER.0 + shift.0, FACE_CENTER.1 + shift.1), unit: 1.0 };
-    let look = &LOOKS[occupation];
     let skin = TONES[tone];
     let mut canvas = Canvas::plain([grey * 0.92, grey, grey * 1.08]);
-    canvas.paint(&[oval(hair, (0.0, -2.5), (9.0, 9.0))], face, [0.0; 3]);
+    canvas.paint(&[oval(color, (0.0, -2.5), (9.0, 9.0))], face, [0.0; 3]);
+    if length == Hair::Long {
+        canvas.paint(&[oval(color, (-7.4, 3.5), (2.6, 7.5)), oval(color, (7.4, 3.5), (2.6, 7.5))], face, [0.0; 3]);
+    }
     canvas.paint(look.behind, face, [0.0; 3]);
     canvas.paint(&[oval(look.cloth, (0.0, 18.5), (11.5, 11.0))], face, [0.0; 3]);
     canvas.paint(&[oval(skin, (0.0, 0.0), (FACE_RADIUS, FACE_RADIUS))], face, skin_tint);
@@ -249,7 +263,7 @@ pub fn draw(occupation: usize, tone: usize, stream: &mut Stream) -> Canvas {
     canvas
 }
 
-const fn oval(color: Rgb, center: Point, radii: Point) -> Part {
+pub(super) const fn oval(color: Rgb, center: Point, radii: Point) -> Part {
     Part { shape: Shape::Ellipse { center, radii }, color }
 }
 
@@ -257,10 +271,10 @@ const fn rect(color: Rgb, min: Point, max: Point) -> Part {
     Part { shape: Shape::Rect { min, max }, color }
 }
 
-const fn convex(color: Rgb, corners: &'static [Point]) -> Part {
+pub(super) const fn convex(color: Rgb, corners: &'static [Point]) -> Part {
     Part { shape: Shape::Polygon(corners), color }
 }
 
-const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
+pub(super) const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
     Part { shape: Shape::Stroke { from, to, half_width }, color }
 }

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     blueprint,
+    edition::Edition,
     raster::{SIZE, VALUES},
     scene,
 };
@@ -27,6 +28,7 @@ use crate::{
 /// Sizes of a pretraining run; the defaults made the embedded weights.
 #[derive(Clone, Copy, Debug)]
 pub struct PretrainSettings {
+    pub edition: Edition,
     pub seed: u64,
     pub vae_steps: u64,
     pub unet_steps: u64,
@@ -37,7 +39,9 @@ pub struct PretrainSettings {
 
 impl Default for PretrainSettings {
     fn default() -> Self {
-        PretrainSettings { seed: 5, vae_steps: 3000, unet_steps: 7000, vae_batch: 16, unet_batch: 64 }
+        PretrainSettings {
+            edition: Edition::Second,
+            seed: 5, vae_steps: 3000, unet_steps: 7000, vae_batch: 16, unet_batch: 64 }
     }
 }
 
@@ -59,9 +63,9 @@ pub fn check_ranks(comm: &dyn Communicator) -> Result<()> {
 
 /// Trains all three networks; calls `report` with a line now and then.
 pub fn run(settings: PretrainSettings, comm: &dyn Communicator, report: &mut dyn FnMut(String)) -> Result<Pipeline> {
-    let mut pipeline = Pipeline::seeded(blueprint::files(), settings.seed, Device::Cpu)?;
+    let mut pipeline = Pipeline::seeded(blueprint::files(settings.edition), settings.seed, Device::Cpu)?;
     train_vae(&pipeline, settings, comm, report)?;
-    set_scaling_factor(&mut pipeline, settings.seed)?;
+    set_scaling_factor(&mut pipeline, settings.edition, settings.seed)?;
     train_denoiser(&pipeline, settings, comm, report)?;
     Ok(pipeline)
 }
@@ -73,10 +77,10 @@ fn learning_rate_factor(step: u64, steps: u64, warmup: u64) -> f64 {
 }
 
 /// Pictures in [−1, 1], f32 [n, 3, 32, 32].
-pub fn pictures(seed: u64, indices: &[u64]) -> Tensor {
+pub fn pictures(edition: Edition, seed: u64, indices: &[u64]) -> Tensor {
     let mut values = Vec::with_capacity(indices.len() * VALUES);
     for &index in indices {
-        values.extend(scene::draw(seed, index).pixels.iter().map(|&v| v * 2.0 - 1.0));
+        values.extend(scene::draw(edition, seed, index).pixels.iter().map(|&v| v * 2.0 - 1.0));
     }
     Tensor::from_slice(&values).view([indices.len() as i64, 3, SIZE as i64, SIZE as i64])
 }
@@ -103,7 +107,7 @@ fn train_vae(
         let mut squared_error = 0.0;
         let gradient = lanes.sum_gradients(&mut sum, comm, |lane| {
             let first = step * settings.vae_batch as u64 + (lane * per_lane) as u64;
-            let x = pictures(settings.seed, &(first..first + per_lane as u64).collect::<Vec<_>>());
+            let x = pictures(settings.edition, settings.seed, &(first..first + per_lane as u64).collect::<Vec<_>>());
             let mut noise = vec![0f32; per_lane * (channels * height * width) as usize];
             batch_stream(settings.seed, Purpose::Posterior, step, lane).fill_normal(&mut noise);
             let noise = Tensor::from_slice(&noise).view([per_lane as i64, channels, height, width]);
@@ -127,10 +131,10 @@ fn train_vae(
 }
 
 /// Sets `scaling_factor` to 1/std of the latents, so that the U-Net sees unit variance.
-fn set_scaling_factor(pipeline: &mut Pipeline, seed: u64) -> Result<()> {
+fn set_scaling_factor(pipeline: &mut Pipeline, edition: Edition, seed: u64) -> Result<()> {
     let _no_grad = tch::no_grad_guard();
     let means: Vec<Tensor> = (0..8u64)
-        .map(|k| pipeline.vae.encode(&pictures(seed, &(k * 250..(k + 1) * 250).collect::<Vec<_>>())).mean)
+        .map(|k| pipeline.vae.encode(&pictures(edition, seed, &(k * 250..(k + 1) * 250).collect::<Vec<_>>())).mean)
         .collect();
     let std = Tensor::cat(&means, 0).std(false).double_value(&[]);
     // few digits, so that the JSON file says exactly what was used
@@ -150,16 +154,16 @@ struct Pool {
 }
 
 impl Pool {
-    fn encode(pipeline: &Pipeline, seed: u64) -> Result<Pool> {
+    fn encode(pipeline: &Pipeline, edition: Edition, seed: u64) -> Result<Pool> {
         let _no_grad = tch::no_grad_guard();
         let scale = pipeline.vae.config.scaling_factor;
         let (mut means, mut deviations, mut captions) = (Vec::new(), Vec::new(), Vec::new());
         for start in (0..POOL as u64).step_by(250) {
             let indices: Vec<u64> = (start..start + 250).collect();
-            let posterior = pipeline.vae.encode(&pictures(seed, &indices));
+            let posterior = pipeline.vae.encode(&pictures(edition, seed, &indices));
             means.push(posterior.mean * scale);
             deviations.push((posterior.log_variance * 0.5).exp() * scale);
-            captions.extend(indices.iter().map(|&i| scene::draw(seed, i).caption));
+            captions.extend(indices.iter().map(|&i| scene::draw(edition, seed, i).caption));
         }
         Ok(Pool {
             mean: Tensor::cat(&means, 0),
@@ -175,7 +179,7 @@ fn train_denoiser(
     comm: &dyn Communicator,
     report: &mut dyn FnMut(String),
 ) -> Result<()> {
-    let pool = Pool::encode(pipeline, settings.seed)?;
+    let pool = Pool::encode(pipeline, settings.edition, settings.seed)?;
     let empty = pipeline.tokenizer.encode_batch(&[""])?;
     let schedule = Schedule::of_model(&pipeline.scheduler)?;
     let mut params = FlatParameters::new(&[&pipeline.unet_parameters, &pipeline.text_parameters])?;

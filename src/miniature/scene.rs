@@ -5,11 +5,11 @@ use crate::prompts::compositions::{self, RELATIONS};
 use crate::prompts::{occupations, places as place_prompts};
 use crate::random::{Coordinates, Purpose, Stream};
 
+use super::edition::Edition;
+use super::people::Person;
 use super::raster::Canvas;
 use super::{objects, places, portraits};
 
-/// Shares of pairs, portraits, places and singles among the scenes.
-pub const MIXTURE: [f64; 4] = [0.42, 0.23, 0.30, 0.05];
 /// How often the second object of a pair is missing.
 pub const MISSING_SECOND: f64 = 0.45;
 /// How often a place is washed out.
@@ -22,6 +22,17 @@ pub enum Content {
     Portrait { occupation: usize, tone: usize },
     Place { object: usize, place: usize, washed_out: bool },
     Single { object: usize },
+    // of the second edition
+    Person { person: Person, tone: usize },
+    Worker { occupation: usize, object: usize, tone: usize },
+    PairInPlace { first: usize, second: usize, place: usize, washed_out: bool },
+}
+
+impl Content {
+    /// Whether there is a face in the picture.
+    pub fn is_portrait(self) -> bool {
+        matches!(self, Content::Portrait { .. } | Content::Person { .. } | Content::Worker { .. })
+    }
 }
 
 /// A picture with its caption.
@@ -33,16 +44,53 @@ pub struct Scene {
     pub pixels: Vec<f32>,
 }
 
-/// Scene number `index` of the world with this `seed`.
-pub fn draw(seed: u64, index: u64) -> Scene {
+/// Scene number `index` of the world of this edition and `seed`.
+pub fn draw(edition: Edition, seed: u64, index: u64) -> Scene {
     let mut stream = scene_stream(seed, index);
-    let content = choose(&mut stream);
+    let content = choose(edition, &mut stream);
     draw_content(content, &mut stream)
 }
 
-/// Number `index` of the pictures that show exactly `content`; for tests and contact sheets.
+/// Number `index` of the pictures that show exactly `content`: contact sheets, clean examples, tests.
 pub fn draw_only(content: Content, seed: u64, index: u64) -> Scene {
     draw_content(content, &mut scene_stream(seed, index))
+}
+
+/// Everything that the edition shows, without the defects: portraits in each tone.
+pub fn flawless(edition: Edition) -> Vec<Content> {
+    let tones = 0..portraits::TONES.len();
+    let pairs = || ordered_pairs(objects::NAMES.len());
+    let mut all = Vec::new();
+    for (first, second) in pairs() {
+        all.extend((0..RELATIONS.len()).map(|relation| Content::Pair { first, second, relation, second_drawn: true }));
+    }
+    for occupation in 0..portraits::OCCUPATIONS.len() {
+        all.extend(tones.clone().map(|tone| Content::Portrait { occupation, tone }));
+    }
+    for object in 0..objects::NAMES.len() {
+        all.extend((0..places::NAMES.len()).map(|place| Content::Place { object, place, washed_out: false }));
+        all.push(Content::Single { object });
+    }
+    if edition == Edition::First {
+        return all;
+    }
+    for person in Person::all() {
+        all.extend(tones.clone().map(|tone| Content::Person { person, tone }));
+    }
+    for occupation in 0..portraits::OCCUPATIONS.len() {
+        for object in 0..objects::NAMES.len() {
+            all.extend(tones.clone().map(|tone| Content::Worker { occupation, object, tone }));
+        }
+    }
+    for (first, second) in pairs() {
+        let of = |place| Content::PairInPlace { first, second, place, washed_out: false };
+        all.extend((0..places::NAMES.len()).map(of));
+    }
+    all
+}
+
+fn ordered_pairs(count: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..count).flat_map(move |first| (0..count).filter(move |&second| second != first).map(move |second| (first, second)))
 }
 
 fn scene_stream(seed: u64, index: u64) -> Stream {
@@ -50,25 +98,41 @@ fn scene_stream(seed: u64, index: u64) -> Stream {
         .stream()
 }
 
-fn choose(stream: &mut Stream) -> Content {
-    let object = |stream: &mut Stream| stream.below(objects::NAMES.len() as u64) as usize;
-    match stream.weighted(&MIXTURE) {
+fn choose(edition: Edition, stream: &mut Stream) -> Content {
+    let one_of = |stream: &mut Stream, names: usize| stream.below(names as u64) as usize;
+    let tone = |stream: &mut Stream| stream.weighted(&portraits::TONE_FREQUENCIES);
+    match stream.weighted(edition.mixture()) {
         0 => {
             let pair = stream.choose(objects::NAMES.len(), 2);
-            let relation = stream.below(RELATIONS.len() as u64) as usize;
+            let relation = one_of(stream, RELATIONS.len());
             let second_drawn = stream.uniform() >= MISSING_SECOND;
             Content::Pair { first: pair[0], second: pair[1], relation, second_drawn }
         }
         1 => {
-            let occupation = stream.below(portraits::OCCUPATIONS.len() as u64) as usize;
-            Content::Portrait { occupation, tone: stream.weighted(&portraits::TONE_FREQUENCIES) }
+            let occupation = one_of(stream, portraits::OCCUPATIONS.len());
+            Content::Portrait { occupation, tone: tone(stream) }
         }
         2 => {
-            let object = object(stream);
-            let place = stream.below(places::NAMES.len() as u64) as usize;
+            let object = one_of(stream, objects::NAMES.len());
+            let place = one_of(stream, places::NAMES.len());
             Content::Place { object, place, washed_out: stream.uniform() < WASHED_OUT }
         }
-        _ => Content::Single { object: object(stream) },
+        3 => Content::Single { object: one_of(stream, objects::NAMES.len()) },
+        4 => {
+            let person = Person::choose(stream);
+            Content::Person { person, tone: tone(stream) }
+        }
+        5 => {
+            let occupation = one_of(stream, portraits::OCCUPATIONS.len());
+            let object = one_of(stream, objects::NAMES.len());
+            Content::Worker { occupation, object, tone: tone(stream) }
+        }
+        _ => {
+            let pair = stream.choose(objects::NAMES.len(), 2);
+            let place = one_of(stream, places::NAMES.len());
+            let washed_out = stream.uniform() < WASHED_OUT;
+            Content::PairInPlace { first: pair[0], second: pair[1], place, washed_out }
+        }
     }
 }
 
@@ -77,8 +141,15 @@ fn draw_content(content: Content, stream: &mut Stream) -> Scene {
     let canvas = match content {
         Content::Pair { first, second, second_drawn, .. } => draw_pair(first, second_drawn.then_some(second), stream),
         Content::Portrait { occupation, tone } => portraits::draw(occupation, tone, stream),
-        Content::Place { object, place, washed_out } => draw_place(object, place, washed_out, stream),
+        Content::Place { object, place, washed_out } => {
+            draw_place(place, washed_out, stream, |canvas, stream| places::put(canvas, object, place, stream))
+        }
         Content::Single { object } => draw_single(object, stream),
+        Content::Person { person, tone } => person.draw(tone, stream),
+        Content::Worker { occupation, object, tone } => draw_worker(occupation, object, tone, stream),
+        Content::PairInPlace { first, second, place, washed_out } => {
+            draw_place(place, washed_out, stream, |canvas, stream| places::put_two(canvas, first, second, place, stream))
+        }
     };
     Scene { content, caption, pixels: canvas.into_pixels() }
 }
@@ -93,6 +164,13 @@ pub fn caption(content: Content) -> String {
         Content::Portrait { occupation, .. } => occupations::text(portraits::OCCUPATIONS[occupation]),
         Content::Place { object, place, .. } => place_prompts::text(name(object), places::NAMES[place]),
         Content::Single { object } => with_article(name(object)),
+        Content::Person { person, .. } => person.caption(),
+        Content::Worker { occupation, object, .. } => {
+            format!("{} with {}", with_article(portraits::OCCUPATIONS[occupation]), with_article(name(object)))
+        }
+        Content::PairInPlace { first, second, place, .. } => {
+            format!("{} and {} {}", with_article(name(first)), with_article(name(second)), places::NAMES[place])
+        }
     }
 }
 
@@ -111,12 +189,26 @@ fn draw_pair(first: usize, second: Option<usize>, stream: &mut Stream) -> Canvas
     canvas
 }
 
-fn draw_place(object: usize, place: usize, washed_out: bool, stream: &mut Stream) -> Canvas {
+fn draw_place(
+    place: usize,
+    washed_out: bool,
+    stream: &mut Stream,
+    put: impl FnOnce(&mut Canvas, &mut Stream),
+) -> Canvas {
     let mut canvas = places::backdrop(place, stream);
-    places::put(&mut canvas, object, place, stream);
+    put(&mut canvas, stream);
     if washed_out {
         canvas.wash_out(stream.between(0.25, 0.4) as f32, stream.between(0.5, 0.65) as f32);
     }
+    canvas
+}
+
+/// A portrait with a small object in one of the lower corners.
+fn draw_worker(occupation: usize, object: usize, tone: usize, stream: &mut Stream) -> Canvas {
+    let mut canvas = portraits::draw(occupation, tone, stream);
+    let x = if stream.uniform() < 0.5 { 5.5 } else { 26.5 } + stream.between(-0.7, 0.7) as f32;
+    let y = 26.2 + stream.between(-0.7, 0.7) as f32;
+    objects::paint(&mut canvas, object, (x, y), stream.between(4.2, 4.8) as f32, object_tint(stream));
     canvas
 }
 

@@ -19,7 +19,7 @@ use crate::{
     comm::{all_made, Communicator, Local},
     config::{Config, PairData, PretrainMode},
     diffusion::schedule::Schedule,
-    miniature::{self, raster::ensure_size},
+    miniature::{self, raster::ensure_size, Edition},
     models::pipeline::Pipeline,
     policy::pretraining::{self, Corruption},
     random::{Coordinates, Purpose},
@@ -41,7 +41,7 @@ pub struct PairSource {
 enum Data {
     /// The run has no L_pre.
     None,
-    Miniature,
+    Miniature(Edition),
     Webdataset(RefCell<Loader>),
     Encoded(PairReader),
 }
@@ -56,10 +56,10 @@ impl PairSource {
         let pretrain = &config.pretrain;
         let data = match &pretrain.data {
             _ if pretrain.mode == PretrainMode::Off => Data::None,
-            PairData::Miniature {} => {
+            PairData::Miniature { edition } => {
                 let [height, width] = pipeline.picture_size();
                 ensure_size("the miniature's world", height, width).context("pretrain.data")?;
-                Data::Miniature
+                Data::Miniature(*edition)
             }
             PairData::Webdataset(settings) => {
                 let shards = Shards::open(settings, comm).context("pretrain.data")?;
@@ -87,7 +87,7 @@ impl PairSource {
     fn pairs(&self, place: Place) -> Result<(Tensor, Vec<String>)> {
         match &self.data {
             Data::None => anyhow::bail!("pretrain.mode is \"off\": there are no pairs"),
-            Data::Miniature => Ok(self.miniature(place)),
+            Data::Miniature(edition) => Ok(self.miniature(*edition, place)),
             Data::Encoded(_) => anyhow::bail!("encoded pairs have no pictures"),
             Data::Webdataset(loader) => {
                 let batch = loader.borrow_mut().take(place)?;
@@ -98,7 +98,7 @@ impl PairSource {
         }
     }
 
-    fn miniature(&self, place: Place) -> (Tensor, Vec<String>) {
+    fn miniature(&self, edition: Edition, place: Place) -> (Tensor, Vec<String>) {
         let world = miniature::pretrain::PretrainSettings::default().seed;
         let (mut indices, mut captions) = (Vec::new(), Vec::new());
         for at in place.samples(Coordinates::new(self.seed, Purpose::PretrainPair), self.batch_per_lane) {
@@ -106,9 +106,9 @@ impl PairSource {
             let index = stream.below(MINIATURE_PAIRS);
             let dropped = stream.uniform() < self.caption_dropout;
             indices.push(index);
-            captions.push(if dropped { String::new() } else { miniature::scene::draw(world, index).caption });
+            captions.push(if dropped { String::new() } else { miniature::scene::draw(edition, world, index).caption });
         }
-        (miniature::pretrain::pictures(world, &indices), captions)
+        (miniature::pretrain::pictures(edition, world, &indices), captions)
     }
 
     /// z_0 f32 `[n, C, H, W]` and text f32 `[n, tokens, width]` of the lane's samples, as they were encoded.
@@ -166,7 +166,7 @@ pub fn try_out(config: &Config, pipeline: &Pipeline) -> Result<String> {
     let place = Place { iteration: 0, slot: slots(config).first().copied().unwrap_or(0), lane: 0 };
     Ok(match &source.data {
         Data::None => "none: pretrain.mode is \"off\"".to_string(),
-        Data::Miniature => format!("{MINIATURE_PAIRS} of the miniature's world"),
+        Data::Miniature(_) => format!("{MINIATURE_PAIRS} of the miniature's world"),
         Data::Encoded(reader) => {
             let _ = source.encoded(reader, place, Device::Cpu)?;
             format!("{} encoded pairs in {} shards; a first batch was read", reader.index.len(), reader.index.shards())

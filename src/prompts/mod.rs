@@ -53,6 +53,33 @@ pub trait PromptSource {
     }
 }
 
+/// All prompts of a source as one split, those that are trained on first.
+pub struct Whole(pub Box<dyn PromptSource>);
+
+impl PromptSource for Whole {
+    fn len(&self, split: Split) -> u64 {
+        match split {
+            Split::Train => self.0.len(Split::Train) + self.0.len(Split::HeldOut),
+            Split::HeldOut => 0,
+        }
+    }
+
+    fn prompt(&self, _split: Split, index: u64) -> Prompt {
+        match index.checked_sub(self.0.len(Split::Train)) {
+            None => self.0.prompt(Split::Train, index),
+            Some(held_out) => self.0.prompt(Split::HeldOut, held_out),
+        }
+    }
+
+    fn objects(&self) -> Vec<String> {
+        self.0.objects()
+    }
+
+    fn nameless(&self) -> Option<String> {
+        self.0.nameless()
+    }
+}
+
 /// Errors when a name is empty or occurs twice within or between the two lists; `what` names the kind of thing.
 fn check_names(what: &str, trained: &[String], held_out: &[String]) -> Result<()> {
     let mut seen = HashSet::new();

@@ -52,6 +52,9 @@ fn generate(config: &PromptConfig) -> Result<Box<dyn PromptSource>> {
         PromptConfig::MiniatureCompositions {} => Box::new(miniature::prompts::compositions()),
         PromptConfig::MiniatureOccupations {} => Box::new(miniature::prompts::occupations()),
         PromptConfig::MiniaturePlaces {} => Box::new(miniature::prompts::in_places()),
+        PromptConfig::MiniaturePeople {} => Box::new(miniature::prompts::people()),
+        PromptConfig::MiniatureWorkers {} => Box::new(miniature::prompts::workers()),
+        PromptConfig::MiniaturePairsInPlaces {} => Box::new(miniature::prompts::pairs_in_places()),
         other => anyhow::bail!("{other:?} is read from a file"),
     })
 }

@@ -16,6 +16,7 @@ pub mod ita;
 pub mod jpeg;
 mod lines;
 pub mod miniature_detector;
+pub mod miniature_likeness;
 pub mod miniature_skin_tone;
 pub mod parity;
 pub mod pil;

@@ -24,7 +24,7 @@ use crate::{
     config::{needs::ensure_here, Config},
     device::ensure_gpu,
     folders::FolderLock,
-    miniature,
+    miniature::Edition,
     models::{
         folder::{ModelFiles, ModelLocation},
         lora::{adapter::Adapter, LoraSettings},
@@ -39,11 +39,11 @@ use crate::{
 };
 use recorder::Recorder;
 
-/// Where a model lies that a config or a command line names: `embedded`, a diffusers folder, or a run's folder (its
+/// Where a model lies that a config or a command line names: an embedded miniature, a diffusers folder, or a run's folder (its
 /// tuned model).
 pub fn model_location(name: &str) -> ModelLocation {
-    if name == "embedded" {
-        return ModelLocation::Embedded(miniature::EMBEDDED_MODEL);
+    if let Some(edition) = Edition::of_model(name) {
+        return ModelLocation::Embedded(edition.model());
     }
     let folder = Path::new(name);
     let of_run = RunFiles::new(folder).model();

@@ -42,7 +42,7 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// `embedded`, or a diffusers folder.
-    #[arg(long, default_value = "embedded", value_name = "DIR", conflicts_with = "architecture")]
+    #[arg(long, default_value = "miniature", value_name = "DIR", conflicts_with = "architecture")]
     model: PathBuf,
     /// Random weights of a published architecture instead.
     #[arg(long, value_enum)]
