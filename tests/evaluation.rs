@@ -47,7 +47,7 @@ fn the_same_figures_at_every_number_of_ranks_and_after_a_cut() {
     let _alone = one_at_a_time();
     let folder = empty_folder("evaluation");
     runs::train(1, &folder.join("run"), &["run.iterations=1", "evaluation.every=0"], &[]);
-    let models = [("base", "embedded"), ("tuned", "run"), ("checkpoint", "run/checkpoints/iteration-000001")];
+    let models = [("base", "miniature"), ("tuned", "run"), ("checkpoint", "run/checkpoints/iteration-000001")];
     let config = config(&folder, 34, &models);
     let done = run_within(eval(1, &folder, &config, "one"), LIMIT).expect_success("eval");
     assert!(done.stdout.contains("## seen: 34 prompts, 1 each"), "{}", done.stdout);
@@ -107,7 +107,7 @@ fn a_runs_own_evaluation_is_found_again() {
     let settings = ["run.iterations=1", "evaluation.every=0", "rollout.steps=3", "method.timesteps=1"];
     runs::train(1, &folder.join("run"), &settings, &[]);
     let mut command = rldiff(2, &folder);
-    command.args(["eval", "--model", "embedded", "--model", "run", "--json", "figures.json"]);
+    command.args(["eval", "--model", "miniature", "--model", "run", "--json", "figures.json"]);
     command.args(set(&SMALL)).args(set(&settings));
     run_within(command, LIMIT).expect_success("eval");
     let figures: Value = serde_json::from_slice(&fs::read(folder.join("figures.json")).unwrap()).unwrap();
@@ -126,14 +126,14 @@ fn a_runs_own_evaluation_is_found_again() {
 fn mistakes_are_one_line_and_write_nothing() {
     let _alone = one_at_a_time();
     let folder = empty_folder("evaluation-mistakes");
-    let path = config(&folder, 4, &[("base", "embedded")]);
+    let path = config(&folder, 4, &[("base", "miniature")]);
     let sound = fs::read_to_string(&path).unwrap();
     fs::write(folder.join("empty.txt"), "\n").unwrap();
     let text =
         "{ source = \"text\", path = \"empty.txt\", key = \"\", held_out = 0, split_seed = 1, drop_words = \"\" }";
     let metric = "{ name = \"image_reward\", weights = \"none.pt\", vocabulary = \"none.txt\" }";
     for (from, to, wanted) in [
-        ("path = \"embedded\"", "path = \"nowhere\"", "nowhere"),
+        ("path = \"miniature\"", "path = \"nowhere\"", "nowhere"),
         ("{ source = \"miniature_places\" }", text, "empty.txt"),
         ("{ name = \"colorfulness\" }", metric, "set.places.metrics.preference.reward.weights: none.pt does not exist"),
         ("split = \"train\"", "split = \"test\"", "unknown variant `test`"),
@@ -156,7 +156,7 @@ fn mistakes_are_one_line_and_write_nothing() {
 fn settings_change_an_evaluation_and_mistakes_are_named() {
     let _alone = one_at_a_time();
     let folder = empty_folder("evaluation-settings");
-    let path = config(&folder, 4, &[("base", "embedded")]);
+    let path = config(&folder, 4, &[("base", "miniature")]);
     let check = |path: &Path, setting: &str| {
         let mut command = rldiff(1, &folder);
         command.arg("check").arg(path).args(["--set", setting]);

@@ -256,7 +256,7 @@ fn every_part_of_the_state_survives_a_resume() {
     train(1, parts.root(), &[&settings[..], &["run.iterations=2"]].concat(), &["--resume", "auto"]);
     assert_same_run(&whole, &parts, 2);
     let shown = store::inspect(whole.root()).unwrap();
-    assert!(shown.contains("\nema ") && shown.contains("a portrait of"), "{shown}");
+    assert!(shown.contains("\nema ") && shown.contains(" shirt"), "{shown}");
     assert_ne!(store::digest(whole.root()).unwrap(), store::digest(&checkpoint(straight(), 2)).unwrap());
 }
 

@@ -300,7 +300,7 @@ fn other_scripts(cluster: &Cluster, tuned: &Path) {
     let scores = fs::read_to_string(evaluation.files.root().join("evaluation.json")).unwrap();
     let scores: serde_json::Value = serde_json::from_str(&scores).unwrap();
     let models: Vec<_> = scores.as_array().unwrap().iter().map(|model| model["model"].as_str().unwrap()).collect();
-    assert_eq!(models, ["embedded", script[1]], "{}", evaluation.log());
+    assert_eq!(models, ["miniature", script[1]], "{}", evaluation.log());
     scaling.wait_for_state("COMPLETED");
     for file in ["ranks-0001.json", "ranks-0002.json", "model.json", "scaling.png"] {
         assert!(scaling.files.root().join(file).is_file(), "{file}\n{}", scaling.log());

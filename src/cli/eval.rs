@@ -25,7 +25,7 @@ pub struct Args {
     config: ConfigArgs,
     #[command(flatten)]
     device: DeviceArgs,
-    /// A model to score: `embedded`, a diffusers folder, a run's folder or a checkpoint. May be given several times, and
+    /// A model to score: `miniature`, a diffusers folder, a run's folder or a checkpoint. May be given several times, and
     /// takes the place of the config's models; the first is what the others are compared with.
     #[arg(long = "model", value_name = "DIR")]
     models: Vec<String>,

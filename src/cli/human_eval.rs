@@ -48,7 +48,7 @@ enum Command {
 struct BuildArgs {
     #[command(flatten)]
     device: DeviceArgs,
-    /// A model to compare: `embedded`, a diffusers folder, or a run's folder (its tuned model). Two or more.
+    /// A model to compare: `miniature`, a diffusers folder, or a run's folder (its tuned model). Two or more.
     #[arg(long = "model", value_name = "DIR")]
     models: Vec<String>,
     /// Which models meet where there are more than two.

@@ -32,7 +32,7 @@ pub struct Args {
     /// File with one prompt per line.
     #[arg(long = "prompts", value_name = "FILE")]
     file: Option<PathBuf>,
-    /// `embedded`, a diffusers folder, or a run's folder (its tuned model).
+    /// `miniature`, a diffusers folder, or a run's folder (its tuned model).
     #[arg(long, default_value = "miniature", value_name = "DIR")]
     model: String,
     /// Folder for the pictures; those of an earlier sample there are replaced.

@@ -14,7 +14,7 @@ use crate::{
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// `embedded`, or a folder with `tokenizer/`; weights are not needed.
+    /// `miniature`, or a folder with `tokenizer/`; weights are not needed.
     #[arg(long, default_value = "miniature", value_name = "DIR")]
     model: String,
 }

@@ -60,7 +60,7 @@ pub struct EvalRollout {
 #[serde(deny_unknown_fields)]
 pub struct EvalModel {
     pub name: String,
-    /// `embedded`, a diffusers folder, a run's folder (its tuned model) or a checkpoint.
+    /// `miniature`, a diffusers folder, a run's folder (its tuned model) or a checkpoint.
     pub path: String,
     /// A LoRA adapter to add, a file or a folder; "" for none.
     pub lora: String,

@@ -92,7 +92,7 @@ impl RunConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A diffusers folder, or `embedded` for the miniature.
+    /// A diffusers folder, `miniature` for the one in the program, or `embedded` for its first edition.
     pub path: String,
     /// What the U-Net computes in.
     pub compute: Compute,

@@ -175,12 +175,6 @@ mod tests {
         batch(&(0..32).map(|index| scene::draw_only(content, 3, index).pixels).collect::<Vec<_>>())
     }
 
-    /// Grey values scale by a, colours by b; no value leaves [0, 1], so that nothing is cut.
-    fn faded(images: &Tensor, contrast: f64, saturation: f64) -> Tensor {
-        let grey = images.mean_dim([1].as_slice(), true, Kind::Float);
-        (&grey - 0.5) * contrast + 0.5 + (images - &grey) * saturation
-    }
-
     #[test]
     fn the_right_caption_scores_far_above_the_others() {
         let right = scores(&apples(), "an apple in snow");

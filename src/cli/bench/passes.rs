@@ -41,7 +41,7 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
-    /// `embedded`, or a diffusers folder.
+    /// `miniature`, or a diffusers folder.
     #[arg(long, default_value = "miniature", value_name = "DIR", conflicts_with = "architecture")]
     model: PathBuf,
     /// Random weights of a published architecture instead.
