@@ -109,6 +109,11 @@ const TABLE: &[(&str, Bound)] = &[
     ("run.compare_every", ITERATIONS),
     ("run.collective_limit", WAIT),
     ("run.reward_limit", WAIT),
+    ("stop.window", Bound::new(2.0, 1e6)),
+    ("stop.patience", Bound::new(1.0, 1000.0)),
+    ("stop.min_iterations", ITERATIONS),
+    ("stop.rise", Bound::new(0.0, 1e6)),
+    ("stop.fall", Bound::new(0.0, 1e6)),
     ("method.timesteps", STEPS),
     ("method.clip_range", Bound::above(0.0, 1e6)),
     ("method.max_sensitivity", Bound::new(0.0, 1e12)),
@@ -274,6 +279,11 @@ mod tests {
         let mut webdataset = joint.clone();
         webdataset["pretrain"]["data"] = parsed(shards);
         all.push(webdataset);
+        let mut stop = joint.clone();
+        let table = "{ criterion = 'saturation', reward = 'training', window = 4, patience = 2, min_iterations = 8, rise = 1.0, \
+                     fall = 3.0 }";
+        stop.as_table_mut().unwrap().insert("stop".into(), parsed(table));
+        all.push(stop);
         for method in ["refl", "reward-weighted", "raft", "draft"] {
             let path = format!("{}/slurm/miniature-{method}.toml", env!("CARGO_MANIFEST_DIR"));
             all.push(std::fs::read_to_string(path).unwrap().parse::<toml::Table>().unwrap().into());
