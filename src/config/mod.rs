@@ -32,7 +32,7 @@ pub use rewards::{
     ServerReward, SkinToneSettings, UniDetSettings,
 };
 pub use stop::{RewardSource, StopConfig, StopCriterion};
-pub use study::{StudyConfig, StudyRun};
+pub use study::{SaturationConfig, StudyConfig, StudyRun};
 pub use validate::Derived;
 
 /// Everything a run is made of.

@@ -47,7 +47,7 @@ pub struct Criterion {
 impl Criterion {
     /// For a run of so many iterations of which nothing else is said: six windows, of 4 to 50 iterations.
     pub fn by_default(iterations: u64) -> Self {
-        Criterion { window: (iterations / 6).clamp(4, 50), patience: 2, min_iterations: 0, rise: 1.0, fall: 3.0 }
+        Criterion { window: (iterations / 6).clamp(4, 50), patience: 2, min_iterations: 0, rise: 1.0, fall: 4.0 }
     }
 
     /// The same with a window of two values or more, where there is one every `every` iterations.
@@ -68,7 +68,11 @@ impl Criterion {
             let rise = curve.windows(self.window, done).rise(self.patience);
             rise.is_some_and(|rise| rise.gain() <= self.rise * rise.standard_error)
         };
-        done > 0 && done % self.window == 0 && done >= self.min_iterations && !curves.is_empty() && curves.iter().all(flat)
+        done > 0
+            && done % self.window == 0
+            && done >= self.min_iterations
+            && !curves.is_empty()
+            && curves.iter().all(flat)
     }
 
     /// The first iteration after which all curves had saturated.

@@ -142,7 +142,10 @@ mod tests {
         rewards.note(&whole);
         let training = rewards.curves(RewardSource::Training);
         assert_eq!(training[0].points, [Point(1, 1.0), Point(2, 2.0)]);
-        assert_eq!((training[2].name.as_str(), &training[2].points[..]), (MEAN_OF_TASKS, &[Point(1, 2.0), Point(2, 3.5)][..]));
+        assert_eq!(
+            (training[2].name.as_str(), &training[2].points[..]),
+            (MEAN_OF_TASKS, &[Point(1, 2.0), Point(2, 3.5)][..])
+        );
         assert_eq!(rewards.curve("a", RewardSource::Evaluation).unwrap().points, [Point(2, 4.0)]);
         assert_eq!((rewards.len(), rewards.curve("c", RewardSource::Training)), (2, None));
         assert_eq!(Rewards::new(["a"]).curves(RewardSource::Training).len(), 1);

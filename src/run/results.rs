@@ -13,8 +13,8 @@ use crate::{
     evaluate::{evaluate, TaskEvaluation},
     signals, streams,
     telemetry::{
-        before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, Ending, EventWriter,
-        RewardPanel, RunFiles, Summary, TaskSummary,
+        before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, Ending,
+        EventWriter, RewardPanel, RunFiles, Summary, TaskSummary,
     },
     train::Trainer,
     watch,

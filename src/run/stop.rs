@@ -107,9 +107,12 @@ impl Stop {
     /// How the run ended after `done` iterations.
     pub fn ending(&self, done: u64) -> Ending {
         match &self.by {
-            Some(by) if done < self.at_most => {
-                Ending { reason: Reason::Saturated, iterations: done, at_most: self.at_most, words: by.why(done, self.at_most) }
-            }
+            Some(by) if done < self.at_most => Ending {
+                reason: Reason::Saturated,
+                iterations: done,
+                at_most: self.at_most,
+                words: by.why(done, self.at_most),
+            },
             _ => Ending::all_iterations(done),
         }
     }

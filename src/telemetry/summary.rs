@@ -194,7 +194,9 @@ mod tests {
 
         // one of an earlier version
         let mut earlier = json.clone();
-        ["ended", "diverged"].map(|key| earlier.as_object_mut().unwrap().remove(key).unwrap());
+        for key in ["ended", "diverged"] {
+            earlier.as_object_mut().unwrap().remove(key).unwrap();
+        }
         let read: Summary = serde_json::from_value(earlier).unwrap();
         assert_eq!((read.ended, read.diverged.len(), read.iterations), (None, 0, 24));
 
