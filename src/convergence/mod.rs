@@ -45,7 +45,7 @@ pub struct Criterion {
 }
 
 impl Criterion {
-    /// For a run of so many iterations of which nothing else is said: six windows, of 4 to 50 iterations.
+    /// For a run of so many iterations of which nothing else is said: windows of a sixth of it, but of 4 to 50 iterations.
     pub fn by_default(iterations: u64) -> Self {
         Criterion { window: (iterations / 6).clamp(4, 50), patience: 2, min_iterations: 0, rise: 1.0, fall: 4.0 }
     }

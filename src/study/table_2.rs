@@ -100,8 +100,8 @@ fn note(reward: &str, criterion: Option<Criterion>) -> String {
              the last window is more than {} standard errors",
             c.patience, c.window, c.rise, c.fall
         ),
-        None => "none of the newest two of six windows is more than one standard error above the best one before; diverged: the \
-                 last window is more than four standard errors"
+        None => "none of the newest two windows (of a sixth of the run, 4 to 50 iterations) is more than one standard error above \
+                 the best one before; diverged: the last window is more than four standard errors"
             .to_string(),
     };
     format!(
