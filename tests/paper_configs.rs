@@ -84,7 +84,8 @@ fn trainings_end_where_they_have_converged() {
         let most = number(&config["run"]["iterations"]);
         println!("{name}: {needed:.0} iterations of the paper, at most {most}");
         assert!(needed <= most && most <= 1.6 * needed, "{name}: {needed} of {most}");
-        let stop = config.get("stop").map(|stop| (stop["criterion"].as_str().unwrap(), stop["reward"].as_str().unwrap()));
+        let stop =
+            config.get("stop").map(|stop| (stop["criterion"].as_str().unwrap(), stop["reward"].as_str().unwrap()));
         let wanted = match name {
             "raft" => None,
             "reward_weighted" => Some(("saturation", "evaluation")),

@@ -57,7 +57,9 @@ fn a_run_ends_where_its_training_reward_has_saturated() {
     let (end, ended) = (found.iterations, found.ended.unwrap());
     assert!(end < MOST && end % 2 == 0 && end > 5, "{end}");
     assert_eq!((ended.reason, ended.iterations, ended.at_most), (Reason::Saturated, end, MOST));
-    let words = format!("the training reward has saturated after {end} of at most {MOST} iterations: no rise by more than 0.25");
+    let words = format!(
+        "the training reward has saturated after {end} of at most {MOST} iterations: no rise by more than 0.25"
+    );
     assert!(ended.words.starts_with(&words) && done.stderr.contains(&words), "{}\n{}", ended.words, done.stderr);
     for curve in ["composition: ", "preference: ", "mean of tasks: "] {
         assert!(ended.words.contains(curve), "{}", ended.words);
@@ -76,7 +78,9 @@ fn a_run_ends_where_its_training_reward_has_saturated() {
         }
         assert_eq!(metrics.get("window_rise").is_some(), complete && metrics.iteration > 2);
     }
-    assert!(["composition", "preference"].iter().all(|t| history[end as usize - 1].get(&format!("{t}/window_rise")) <= Some(0.25)));
+    assert!(["composition", "preference"]
+        .iter()
+        .all(|t| history[end as usize - 1].get(&format!("{t}/window_rise")) <= Some(0.25)));
 
     // it ends like any other: an evaluation, a checkpoint, the results; and the page says why
     let last = SampleSheet::list(&one.samples("preference")).unwrap().last().unwrap().0;
@@ -172,7 +176,11 @@ fn a_run_without_the_table_is_as_before_and_can_get_it_when_it_is_resumed() {
     copy_folder(&from, &alone);
     let resumed = RunFiles::new(folder.join("resumed"));
     let done = train(1, resumed.root(), &with, &["--resume", alone.to_str().unwrap()]);
-    assert!(done.stderr.contains("the rewards of 3 of the 3 iterations that are done are not known"), "{}", done.stderr);
+    assert!(
+        done.stderr.contains("the rewards of 3 of the 3 iterations that are done are not known"),
+        "{}",
+        done.stderr
+    );
     assert_eq!(summary(&resumed).iterations, 8);
 }
 
@@ -191,7 +199,9 @@ fn what_the_table_will_do_is_said_before() {
         assert!(line.contains(words), "{line}");
     }
     assert!(said.contains("in all") && said.contains("per iteration, at most "), "{said}");
-    assert!(check(&["run.iterations=6", &table]).contains("[stop] has no effect: it cannot end a run before iteration 6"));
+    assert!(
+        check(&["run.iterations=6", &table]).contains("[stop] has no effect: it cannot end a run before iteration 6")
+    );
     assert!(!check(&[]).lines().any(|line| line.starts_with("stop")));
     let short = train(1, &folder.join("short"), &settings(&["evaluation.every=0", "run.iterations=2", &table]), &[]);
     assert_eq!(short.stderr.matches("[stop] has no effect").count(), 1, "{}", short.stderr);

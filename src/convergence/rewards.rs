@@ -80,6 +80,14 @@ impl Rewards {
         }
     }
 
+    /// What a checkpoint after iteration `done` keeps. The evaluation after it may be dropped and made up for later, so it is left
+    /// to the metrics.
+    pub fn kept(&self, done: u64) -> Rewards {
+        let mut kept = self.clone();
+        kept.tasks.iter_mut().for_each(|of| of.evaluation.retain(|point| point.0 < done));
+        kept
+    }
+
     pub fn tasks(&self) -> impl Iterator<Item = &str> {
         self.tasks.iter().map(|of| of.task.as_str())
     }
@@ -147,6 +155,10 @@ mod tests {
             (MEAN_OF_TASKS, &[Point(1, 2.0), Point(2, 3.5)][..])
         );
         assert_eq!(rewards.curve("a", RewardSource::Evaluation).unwrap().points, [Point(2, 4.0)]);
+        let mut kept = rewards.kept(2);
+        assert_eq!((kept.len(), kept.reach(RewardSource::Evaluation, 2)), (2, false));
+        kept.note(&whole);
+        assert_eq!((kept, rewards.kept(3)), (rewards.clone(), rewards.clone()));
         assert_eq!((rewards.len(), rewards.curve("c", RewardSource::Training)), (2, None));
         assert_eq!(Rewards::new(["a"]).curves(RewardSource::Training).len(), 1);
     }

@@ -9,12 +9,9 @@ use crate::{
     comm::Communicator,
     config::{Config, RewardSource, StopConfig, StopCriterion},
     convergence::{Curve, Judge, Rewards, MEAN_OF_TASKS},
-    store::Checkpoint,
+    store::{checkpoint::REWARDS, Checkpoint},
     telemetry::{names, read_metrics, Ending, FallBack, Metrics, Reason, RunFiles},
 };
-
-/// Key of the rewards in a checkpoint's `meta`.
-const META: &str = "rewards";
 
 pub struct Stop {
     /// None: `run.iterations` alone ends the run.
@@ -36,36 +33,33 @@ impl Stop {
         Stop { by: settings.map(|settings| By { settings, rewards: rewards() }), at_most: config.run.iterations }
     }
 
-    /// Of a run that goes on from a checkpoint: its rewards are there, or, where the run had no `[stop]` until now, in the metrics
-    /// of its folder.
+    /// Of a run that goes on from a checkpoint. Its rewards are there but for the last evaluation, which may have been made after
+    /// it; that, and all of them where the run had no `[stop]` until now, is in the metrics of its folder.
     pub fn resumed(config: &Config, comm: &dyn Communicator, origin: &Path, checkpoint: &Checkpoint) -> Result<Self> {
         let mut stop = Stop::new(config);
         let Some(by) = &mut stop.by else { return Ok(stop) };
-        match checkpoint.meta.get(META) {
-            Some(rewards) => {
-                by.rewards = serde_json::from_value(rewards.clone()).context("the checkpoint's rewards")?;
+        if let Some(rewards) = checkpoint.meta.get(REWARDS) {
+            by.rewards = serde_json::from_value(rewards.clone()).context("the checkpoint's rewards")?;
+        }
+        if comm.rank() == 0 {
+            let folder = origin.parent().and_then(Path::parent).map(RunFiles::new);
+            let history = folder.and_then(|files| read_metrics(&files.metrics()).ok()).unwrap_or_default();
+            let done = checkpoint.iteration;
+            history.iter().filter(|metrics| metrics.iteration < done).for_each(|metrics| by.rewards.note(metrics));
+            let unknown = done.saturating_sub(by.rewards.len() as u64);
+            if unknown > 0 {
+                log::warn!(
+                    "[stop]: the rewards of {unknown} of the {done} iterations that are done are not known; they count for nothing"
+                );
             }
-            None if comm.rank() == 0 => {
-                let folder = origin.parent().and_then(Path::parent).map(RunFiles::new);
-                let history = folder.and_then(|files| read_metrics(&files.metrics()).ok()).unwrap_or_default();
-                let done = checkpoint.iteration;
-                history.iter().filter(|metrics| metrics.iteration < done).for_each(|metrics| by.rewards.note(metrics));
-                if (by.rewards.len() as u64) < done {
-                    log::warn!(
-                        "[stop]: the rewards of {} of the {done} iterations that are done are not known; they count for nothing",
-                        done - by.rewards.len() as u64
-                    );
-                }
-            }
-            None => {}
         }
         Ok(stop)
     }
 
     /// What a checkpoint keeps besides the learner's; nothing without `[stop]`.
-    pub fn add_to(&self, meta: &mut Value) -> Result<()> {
+    pub fn add_to(&self, meta: &mut Value, done: u64) -> Result<()> {
         if let Some(by) = &self.by {
-            meta[META] = serde_json::to_value(&by.rewards)?;
+            meta[REWARDS] = serde_json::to_value(by.rewards.kept(done))?;
         }
         Ok(())
     }

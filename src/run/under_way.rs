@@ -239,7 +239,7 @@ impl Run<'_> {
         let metrics = way.recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
         let learner = &self.trainer.learner;
         let (mut meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
-        self.stop.add_to(&mut meta)?;
+        self.stop.add_to(&mut meta, way.done)?;
         let checkpoint = Learner::checkpoint(way.done, &vectors, &meta, &layout, &way.config_toml);
         let earlier = way.saver.begin(&checkpoint, metrics, self.comm).context(CannotWrite::new("the run's files"))?;
         way.saved = Some(way.done);
