@@ -76,8 +76,8 @@ impl StopConfig {
             StopCriterion::None => format!("none: {at_most} iterations"),
             StopCriterion::Saturation => format!(
                 "saturation of the {}: after {min_iterations} iterations or more, where none of the newest {patience} windows of \
-                 {window} iterations is more than {rise} standard errors above the best one before, on each trained task and \
-                 in their mean; at most {at_most} iterations",
+                 {window} iterations is above the best one before by more than {rise} times the standard error, on each trained \
+                 task and in their mean; at most {at_most} iterations",
                 self.reward.words()
             ),
         }

@@ -5,13 +5,13 @@
 //! criterion. Here the iterations are cut into windows of W, counted from the first. With m_k the mean reward in window k,
 //! and n_k the values in it:
 //! ```text
-//! noise of one value   s² = mean over neighbours i, i+1 in the same window of (r_{i+1} − r_i)²/2
+//! noise of one value   s = median over neighbours i, i+1 in the same window of |r_{i+1} − r_i|, over √2·0.6745
 //! of a difference      SE(a, b) = s·√(1/n_a + 1/n_b)
 //! saturated at K       best of the newest P windows − best of those before ≤ rise · SE
 //! fallen back at K     best of the windows before K − m_K > fall · SE, and more than a tenth of what the best had gained
 //! ```
-//! Neighbours are used for the noise because a trend hardly enters their difference. P windows together are compared, so a
-//! slow rise that no window shows by itself counts. The tenth keeps the wandering of a long plateau, whose standard errors
+//! which is the deviation of normal noise. Neighbours are used because a trend hardly enters their difference, and the median
+//! because a collapse does not enter it. P windows together are compared, so a slow rise that no window shows by itself counts. The tenth keeps the wandering of a long plateau, whose standard errors
 //! are small, from being called a divergence. A window in which less than two values are finite is left out; while it is
 //! among those compared nothing is decided.
 

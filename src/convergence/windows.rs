@@ -2,6 +2,9 @@
 
 use super::Point;
 
+/// The median of |z| of a normal z.
+const NORMAL_MEDIAN: f64 = 0.674_489_750_196_081_7;
+
 /// The complete windows of a curve.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Windows {
@@ -46,7 +49,7 @@ impl Difference {
 impl Windows {
     /// Of the values up to iteration `done`; what is beyond the last complete window is left out.
     pub(super) fn of(points: &[Point], window: u64, done: u64) -> Self {
-        let (mut all, mut squares, mut pairs) = (Vec::new(), 0.0, 0usize);
+        let (mut all, mut changes) = (Vec::new(), Vec::new());
         let mut points = points.iter().filter(|point| point.0 > 0).peekable();
         for k in 0..done / window {
             let (from, to) = (k * window + 1, (k + 1) * window);
@@ -56,12 +59,11 @@ impl Windows {
                     inside.push(*value);
                 }
             }
-            squares += inside.windows(2).map(|pair| (pair[1] - pair[0]).powi(2) / 2.0).sum::<f64>();
-            pairs += inside.len().saturating_sub(1);
+            changes.extend(inside.windows(2).map(|pair| (pair[1] - pair[0]).abs()));
             let mean = inside.iter().sum::<f64>() / inside.len() as f64;
             all.push((inside.len() > 1).then_some(Window { from, to, mean, count: inside.len() }));
         }
-        Windows { all, noise: (squares / pairs as f64).sqrt() }
+        Windows { all, noise: median(changes) / (2.0f64.sqrt() * NORMAL_MEDIAN) }
     }
 
     pub fn first(&self) -> Option<Window> {
@@ -92,6 +94,16 @@ impl Windows {
     }
 }
 
+/// NaN of nothing.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
 /// The window with the highest mean; of equal ones the first.
 fn best(windows: impl IntoIterator<Item = Window>) -> Option<Window> {
     windows.into_iter().reduce(|best, other| if other.mean > best.mean { other } else { best })
@@ -107,9 +119,9 @@ mod tests {
 
     #[test]
     fn the_numbers_of_a_small_example() {
-        // windows (1, 3), (2, 4), (6, 6), the last value is of none; differences 2, 2, 0
+        // windows (1, 3), (2, 4), (6, 6), the last value is of none; changes 2, 2, 0
         let windows = Windows::of(&points(&[1.0, 3.0, 2.0, 4.0, 6.0, 6.0, 9.0]), 2, 7);
-        let noise = ((2.0 + 2.0 + 0.0) / 3.0f64).sqrt();
+        let noise = 2.0 / 2.0f64.sqrt() / 0.6744897501960817;
         let rise = windows.rise(1).unwrap();
         assert_eq!((rise.newer.mean, rise.best.mean, rise.best.from, rise.best.to), (6.0, 3.0, 3, 4));
         assert!((rise.standard_error - noise).abs() < 1e-15, "√(1/2 + 1/2) = 1");
@@ -124,9 +136,31 @@ mod tests {
     #[test]
     fn a_trend_is_no_noise() {
         let windows = Windows::of(&points(&(0..40).map(f64::from).collect::<Vec<_>>()), 10, 40);
-        // a step of 1 each: s = 1/√2 where the deviation within a window is 3
-        assert!((windows.noise - 0.5f64.sqrt()).abs() < 1e-15);
-        assert!(windows.rise(2).unwrap().in_standard_errors() > 60.0);
+        // a step of 1 each where the deviation within a window is 3
+        assert!((windows.noise - 1.0483).abs() < 1e-4);
+        assert!(windows.rise(2).unwrap().in_standard_errors() > 40.0);
+    }
+
+    /// A collapse within a window is a fall and not noise: 0.35, 0.15, 0.05 and then next to nothing.
+    #[test]
+    fn a_sudden_fall_is_no_noise() {
+        let values = [
+            0.355, 0.153, 0.046, 0.035, 0.055, 0.022, 0.018, 0.024, 0.041, 0.068, 0.016, 0.008, 0.016, 0.026, 0.030,
+            0.011,
+        ];
+        let fall = Windows::of(&points(&values), 4, 16).fall().unwrap();
+        assert!(fall.in_standard_errors() < -8.0, "{fall:?}");
+    }
+
+    /// Of normal noise it is the deviation.
+    #[test]
+    fn the_noise_is_that_of_normal_values() {
+        let mut values = vec![0f32; 4000];
+        crate::random::Coordinates::new(3, crate::random::Purpose::Sample).stream().fill_normal(&mut values);
+        let values: Vec<f64> = values.into_iter().map(|z| 0.2 * f64::from(z)).collect();
+        let noise = Windows::of(&points(&values), 50, 4000).noise;
+        // its own error is about 2 %
+        assert!((noise - 0.2).abs() < 0.015, "{noise}");
     }
 
     #[test]

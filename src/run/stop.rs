@@ -147,7 +147,7 @@ impl By {
         };
         let curves: Vec<String> = self.curves().iter().filter_map(of).collect();
         format!(
-            "the {} has saturated after {done} of at most {at_most} iterations: no rise by more than {rise} standard errors in the newest \
+            "the {} has saturated after {done} of at most {at_most} iterations: no rise by more than {rise} times the standard error in the newest \
              {patience} windows of {window} iterations ({})",
             reward.words(),
             curves.join("; ")

@@ -96,8 +96,8 @@ pub(super) fn time_and_generality(
 fn note(reward: &str, criterion: Option<Criterion>) -> String {
     let windows = match criterion {
         Some(c) => format!(
-            "none of the newest {} windows of {} iterations is more than {} standard errors above the best one before; diverged: \
-             the last window is more than {} standard errors",
+            "none of the newest {} windows of {} iterations is above the best one before by more than {} times the \
+             standard error; diverged: the last window is more than {} standard errors",
             c.patience, c.window, c.rise, c.fall
         ),
         None => "none of the newest two windows (of a sixth of the run, 4 to 50 iterations) is more than one standard error above \
