@@ -10,10 +10,11 @@
 //! saturated at K       best of the newest P windows − best of those before ≤ rise · SE
 //! fallen back at K     best of the windows before K − m_K > fall · SE, and more than a tenth of what the best had gained
 //! ```
-//! which is the deviation of normal noise. Neighbours are used because a trend hardly enters their difference, and the median
-//! because a collapse does not enter it. P windows together are compared, so a slow rise that no window shows by itself counts. The tenth keeps the wandering of a long plateau, whose standard errors
-//! are small, from being called a divergence. A window in which less than two values are finite is left out; while it is
-//! among those compared nothing is decided.
+//! The noise is the deviation of normal noise. Neighbours are used because a trend hardly enters their difference, and the
+//! median because a collapse does not enter it. P windows together are compared, so a slow rise that no window shows by
+//! itself counts. The tenth keeps the wandering of a long plateau, whose standard errors are small, from being called a
+//! divergence. A window in which less than two values are finite is left out; while it is among those compared nothing is
+//! decided.
 
 mod rewards;
 mod windows;

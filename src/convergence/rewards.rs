@@ -144,7 +144,7 @@ mod tests {
         let mut rewards = Rewards::new(["a", "b"]);
         rewards.note(&metrics(0, &[("a/reward_mean", 1.0), ("b/reward_mean", 3.0), ("a/base_evaluation_reward", 7.0)]));
         rewards.note(&metrics(1, &[("a/reward_mean", 2.0)]));
-        assert!(rewards.reach(RewardSource::Training, 1) != rewards.reach(RewardSource::Training, 2));
+        assert_eq!([1, 2].map(|done| rewards.reach(RewardSource::Training, done)), [false, false]);
         let whole = metrics(1, &[("a/reward_mean", 2.0), ("b/reward_mean", 5.0), ("a/evaluation_reward", 4.0)]);
         rewards.note(&whole);
         rewards.note(&whole);
