@@ -25,6 +25,7 @@
 //! at the end). After it: [`report`] shows runs, [`human_eval`] asks people.
 //! What all of them print goes through [`streams`].
 //! A folder that is written has one owner, and keeps what is not ours: [`folders`].
+//! When a run may end before its last iteration, and what counts as diverged: [`convergence`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`], [`python_json`] and
 //! [`word_list`]; [`excerpt`] is what messages, pages and sheets show of them.
@@ -72,6 +73,7 @@ pub mod caught_panics;
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod convergence;
 pub mod cut_prompts;
 pub mod device;
 pub mod diffusion;

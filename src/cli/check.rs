@@ -6,7 +6,7 @@ use tch::Device;
 use super::{check_report::Report, config_args::ConfigArgs, eval, numbers::number, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{eval::is_evaluation, needs::Missing, study::is_study, Config},
+    config::{eval::is_evaluation, needs::Missing, study::is_study, Config, StopCriterion},
     device::parts::gpus,
     diffusion::schedule::{Schedule, Step},
     methods,
@@ -98,7 +98,13 @@ fn describe(config: &Config, args: &Args) -> Result<Report> {
     report.line("samples per iteration", derived.samples_per_iteration.to_string());
     let optimizer_steps = derived.optimizer_steps_per_iteration;
     let in_all = optimizer_steps as u64 * config.run.iterations;
+    let stop = config.stop.as_ref().filter(|stop| stop.criterion != StopCriterion::None);
+    let in_all = if stop.is_some() { format!("at most {in_all}") } else { in_all.to_string() };
     report.line("optimizer steps", format!("{optimizer_steps} per iteration, {in_all} in all"));
+    if let Some(stop) = &config.stop {
+        let words = stop.in_words(config.run.iterations);
+        report.line("stop", stop.without_effect(config.run.iterations).unwrap_or(words));
+    }
     let Some(steps) = report.keep(steps(config, &pipeline)) else { return Ok(report) };
     let steps: Vec<String> = steps.iter().map(|s| format!("{} ({:.1})", s.t, s.sensitivity())).collect();
     report.line("timesteps (sensitivity)", steps.join(", "));

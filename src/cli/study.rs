@@ -8,7 +8,7 @@ use tch::Device;
 use super::{check::against, check_report::Report, device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, nccl, Communicator, Local, Watched},
-    config::{needs::Need, Config, StudyConfig},
+    config::{needs::Need, Config, StopCriterion, StudyConfig},
     device::threads::use_threads,
     evaluation::Evaluation,
     faults,
@@ -99,8 +99,11 @@ pub fn check(path: &Path, with_files: bool) -> Result<Report> {
     }
     for member in &plan.members {
         let trained: Vec<&str> = member.config.trained_tasks().map(|(_, task)| task.name.as_str()).collect();
+        let stop = member.config.stop.as_ref().filter(|stop| stop.criterion != StopCriterion::None);
+        let at_most = if stop.is_some() { "at most " } else { "" };
         let (method, iterations) = (member.config.method.name(), member.config.run.iterations);
-        let value = format!("seed {}, {method} on {}, {iterations} iterations", member.seed, trained.join(", "));
+        let value =
+            format!("seed {}, {method} on {}, {at_most}{iterations} iterations", member.seed, trained.join(", "));
         report.line(&format!("run {}", member.name), value);
     }
     for set in &plan.evaluation.sets {

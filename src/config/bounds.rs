@@ -95,6 +95,11 @@ const ANGLE: Bound = Bound::new(-180.0, 180.0);
 const THREADS: Bound = Bound::new(1.0, 256.0);
 /// Columns of a sheet of pictures.
 const COLUMNS: Bound = Bound::new(0.0, 256.0);
+/// Iterations of a window: one value has no noise.
+const WINDOW: Bound = Bound::new(2.0, 1e6);
+/// Windows without a rise.
+const PATIENCE: Bound = Bound::new(1.0, 1000.0);
+const STANDARD_ERRORS: Bound = Bound::new(0.0, 1e6);
 const UPDATES: Bound = Bound::new(1.0, 10_000.0);
 
 /// By the end of the key; `*` is any one part of it. The first row that fits counts.
@@ -109,6 +114,11 @@ const TABLE: &[(&str, Bound)] = &[
     ("run.compare_every", ITERATIONS),
     ("run.collective_limit", WAIT),
     ("run.reward_limit", WAIT),
+    ("stop.window", WINDOW),
+    ("stop.patience", PATIENCE),
+    ("stop.min_iterations", ITERATIONS),
+    ("stop.rise", STANDARD_ERRORS),
+    ("stop.fall", STANDARD_ERRORS),
     ("method.timesteps", STEPS),
     ("method.clip_range", Bound::above(0.0, 1e6)),
     ("method.max_sensitivity", Bound::new(0.0, 1e12)),
@@ -185,6 +195,10 @@ const TABLE: &[(&str, Bound)] = &[
     ("set.*.images_per_prompt", PER_PROMPT),
     ("study.seeds.*", SEED),
     ("study.converged_at", Bound::above(0.0, 1.0)),
+    ("saturation.window", WINDOW),
+    ("saturation.patience", PATIENCE),
+    ("saturation.rise", STANDARD_ERRORS),
+    ("saturation.fall", STANDARD_ERRORS),
     ("study.resamplings", Bound::new(100.0, 1e7)),
     ("quick.prompts", Bound::new(2.0, 16_777_216.0)),
 ];
@@ -275,6 +289,11 @@ mod tests {
         let mut webdataset = joint.clone();
         webdataset["pretrain"]["data"] = parsed(shards);
         all.push(webdataset);
+        let mut stop = joint.clone();
+        let table = "{ criterion = 'saturation', reward = 'training', window = 4, patience = 2, min_iterations = 8, rise = 1.0, \
+                     fall = 3.0 }";
+        stop.as_table_mut().unwrap().insert("stop".into(), parsed(table));
+        all.push(stop);
         for method in ["refl", "reward-weighted", "raft", "draft"] {
             let path = format!("{}/slurm/miniature-{method}.toml", env!("CARGO_MANIFEST_DIR"));
             all.push(std::fs::read_to_string(path).unwrap().parse::<toml::Table>().unwrap().into());
@@ -348,7 +367,7 @@ mod tests {
         let evaluation = |value: Value| Some(EvalConfig::deserialize(value).ok()?.validate());
         assert!(every_number(&other("eval-parity"), &evaluation) > 10);
         let study = |value: Value| Some(StudyConfig::deserialize(value).ok()?.validate());
-        assert!(every_number(&other("miniature-study"), &study) >= 5);
+        assert!(every_number(&other("miniature-study"), &study) >= 9);
     }
 
     #[test]

@@ -85,7 +85,9 @@ fn apply(table: &mut toml::Table, assignment: &str) -> Result<()> {
             None => bail!("there is no section {walked}"),
         };
     }
-    if !place.contains_key(last) {
+    // tables that a config may leave out
+    let added = walked.is_empty() && ["advantage", "stop"].contains(&last) && value.is_table();
+    if !place.contains_key(last) && !added {
         let known: Vec<&str> = place.keys().map(String::as_str).collect();
         bail!("unknown key {last}; known here: {}", known.join(", "));
     }

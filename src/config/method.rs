@@ -166,16 +166,16 @@ impl ReflConfig {
 
 impl RaftConfig {
     fn validate(&self, config: &Config) -> Result<()> {
+        let lanes = config.run.lanes;
         for (_, task) in config.trained_tasks() {
-            let piece = self.accept_one_in * config.run.lanes;
+            let kept = task.samples / self.accept_one_in;
             ensure!(
-                task.samples % piece == 0,
-                "task.{}.samples = {} must be a multiple of {piece} (method.accept_one_in = {} times run.lanes = {}), so \
-                 that every lane trains on as many of those that are kept",
+                kept >= lanes,
+                "task.{}.samples = {}: one in method.accept_one_in = {} is {kept}, and every one of run.lanes = {lanes} needs one \
+                 to train on",
                 task.name,
                 task.samples,
-                self.accept_one_in,
-                config.run.lanes
+                self.accept_one_in
             );
         }
         Ok(())
@@ -237,7 +237,7 @@ mod tests {
             ("reward-weighted", "method.updates=0", "method.updates"),
             ("raft", "method.accept_one_in=0", "method.accept_one_in"),
             ("raft", "method.batch=0", "method.batch"),
-            ("raft", "task.preference.samples=96", "must be a multiple of 192"),
+            ("raft", "task.preference.samples=96", "one in method.accept_one_in = 24 is 4, and every one of run.lanes = 8 needs"),
             ("draft", "method.truncation=7", "method.truncation = 7"),
             ("draft", "method.truncation=2", "method.renoisings = 2"),
             ("draft", "rollout.eta=1.0", "rollout.eta must be 0"),

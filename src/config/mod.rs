@@ -12,6 +12,7 @@ pub mod method;
 pub mod needs;
 pub mod prompts;
 pub mod rewards;
+pub mod stop;
 pub mod study;
 pub mod validate;
 
@@ -31,7 +32,8 @@ pub use rewards::{
     AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
     ServerReward, SkinToneSettings, UniDetSettings,
 };
-pub use study::{StudyConfig, StudyRun};
+pub use stop::{RewardSource, StopConfig, StopCriterion};
+pub use study::{SaturationConfig, StudyConfig, StudyRun};
 pub use validate::Derived;
 
 /// Everything a run is made of.
@@ -39,6 +41,9 @@ pub use validate::Derived;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub run: RunConfig,
+    /// What ends the run before `run.iterations`; nothing where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop: Option<StopConfig>,
     pub method: MethodConfig,
     pub model: ModelConfig,
     pub lora: LoraConfig,
@@ -62,6 +67,7 @@ pub struct RunConfig {
     /// Results go to `runs/<name>/` unless `--out` says otherwise.
     pub name: String,
     pub seed: u64,
+    /// The run's end, unless `[stop]` ends it before.
     pub iterations: u64,
     /// Fixed pieces of every global batch; the number of ranks must divide it.
     pub lanes: usize,

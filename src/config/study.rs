@@ -11,12 +11,16 @@ use super::{
     load::{self, read_toml},
     Config, EvalConfig,
 };
-use crate::folders::check_name;
+use crate::{convergence::Criterion, folders::check_name};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StudyConfig {
     pub study: StudySettings,
+    /// When a run's reward has saturated, for Table 2; without it windows are a sixth of the run, at least 4 and at most 50
+    /// iterations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saturation: Option<SaturationConfig>,
     pub quick: QuickSettings,
     #[serde(rename = "run", default)]
     pub runs: Vec<StudyRun>,
@@ -33,10 +37,27 @@ pub struct StudySettings {
     pub evaluation: String,
     /// Settings for all runs, as `--set` takes them.
     pub set: Vec<String>,
-    /// Share of a run's gain at which it counts as converged.
+    /// Share of a run's gain on held-out prompts whose time Table 2 gives besides that of the saturation.
     pub converged_at: f64,
     /// Resamplings behind each confidence interval.
     pub resamplings: usize,
+}
+
+/// As the keys of the same names in [`super::StopConfig`], for all runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaturationConfig {
+    pub window: u64,
+    pub patience: usize,
+    pub rise: f64,
+    pub fall: f64,
+}
+
+impl SaturationConfig {
+    pub fn rule(&self) -> Criterion {
+        let SaturationConfig { window, patience, rise, fall } = *self;
+        Criterion { window, patience, min_iterations: 0, rise, fall }
+    }
 }
 
 /// What `--quick` changes.

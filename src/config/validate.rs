@@ -56,6 +56,7 @@ impl Config {
         }
         ensure!(self.trained_tasks().count() > 0, "no task has train = true");
         self.method.validate(self)?;
+        self.stop.as_ref().map_or(Ok(()), |stop| stop.validate(self))?;
         let slots = self.tasks.len() * self.method.updates();
         ensure!(
             p.mode != PretrainMode::Combined || slots <= usize::from(u16::MAX),

@@ -12,6 +12,8 @@ use crate::{
 
 /// A lane's samples to train on.
 pub(super) struct LaneSamples {
+    /// Number of the first one in the order of all lanes.
+    pub first: usize,
     /// Latents, f32 [n, C, H, W].
     pub x_0: Tensor,
     /// Embeddings of their prompts, f32 [n, tokens, width].
@@ -46,8 +48,8 @@ pub(super) fn lane_value(work: &mut LaneWork, samples: &LaneSamples, factor: f64
     Ok((losses * &samples.weights).sum(Kind::Float) * factor)
 }
 
-/// `updates` optimizer steps of a task on samples of its lanes, this rank's in order, `per_lane` each, with new noise for
-/// every step. A collective call.
+/// `updates` optimizer steps of a task on samples of its lanes, this rank's in order, `per_lane` each at most, with new noise
+/// for every step. A collective call.
 pub(super) fn train(
     trainer: &mut Trainer,
     (task, iteration): (usize, u64),
@@ -61,8 +63,9 @@ pub(super) fn train(
     for pass in 0..updates {
         let at = Update { task, iteration, pass, per_lane, what: format!("update {pass}") };
         let norm = trainer.optimize(&at, log, |work| {
-            let noise = NoiseAt { seed, iteration, pass, first: work.lane * per_lane };
-            lane_value(work, &samples[work.lane - first_lane], factor, &noise)
+            let of_lane = &samples[work.lane - first_lane];
+            let noise = NoiseAt { seed, iteration, pass, first: of_lane.first };
+            lane_value(work, of_lane, factor, &noise)
         })?;
         log.norm(norm);
     }
@@ -80,6 +83,7 @@ mod tests {
         let mut trainer = trainer(&config);
         let piece = piece(&mut trainer, 6, 3.0);
         let samples = |weights: &[f32]| LaneSamples {
+            first: 0,
             x_0: piece.trajectory.x_0().narrow(0, 0, 3),
             text: piece.conditioning.prompts().narrow(0, 0, 3),
             weights: Tensor::from_slice(weights),

@@ -1,9 +1,11 @@
 //! RAFT, reward-ranked fine-tuning (Dong et al., arXiv 2304.06767).
 //!
-//! The current model draws a batch; exactly the best 1/24 of it by reward, over all ranks and lanes, is kept; the model is
+//! The current model draws a batch; the best 1/24 of it by reward (rounded down), over all ranks and lanes, is kept; the model is
 //! trained on these with the ordinary denoising loss, L = 1/K · Σ_i ‖ε_i − ε_θ(x_{t_i}^i, t_i, c_i)‖² over the K kept.
 //! Of equal rewards the sample with the lower global number is kept. What is kept, wherever it was drawn, is shared out in
-//! the order of its numbers, as many to each lane.
+//! the order of its numbers, as many to each lane, or one more to some.
+
+use std::ops::Range;
 
 use anyhow::{ensure, Context, Result};
 use tch::{Device, Tensor};
@@ -42,6 +44,11 @@ pub fn best(rewards: &[f32], count: usize) -> Result<Vec<usize>> {
     order.truncate(count);
     order.sort_unstable();
     Ok(order)
+}
+
+/// Which of the `keep` samples that are kept are a lane's.
+fn share(keep: usize, lane: usize, lanes: usize) -> Range<usize> {
+    keep * lane / lanes..keep * (lane + 1) / lanes
 }
 
 /// Prompts and latents of the samples that all ranks keep, in the order of their numbers; a rank's own are `prompts` and
@@ -108,22 +115,24 @@ impl Method for Raft {
         let (prompts, latents) = share_out(trainer.comm, &prompts, &flat)?;
         drop(stage);
 
-        let kept_per_lane = keep / trainer.lanes.count;
+        let lanes = trainer.lanes.count;
         let shape = trainer.pipeline.latent_shape();
         let row = shape.iter().product::<i64>() as usize;
         let device = trainer.pipeline.device;
         let samples = mine.clone().map(|lane| {
-            let kept = lane * kept_per_lane..(lane + 1) * kept_per_lane;
+            let kept = share(keep, lane, lanes);
+            let (first, count) = (kept.start, kept.len() as i64);
             let x_0 = Tensor::from_slice(&latents[kept.start * row..kept.end * row]);
             Ok(LaneSamples {
-                x_0: x_0.view([kept_per_lane as i64, shape[0], shape[1], shape[2]]).to_device(device),
+                first,
+                x_0: x_0.view([count, shape[0], shape[1], shape[2]]).to_device(device),
                 text: embed(&trainer.pipeline, &prompts[kept])?,
-                weights: Tensor::ones([kept_per_lane as i64], (tch::Kind::Float, device)),
+                weights: Tensor::ones([count], (tch::Kind::Float, device)),
             })
         });
         let samples = samples.collect::<Result<Vec<_>>>()?;
         let factor = config.weight / keep as f64;
-        denoising::train(trainer, (task, iteration), log, &samples, kept_per_lane, factor, self.settings.updates)
+        denoising::train(trainer, (task, iteration), log, &samples, keep.div_ceil(lanes), factor, self.settings.updates)
     }
 }
 
@@ -156,6 +165,17 @@ mod tests {
         for &k in &kept {
             assert!((0..4800).filter(|&other| better(other, k)).count() < 200);
         }
+    }
+
+    /// The paper's sizes: 32 drawn by each of 128 lanes, one in 24 of all is kept.
+    #[test]
+    fn what_is_kept_is_shared_out_whole_and_evenly() {
+        let (keep, lanes) = (128 * 32 / 24, 128);
+        let shares: Vec<Range<usize>> = (0..lanes).map(|lane| share(keep, lane, lanes)).collect();
+        assert_eq!((keep, shares[0].start, shares[127].end), (170, 0, keep));
+        assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
+        assert!(shares.iter().all(|share| (1..=2).contains(&share.len())), "{shares:?}");
+        assert_eq!(share(16, 3, 8), 6..8);
     }
 
     /// What an iteration keeps, found again from a roll-out of its own.

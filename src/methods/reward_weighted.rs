@@ -72,8 +72,9 @@ impl Method for RewardWeighted {
         let device = trainer.pipeline.device;
         let samples: Vec<LaneSamples> = lanes
             .into_iter()
-            .zip(weights.chunks(per_lane).skip(first_lane))
-            .map(|((x_0, text), weights)| LaneSamples {
+            .zip(weights.chunks(per_lane).enumerate().skip(first_lane))
+            .map(|((x_0, text), (lane, weights))| LaneSamples {
+                first: lane * per_lane,
                 x_0,
                 text,
                 weights: Tensor::from_slice(weights).to_device(device),

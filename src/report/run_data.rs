@@ -4,7 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
 
-use crate::telemetry::{read_metrics, Metrics, RunFiles, SampleSheet, Summary};
+use crate::{
+    config::StopConfig,
+    convergence::{Judge, Rewards},
+    telemetry::{read_metrics, FallBack, Metrics, RunFiles, SampleSheet, Summary},
+};
 
 /// At most this many evaluations are shown beside each other.
 const SHEETS: usize = 9;
@@ -81,6 +85,23 @@ impl RunData {
     /// Names of the config's tasks.
     pub fn tasks(&self) -> Vec<String> {
         tasks_of(&self.config)
+    }
+
+    /// The tasks whose reward is below its best by more than its noise, so far where the run goes on.
+    pub fn fallen_back(&self) -> Vec<FallBack> {
+        let value = |section: &str, key: &str| self.config.get(section).and_then(|table| table.get(key));
+        let stop: Option<StopConfig> = self.config.get("stop").and_then(|stop| stop.clone().try_into().ok());
+        let method = value("method", "name").and_then(toml::Value::as_str).unwrap_or_default();
+        let every = value("evaluation", "every").and_then(toml::Value::as_integer).unwrap_or_default();
+        let done = self.history.last().map_or(0, |metrics| metrics.iteration + 1);
+        let rewards = Rewards::of(self.trained_tasks(), &self.history);
+        Judge::new(stop.as_ref(), method, every.max(0) as u64, done).all_fallen_back(&rewards, done)
+    }
+
+    fn trained_tasks(&self) -> impl Iterator<Item = &str> {
+        let tasks = self.config.get("task").and_then(toml::Value::as_array).map_or(&[][..], |tasks| tasks);
+        let trained = |task: &&toml::Value| task.get("train").and_then(toml::Value::as_bool) != Some(false);
+        tasks.iter().filter(trained).filter_map(|task| task.get("name")?.as_str())
     }
 
     /// `section.key` of the config as text.

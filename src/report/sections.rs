@@ -13,7 +13,7 @@ use super::{
 use crate::{
     excerpt::{one_line, IN_MESSAGES},
     run::no_signal,
-    telemetry::{names, picture_size, Estimate, Picture},
+    telemetry::{names, picture_size, Estimate, Picture, Reason},
 };
 
 /// Pictures of samples are made smaller than this, in pixels.
@@ -76,7 +76,13 @@ fn overview(runs: &[RunData]) -> String {
             let summary = run.summary.as_ref();
             let done = run.history.last().map_or(0, |m| m.iteration + 1);
             let planned = run.setting("run", "iterations").unwrap_or_default();
-            let state = if summary.is_some() { "" } else { " (not finished)" };
+            let saturated =
+                summary.and_then(|s| s.ended.as_ref()).is_some_and(|ended| ended.reason == Reason::Saturated);
+            let state = match summary {
+                None => " (not finished)",
+                Some(_) if saturated => " (saturated)",
+                Some(_) => "",
+            };
             vec![
                 name(runs, i),
                 format!("<code>{}</code>", escape(&run.folder.display().to_string())),
@@ -91,7 +97,21 @@ fn overview(runs: &[RunData]) -> String {
         .collect();
     let heading =
         ["run", "folder", "iterations", "seed", "ranks", "samples/s", "seconds in all", "largest ratio drift"];
-    table(&heading, &rows) + &without_signal(runs)
+    table(&heading, &rows) + &endings(runs) + &without_signal(runs)
+}
+
+/// Why runs ended before their last iteration, and which have diverged.
+fn endings(runs: &[RunData]) -> String {
+    let of_run = |run: &RunData| {
+        let of = if runs.len() > 1 { format!("{}: ", run.name) } else { String::new() };
+        let ended = run.summary.iter().filter_map(|s| s.ended.as_ref()).filter(|e| e.reason == Reason::Saturated);
+        let ended = ended.map(|ended| format!("<p>{}</p>\n", escape(&format!("{of}{}", ended.words))));
+        let fallen = run.fallen_back();
+        let fallen =
+            fallen.iter().map(|fallen| format!("<p class=\"warning\">{}</p>\n", escape(&format!("{of}{fallen}"))));
+        ended.chain(fallen).collect::<String>()
+    };
+    runs.iter().map(of_run).collect()
 }
 
 /// Where rewards taught nothing.

@@ -20,11 +20,11 @@ use crate::{
 /// What the numbers of the model before training are called: `<task>/base_diversity`.
 const BASE: &str = "base_";
 
-/// Does an evaluation follow when `done` iterations are done? Before the first and after the last, and in between every
-/// `evaluation.every`.
-pub fn is_due(config: &Config, done: u64) -> bool {
+/// Does an evaluation follow when `done` iterations are done? Before the first and after the last (`ended`), and in between
+/// every `evaluation.every`.
+pub fn is_due(config: &Config, done: u64, ended: bool) -> bool {
     let every = config.evaluation.every;
-    every > 0 && (done % every == 0 || done == config.run.iterations)
+    every > 0 && (done % every == 0 || ended)
 }
 
 /// Whether the numbers of an iteration lack those of the evaluation that followed it: a signal has dropped it.

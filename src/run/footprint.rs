@@ -181,7 +181,7 @@ fn rows(config: &Config) -> (u64, u64) {
             let at_once =
                 |task: &TaskConfig| raft.batch.max(task.images_per_prompt).min(task.samples / config.run.lanes);
             let drawn = config.trained_tasks().map(|(_, t)| at_once(t)).max().unwrap_or(0) as u64;
-            (drawn * g, samples / raft.accept_one_in as u64)
+            (drawn * g, samples.div_ceil(raft.accept_one_in as u64))
         }
         MethodConfig::Draft(draft) => (samples * g, samples * g * (draft.truncation + draft.renoisings) as u64),
     };

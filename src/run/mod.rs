@@ -6,6 +6,7 @@ pub mod no_signal;
 mod recorder;
 mod results;
 mod resume;
+pub mod stop;
 mod trajectories;
 mod under_way;
 
@@ -38,6 +39,7 @@ use crate::{
     watch,
 };
 use recorder::Recorder;
+use stop::Stop;
 
 /// Where a model lies that a config or a command line names: an embedded miniature, a diffusers folder, or a run's folder (its
 /// tuned model).
@@ -112,6 +114,8 @@ pub struct Run<'a> {
     /// Rank 0's hold on the run's folder.
     lock: Option<FolderLock>,
     trainer: Trainer<'a>,
+    /// When it ends.
+    stop: Stop,
     /// Iterations that a checkpoint holds.
     done: u64,
     /// That checkpoint.
@@ -153,7 +157,7 @@ impl<'a> Run<'a> {
         signals::stop_here(comm)?;
         let mut trainer = Trainer::new(config, comm, pipeline)?;
         signals::stop_here(comm)?;
-        let (mut done, mut origin) = (0, None);
+        let (mut done, mut origin, mut stop) = (0, None, Stop::new(config));
         if let Some(loaded) = resume::find(resume, &files, comm)? {
             let checkpoint = &loaded.checkpoint;
             if comm.rank() == 0 {
@@ -164,6 +168,7 @@ impl<'a> Run<'a> {
                 .learner
                 .restore(checkpoint)
                 .with_context(|| format!("cannot resume from {}", loaded.path.display()))?;
+            stop = Stop::resumed(config, comm, &loaded.path, checkpoint)?;
             done = checkpoint.iteration;
             origin = Some(loaded.path.clone());
             ensure!(
@@ -180,15 +185,17 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        Ok(Run { config, comm, files, lock, trainer, done, origin, started })
+        let without_effect = config.stop.as_ref().and_then(|stop| stop.without_effect(config.run.iterations));
+        without_effect.iter().filter(|_| comm.rank() == 0).for_each(|line| log::warn!("{line}"));
+        Ok(Run { config, comm, files, lock, trainer, stop, done, origin, started })
     }
 
-    /// Whether all iterations are done and the results are theirs, not those of the run before it was extended. Rank 0
-    /// looks.
+    /// Whether the run is at its end and the results are of that end, not of the run before it was extended. Rank 0 looks. A
+    /// collective call.
     fn is_finished(&self) -> Result<bool> {
         let has_results = || Summary::read(&self.files.summary()).is_ok_and(|s| s.iterations == self.done);
-        let mut finished =
-            vec![u8::from(self.comm.rank() == 0 && self.done == self.config.run.iterations && has_results())];
+        let ended = self.stop.is_end(self.done, self.comm)?;
+        let mut finished = vec![u8::from(self.comm.rank() == 0 && ended && has_results())];
         self.comm.broadcast_bytes(&mut finished, 0)?;
         Ok(finished == [1])
     }

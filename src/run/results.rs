@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::{load_model, no_signal};
+use super::{load_model, no_signal, stop};
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
@@ -13,8 +13,8 @@ use crate::{
     evaluate::{evaluate, TaskEvaluation},
     signals, streams,
     telemetry::{
-        before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, EventWriter,
-        RewardPanel, RunFiles, Summary, TaskSummary,
+        before_after_sheet, draw_reward_curves, names, read_metrics, save_png, BeforeAfter, Column, Ending,
+        EventWriter, RewardPanel, RunFiles, Summary, TaskSummary,
     },
     train::Trainer,
     watch,
@@ -31,6 +31,7 @@ pub fn finish(
     trainer: &mut Trainer,
     events: Option<&mut EventWriter>,
     started: Instant,
+    ending: Ending,
 ) -> Result<()> {
     let first = comm.rank() == 0;
     if first {
@@ -63,7 +64,7 @@ pub fn finish(
         if pipeline.lora.is_some() {
             pipeline.save_lora(&files.lora(), &weights, Kind::Float)?;
         }
-        write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started)
+        write_results(config, comm.size(), files, &base, &tuned, trainer.learner.ratio_drift, events, started, ending)
     };
     let written = if first { save() } else { Ok(()) };
     agree(comm, written).context(CannotWrite::new("the run's files"))
@@ -92,9 +93,12 @@ fn write_results(
     ratio_drift: f64,
     events: Option<&mut EventWriter>,
     started: Instant,
+    ending: Ending,
 ) -> Result<()> {
     let history = read_metrics(&files.metrics())?;
     no_signal::in_all(&history).iter().for_each(|line| log::warn!("{line}"));
+    let diverged = stop::fallen_back(config, &history);
+    diverged.iter().for_each(|fallen| log::warn!("{fallen}"));
     ensure!(base.len() == tuned.len(), "evaluations of different configs");
     let tasks = base
         .iter()
@@ -116,7 +120,9 @@ fn write_results(
     let summary = Summary {
         config_name: config.run.name.clone(),
         tasks,
-        iterations: config.run.iterations,
+        iterations: ending.iterations,
+        ended: Some(ending),
+        diverged,
         world_size,
         samples_per_second: (samples * history.len()) as f64 / training_seconds,
         wall_seconds: started.elapsed().as_secs_f64(),
@@ -129,7 +135,7 @@ fn write_results(
     let sheet = before_after_sheet(&format!("{}: before and after, the same noise", config.run.name), &sections)?;
     save_png(&files.before_after(), &sheet, &[("config".into(), toml::to_string_pretty(config)?)])?;
     if let Some(events) = events {
-        events.picture(config.run.iterations, "before_after", &sheet)?;
+        events.picture(summary.iterations, "before_after", &sheet)?;
     }
     let panels: Vec<RewardPanel> = config
         .trained_tasks()

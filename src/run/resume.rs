@@ -51,6 +51,7 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
+    wanted.stop = stored.stop.clone();
     // what a run that is out of memory changes; another decode_batch may change last bits
     wanted.model.gradient_checkpointing = stored.model.gradient_checkpointing;
     wanted.model.decode_batch = stored.model.decode_batch;

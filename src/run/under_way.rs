@@ -8,13 +8,14 @@ use super::{course, no_signal::NoSignal, recorder::Recorder, results, resume, tr
 use crate::{
     cannot_write::CannotWrite,
     comm::agree,
+    config::RewardSource,
     faults,
     folders::FolderLock,
     learner::Learner,
     replicas, signals,
     store::{Keep, SaveReport, Saver},
     stragglers::Stragglers,
-    telemetry::{names, read_metrics, Metrics},
+    telemetry::{names, read_metrics, Metrics, Reason},
     watch::{self, Limits, Watchdog},
 };
 
@@ -46,7 +47,8 @@ impl Run<'_> {
         let first = comm.rank() == 0;
         if self.is_finished()? {
             if first {
-                say!("{}: all {} iterations are done; see {}", config.run.name, self.done, self.files.root().display());
+                let ended = self.stop.ending(self.done).words;
+                say!("{}: {ended}; see {}", config.run.name, self.files.root().display());
             }
             return Ok(());
         }
@@ -84,27 +86,34 @@ impl Run<'_> {
     fn work(&mut self, way: &mut UnderWay) -> Result<()> {
         let (config, comm) = (self.config, self.comm);
         let mut of_base = Metrics::default();
-        if self.done == 0 && course::is_due(config, 0) {
+        if self.done == 0 && course::is_due(config, 0, false) {
             way.droppable = Some("the evaluation of the base model".to_string());
             course::evaluate(&mut self.trainer, comm, &self.files, 0, &mut way.recorder, &mut of_base)?;
         }
-        if let Some(mut metrics) = self.without_evaluation()? {
+        let mut ended = self.stop.is_end(self.done, comm)?;
+        if let Some(mut metrics) = self.without_evaluation(ended)? {
             way.droppable = Some(format!("the evaluation after iteration {}", self.done));
             course::evaluate(&mut self.trainer, comm, &self.files, self.done, &mut way.recorder, &mut metrics)?;
+            ended |= self.stop.see(RewardSource::Evaluation, &mut metrics, comm)?;
             if let Some(recorder) = &mut way.recorder {
                 recorder.with_evaluation(&metrics).context(CannotWrite::new("the run's files"))?;
             }
         }
-        for iteration in self.done..config.run.iterations {
-            self.iterate(way, iteration, &of_base)?;
+        while !ended {
+            ended = self.iterate(way, way.done, &of_base)?;
+        }
+        let ending = self.stop.ending(way.done);
+        if comm.rank() == 0 && ending.reason == Reason::Saturated {
+            log::info!("{}", ending.words);
         }
         way.droppable = Some("the evaluation at the end".to_string());
         let events = way.recorder.as_mut().map(Recorder::finish);
-        results::finish(config, comm, &self.files, &mut self.trainer, events, self.started)
+        results::finish(config, comm, &self.files, &mut self.trainer, events, self.started, ending)
     }
 
-    /// One iteration with its evaluation, its checkpoint and its line of metrics. A collective call.
-    fn iterate(&mut self, way: &mut UnderWay, iteration: u64, of_base: &Metrics) -> Result<()> {
+    /// One iteration with its evaluation, its checkpoint and its line of metrics; gives whether it was the last. A collective
+    /// call.
+    fn iterate(&mut self, way: &mut UnderWay, iteration: u64, of_base: &Metrics) -> Result<bool> {
         let (config, comm) = (self.config, self.comm);
         self.lock.as_ref().map_or(Ok(()), FolderLock::check)?;
         let done = iteration + 1;
@@ -146,7 +155,9 @@ impl Run<'_> {
             lines.iter().for_each(|line| log::warn!("iteration {done}: {line}"));
         }
         self.trainer.check_weights(done)?;
-        if course::is_due(config, done) {
+        let saturated = self.stop.see(RewardSource::Training, &mut metrics, comm)?;
+        let mut ended = saturated || done == config.run.iterations;
+        if course::is_due(config, done, ended) {
             way.droppable = Some(format!("the evaluation after iteration {done}"));
             let recorder = &mut way.recorder;
             let evaluated = course::evaluate(&mut self.trainer, comm, &self.files, done, recorder, &mut metrics);
@@ -156,15 +167,16 @@ impl Run<'_> {
                 }
             }
             evaluated?;
+            ended |= self.stop.see(RewardSource::Evaluation, &mut metrics, comm)?;
         }
         if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
             replicas::compare(self.trainer.learner.vectors(), done, &way.hosts, comm)?;
         }
-        let (every, last) = (config.run.checkpoint_every, done == config.run.iterations);
+        let every = config.run.checkpoint_every;
         let _stage = watch::stage("saving", "");
         let started = Instant::now();
         saved = way.saver.advance(comm).context(CannotWrite::new("the run's files"))?.or(saved);
-        if every > 0 && (done % every == 0 || last) {
+        if every > 0 && (done % every == 0 || ended) {
             saved = self.begin_save(way)?.or(saved);
         }
         stalled += started.elapsed();
@@ -176,10 +188,10 @@ impl Run<'_> {
             faults::point("metrics");
             recorder.iteration(&metrics).context(CannotWrite::new("the run's files"))?;
         }
-        if last {
+        if ended {
             self.finish_save(way)?;
         }
-        Ok(())
+        Ok(ended)
     }
 
     /// Saves the state where it is not on disk yet, and says what became of what was under way. A collective call.
@@ -206,8 +218,8 @@ impl Run<'_> {
 
     /// The numbers of the last iteration that is done, where its evaluation was dropped and is to be made up for. They are
     /// rank 0's; the others have some without values. A collective call.
-    fn without_evaluation(&self) -> Result<Option<Metrics>> {
-        if self.done == 0 || !course::is_due(self.config, self.done) {
+    fn without_evaluation(&self, ended: bool) -> Result<Option<Metrics>> {
+        if self.done == 0 || !course::is_due(self.config, self.done, ended) {
             return Ok(None);
         }
         let read = || -> Result<Option<Metrics>> {
@@ -226,7 +238,8 @@ impl Run<'_> {
     fn begin_save(&self, way: &mut UnderWay) -> Result<Option<SaveReport>> {
         let metrics = way.recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
         let learner = &self.trainer.learner;
-        let (meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
+        let (mut meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
+        self.stop.add_to(&mut meta, way.done)?;
         let checkpoint = Learner::checkpoint(way.done, &vectors, &meta, &layout, &way.config_toml);
         let earlier = way.saver.begin(&checkpoint, metrics, self.comm).context(CannotWrite::new("the run's files"))?;
         way.saved = Some(way.done);

@@ -8,10 +8,10 @@ use std::{
 use anyhow::{bail, Context, Result};
 
 use super::{
-    checkpoint::{self, Checkpoint},
+    checkpoint::{self, Checkpoint, REWARDS},
     h5, state_digest,
 };
-use crate::{comm::Local, kernels::adamw::global_norm};
+use crate::{comm::Local, convergence::Rewards, kernels::adamw::global_norm};
 
 /// A readable account of `path`: a run's folder or its checkpoints (the newest), one checkpoint, or an HDF5 file.
 pub fn inspect(path: &Path) -> Result<String> {
@@ -42,7 +42,19 @@ pub fn inspect(path: &Path) -> Result<String> {
     for shard in &manifest.shards {
         writeln!(out, "{}  {:>10} {:>10} {:>12}  {}", shard.file, shard.first, shard.count, shard.bytes, shard.sha256)?;
     }
-    writeln!(out, "\nstate\n{}", serde_json::to_string_pretty(&checkpoint.meta)?)?;
+    let mut state = checkpoint.meta.clone();
+    // a line for each iteration
+    if let Some(kept) = state.as_object_mut().and_then(|state| state.remove(REWARDS)) {
+        let rewards: Rewards = serde_json::from_value(kept).context("the checkpoint's rewards")?;
+        let tasks: Vec<&str> = rewards.tasks().collect();
+        writeln!(
+            out,
+            "\nrewards       of {} iterations, of {}: what [stop] decides by",
+            rewards.len(),
+            tasks.join(", ")
+        )?;
+    }
+    writeln!(out, "\nstate\n{}", serde_json::to_string_pretty(&state)?)?;
     writeln!(out, "\nconfig\n{}", checkpoint.config_toml)?;
     writeln!(out, "tensors (offset, shape, name)")?;
     for entry in &checkpoint.layout {

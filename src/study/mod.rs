@@ -16,6 +16,7 @@ mod joint;
 mod page;
 mod paper;
 mod statistics;
+mod table_2;
 mod tables;
 
 pub use findings::{Finding, Verdict};

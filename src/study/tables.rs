@@ -4,18 +4,16 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use serde::Serialize;
-use tch::Device;
 
 use super::{
-    course::Course,
     figures::Figures,
     findings::Finding,
     joint,
     paper::{self, Kind},
     statistics::Interval,
-    Member, Plan,
+    table_2, Member, Plan,
 };
-use crate::{comm::Local, config::MethodConfig, evaluation::ModelResult, task::Task};
+use crate::{config::MethodConfig, evaluation::ModelResult};
 
 /// What a study found.
 #[derive(Clone, Debug, Serialize)]
@@ -84,7 +82,7 @@ impl Study {
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
         tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_compared)?);
         order_of_methods(&figures, &alone, &of_compared, &mut findings)?;
-        tables.push(time_and_generality(plan, &alone, &compared, &mut findings)?);
+        tables.push(table_2::time_and_generality(plan, &alone, &compared, &mut findings)?);
 
         let parity = figures.metrics(|_, reward| Kind::of(reward) == Kind::Parity);
         if !parity.is_empty() {
@@ -165,89 +163,4 @@ fn imagereward_of(higher: &Member, lower: &Member) -> String {
 pub(super) fn reward_kind(member: &Member, task: &str) -> Kind {
     let task = member.config.tasks.iter().find(|other| other.name == task).expect("a task of the run");
     Kind::of(&task.reward)
-}
-
-const TABLE_2: &str = "generalises to any reward: yes or no (Table 2)";
-
-/// Table 2, measured: time to converge, and which of the study's rewards a method can train on.
-fn time_and_generality(plan: &Plan, alone: &[&Member], reward: &str, findings: &mut Vec<Finding>) -> Result<Table> {
-    let share = plan.config.study.converged_at;
-    let tasks = &alone[0].config;
-    let mut differentiable = Vec::new();
-    for (i, task) in tasks.tasks.iter().enumerate() {
-        let mut built = Task::new(task, i, tasks.run.seed, Device::Cpu, &Local)?;
-        differentiable.push((task.name.as_str(), built.reward.differentiable().is_some()));
-    }
-    let (mut ours_converged, mut draft_converged) = (Vec::new(), Vec::new());
-    let mut rows = Vec::new();
-    for run in alone {
-        let courses = plan
-            .members
-            .iter()
-            .filter(|member| member.name == run.name)
-            .map(Course::read)
-            .collect::<Result<Vec<_>>>()?;
-        let each = |text: &dyn Fn(&Course) -> String| courses.iter().map(text).collect::<Vec<_>>().join(", ");
-        let converged = each(&|course| match course.convergence(reward, share) {
-            Some(_) if course.diverged(reward) == Some(true) => "diverged".to_string(),
-            Some((iterations, seconds)) => format!("{seconds:.0} s ({iterations} iterations)"),
-            None => "never rises".to_string(),
-        });
-        let method = &run.config.method;
-        if matches!(method, MethodConfig::Raft(_)) {
-            let diverged: Vec<bool> = courses.iter().filter_map(|course| course.diverged(reward)).collect();
-            let evidence = format!("{} of {} seeds", diverged.iter().filter(|d| **d).count(), courses.len());
-            findings.push(Finding::that("raft diverges".into(), "diverged (Table 2)".into(), evidence, &diverged));
-        }
-        if is_ours(run) {
-            ours_converged = courses.iter().map(|course| course.convergence(reward, share)).collect();
-        }
-        if matches!(method, MethodConfig::Draft(_)) {
-            draft_converged = courses.iter().map(|course| course.convergence(reward, share)).collect();
-        }
-        let can: Vec<&str> = differentiable
-            .iter()
-            .filter(|(_, differentiable)| *differentiable || !method.needs_gradient_of_reward())
-            .map(|(name, _)| *name)
-            .collect();
-        if method.needs_gradient_of_reward() {
-            let claim = format!("{} cannot train on every reward", run.name);
-            let evidence = format!("it needs a gradient; {} of {} rewards have one", can.len(), differentiable.len());
-            findings.push(Finding::that(claim, TABLE_2.into(), evidence, &[can.len() < differentiable.len()]));
-        } else if is_ours(run) {
-            let claim = "the paper's method trains on every reward".to_string();
-            let evidence = format!("{} of {}", can.len(), differentiable.len());
-            findings.push(Finding::that(claim, TABLE_2.into(), evidence, &[can.len() == differentiable.len()]));
-        }
-        rows.push(vec![
-            Cell::Text(run.name.clone()),
-            Cell::Text(converged),
-            Cell::Text(each(&|course| format!("{:.0} s", course.seconds))),
-            Cell::Text(each(&|course| course.samples.to_string())),
-            Cell::Text(if method.needs_gradient_of_reward() { "yes" } else { "no" }.to_string()),
-            Cell::Text(can.join(", ")),
-        ]);
-    }
-    let pairs: Vec<(u64, u64)> =
-        ours_converged.iter().zip(&draft_converged).filter_map(|(a, b)| Some((a.as_ref()?.0, b.as_ref()?.0))).collect();
-    if !draft_converged.is_empty() && !ours_converged.is_empty() {
-        let evidence =
-            pairs.iter().map(|(ours, draft)| format!("{ours} against {draft}")).collect::<Vec<_>>().join(", ");
-        let holds: Vec<bool> = pairs.iter().map(|(ours, draft)| ours < draft).collect();
-        let claim = "the paper's method converges in fewer iterations than draft".to_string();
-        let paper = "about 1,000 against about 4,000 (section 4.1)".to_string();
-        findings.push(Finding::that(claim, paper, format!("iterations by seed: {evidence}"), &holds));
-    }
-    let columns = ["method", "time to converge", "training", "samples drawn", "needs the reward's gradient", "rewards"];
-    Ok(Table {
-        title: "Table 2. Time to converge, and generality".to_string(),
-        note: format!(
-            "Measured on this machine, per seed; converged: {:.0} % of a run's largest gain in {reward} on the few held-out \
-             prompts that are evaluated in the course of training; diverged: more than half of it is gone again at the end. \
-             Evaluations are not counted.",
-            100.0 * share
-        ),
-        columns: columns.map(String::from).to_vec(),
-        rows,
-    })
 }

@@ -53,6 +53,11 @@ pub mod names {
     pub const EVALUATION_REWARD: &str = "evaluation_reward";
     /// Share of fine detail in those pictures (`image_statistics::high_frequency_share`), mean over pictures.
     pub const HIGH_FREQUENCY: &str = "high_frequency";
+    /// `[stop]`, where an iteration completes a window: the mean of the reward over the window, of each task and, without a
+    /// task's name, of their mean.
+    pub const WINDOW_MEAN: &str = "window_mean";
+    /// By how many standard errors the best of the newest windows is above the best of those before.
+    pub const WINDOW_RISE: &str = "window_rise";
     /// How different the pictures of a prompt are (`image_statistics::diversity`), mean over prompts.
     pub const DIVERSITY: &str = "diversity";
 

@@ -14,6 +14,7 @@
 mod atomic_file;
 mod axis;
 mod curves;
+mod ending;
 mod grid;
 mod metrics;
 pub(crate) mod number;
@@ -30,6 +31,7 @@ pub use atomic_file::{write_atomic, write_atomic_with};
 pub(crate) use axis::Axis;
 pub use curves::{draw_reward_curves, plot_series, RewardPanel, Series};
 pub(crate) use curves::{mean_window, running_mean};
+pub use ending::{Ending, FallBack, Reason};
 pub use grid::{before_after_sheet, image_grid, BeforeAfter, Column, GridRow};
 pub use metrics::{names, read_metrics, JsonlWriter, Metrics};
 pub(crate) use picture::{encode_png, picture_size};

@@ -7,6 +7,7 @@ use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::atomic_file::write_atomic;
+use super::ending::{Ending, FallBack};
 use super::number;
 
 /// A mean and its standard error. Numbers that are not finite are written as "NaN", "inf", "-inf".
@@ -63,7 +64,14 @@ impl TaskSummary {
 pub struct Summary {
     pub config_name: String,
     pub tasks: Vec<TaskSummary>,
+    /// Iterations done.
     pub iterations: u64,
+    /// Why it ended there; not in summaries of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ending>,
+    /// The tasks whose reward fell back from its best.
+    #[serde(default)]
+    pub diverged: Vec<FallBack>,
     pub world_size: usize,
     /// Training samples per second over the whole run, all ranks together.
     #[serde(with = "number")]
@@ -141,6 +149,8 @@ mod tests {
                 TaskSummary::paired("parity", &[-10.0, -11.0], &[-10.0, -11.0]).unwrap(),
             ],
             iterations: 24,
+            ended: Some(Ending::all_iterations(24)),
+            diverged: Vec::new(),
             world_size: 2,
             samples_per_second: 12.25,
             wall_seconds: 300.5,
@@ -178,6 +188,17 @@ mod tests {
         for key in ["samples_per_second", "ratio_drift", "iterations", "world_size", "wall_seconds"] {
             assert!(json[key].is_number(), "{key}");
         }
+
+        assert_eq!(json["ended"]["reason"], "iterations_done");
+        assert_eq!(json["diverged"], serde_json::json!([]));
+
+        // one of an earlier version
+        let mut earlier = json.clone();
+        for key in ["ended", "diverged"] {
+            earlier.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        let read: Summary = serde_json::from_value(earlier).unwrap();
+        assert_eq!((read.ended, read.diverged.len(), read.iterations), (None, 0, 24));
 
         summary.ratio_drift = f64::INFINITY;
         summary.write(&path).unwrap();

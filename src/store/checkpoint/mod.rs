@@ -36,6 +36,9 @@ pub use manifest::{Manifest, ShardEntry};
 pub use publish::{clear_leftovers, Keep};
 pub use save::{save, SaveReport, Saver};
 
+/// Key in `meta` of the rewards by which `[stop]` decides; a run without that table has none.
+pub const REWARDS: &str = "rewards";
+
 /// Version of the shard format.
 const FORMAT: &str = "rldiff checkpoint 2";
 
