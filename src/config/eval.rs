@@ -97,6 +97,16 @@ pub struct Metric {
     pub reward: RewardConfig,
 }
 
+impl EvalSet {
+    /// What it is, in a line.
+    pub fn summary(&self) -> String {
+        let count = if self.count == 0 { "all".to_string() } else { self.count.to_string() };
+        let of_training = if self.split == EvalSplit::Train { " that are trained on" } else { "" };
+        let metrics: Vec<&str> = self.metrics.iter().map(|metric| metric.name.as_str()).collect();
+        format!("{count} prompts{of_training}, {} pictures each: {}", self.images_per_prompt, metrics.join(", "))
+    }
+}
+
 /// Does this text configure an evaluation (and not a run)?
 pub fn is_evaluation(text: &str) -> bool {
     text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("eval"))

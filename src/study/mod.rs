@@ -13,6 +13,7 @@ mod course;
 mod figures;
 mod findings;
 mod joint;
+mod matching;
 mod page;
 mod paper;
 mod statistics;
@@ -60,6 +61,8 @@ pub struct Plan {
     pub out: PathBuf,
     pub members: Vec<Member>,
     pub evaluation: EvalConfig,
+    /// What its tables will lack of the paper's, a sentence each.
+    pub lacks: Vec<String>,
 }
 
 impl Plan {
@@ -86,13 +89,17 @@ impl Plan {
         }
         let mut evaluation = config.evaluation(quick)?;
         evaluation.models = vec![EvalModel { name: BASE.to_string(), path, lora: String::new() }];
+        evaluation.models.extend(config.models.iter().cloned());
         evaluation.models.extend(members.iter().map(|member| EvalModel {
             name: format!("{}-seed{}", member.name, member.seed),
             path: member.files.root().display().to_string(),
             lora: String::new(),
         }));
         evaluation.validate().context("the study's evaluation")?;
-        Ok(Plan { config, out, members, evaluation })
+        let mut plan = Plan { config, out, members, evaluation, lacks: Vec::new() };
+        matching::check(&plan)?;
+        plan.lacks = matching::lacks(&plan);
+        Ok(plan)
     }
 
     /// Whether the study may go to its folder: what is in the places of its runs and pages was written by runs and a study.
@@ -118,8 +125,8 @@ impl Plan {
             Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
                 .with_context(|| format!("run {}", member.name))?;
         }
-        let base = self.evaluation_of_base();
-        Evaluation::prepare(&base, comm, device, &evaluation_folder(&self.out)).context("the study's evaluation")?;
+        let before = self.evaluation_before_training();
+        Evaluation::prepare(&before, comm, device, &evaluation_folder(&self.out)).context("the study's evaluation")?;
         Ok(())
     }
 
@@ -128,10 +135,11 @@ impl Plan {
         self.members.iter().filter(|member| member.seed == self.config.study.seeds[0])
     }
 
-    /// The evaluation of what there is before any training: the others' models are as large and draw as many steps.
-    pub fn evaluation_of_base(&self) -> EvalConfig {
-        let base = self.evaluation.models[..1].to_vec();
-        EvalConfig { models: base, ..self.evaluation.clone() }
+    /// The evaluation of what there is before any training: the other models are as large as the first and draw as many
+    /// steps.
+    pub fn evaluation_before_training(&self) -> EvalConfig {
+        let there = self.evaluation.models[..1 + self.config.models.len()].to_vec();
+        EvalConfig { models: there, ..self.evaluation.clone() }
     }
 
     /// Trains what is not trained yet. A collective call.

@@ -108,7 +108,10 @@ fn curves(plan: &Plan) -> Result<String> {
 /// For each set its first prompts, a column for each run of the first seed.
 fn pictures(plan: &Plan, results: &[ModelResult]) -> Result<String> {
     let seed = plan.config.study.seeds[0];
-    let wanted = |name: &str| name == super::BASE || name.ends_with(&format!("-seed{seed}"));
+    let others = &plan.config.models;
+    let wanted = |name: &str| {
+        name == super::BASE || name.ends_with(&format!("-seed{seed}")) || others.iter().any(|model| model.name == name)
+    };
     let shown: Vec<_> = plan.evaluation.models.iter().zip(results).filter(|(model, _)| wanted(&model.name)).collect();
     let mut html = String::new();
     for set in &results[0].sets {
