@@ -96,7 +96,9 @@ pub fn check(path: &Path, with_files: bool) -> Result<Report> {
         if report.look_for(&before.needs()) && all_here {
             against_models(&plan, &mut report);
             report.keep(
-                Evaluation::prepare(&before, &Local, Device::Cpu, &out).context("the study's evaluation").map(drop),
+                Evaluation::prepare(&before, &Local, Device::Cpu, &out)
+                    .and_then(|evaluation| evaluation.hold_against(&plan.trained_on(), &Local))
+                    .context("the study's evaluation"),
             );
         }
     }

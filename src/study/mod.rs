@@ -32,7 +32,7 @@ use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::{Config, EvalConfig, EvalModel, StudyConfig},
-    evaluation::{Evaluation, ModelResult},
+    evaluation::{Evaluation, ModelResult, TrainedOn},
     folders::{
         can_take,
         outputs::{is_json_with, may_replace},
@@ -126,8 +126,14 @@ impl Plan {
                 .with_context(|| format!("run {}", member.name))?;
         }
         let before = self.evaluation_before_training();
-        Evaluation::prepare(&before, comm, device, &evaluation_folder(&self.out)).context("the study's evaluation")?;
-        Ok(())
+        Evaluation::prepare(&before, comm, device, &evaluation_folder(&self.out))
+            .and_then(|evaluation| evaluation.hold_against(&self.trained_on(), comm))
+            .context("the study's evaluation")
+    }
+
+    /// What its runs are trained on.
+    pub fn trained_on(&self) -> Vec<TrainedOn> {
+        self.of_first_seed().flat_map(|member| TrainedOn::of(&member.name, &member.config)).collect()
     }
 
     /// Every run of the study once.
