@@ -92,6 +92,7 @@ pub mod learner;
 pub mod memory;
 pub mod methods;
 pub mod miniature;
+pub mod model_origin;
 pub mod models;
 #[cfg(test)]
 mod mutations;

@@ -10,6 +10,26 @@ fn experiment(name: &str) -> Value {
     text.parse::<toml::Table>().unwrap().into()
 }
 
+/// The paper-size runs.
+const RUNS: [&str; 12] = [
+    "joint",
+    "parity",
+    "preference",
+    "composition",
+    "refl",
+    "reward_weighted",
+    "reward_weighted-parity",
+    "reward_weighted-composition",
+    "raft",
+    "raft-parity",
+    "raft-composition",
+    "draft",
+];
+
+fn names<'a>(config: &'a Value, of: &str) -> Vec<&'a str> {
+    config[of].as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect()
+}
+
 fn number(value: &Value) -> f64 {
     value.as_float().or_else(|| value.as_integer().map(|whole| whole as f64)).unwrap_or_else(|| panic!("{value}"))
 }
@@ -25,7 +45,11 @@ fn table_6() {
     for (name, learning_rate, batch, pretraining, steps) in [
         ("refl", 1e-5, 12, 12, 40),
         ("reward_weighted", 1e-5, 16, 16, 50),
+        ("reward_weighted-parity", 1e-5, 16, 16, 50),
+        ("reward_weighted-composition", 1e-5, 16, 16, 50),
         ("raft", 3e-6, 32, 32, 50),
+        ("raft-parity", 3e-6, 32, 32, 50),
+        ("raft-composition", 3e-6, 32, 32, 50),
         ("draft", 5e-5, 3, 0, 50),
         ("joint", 2e-6, 16, 16, 50),
         ("preference", 2e-6, 16, 16, 50),
@@ -55,8 +79,10 @@ fn table_6() {
     }
     assert_eq!(method("refl", "last_steps"), Value::Array(vec![1.into(), 10.into()]));
     assert_eq!(number(&method("refl", "scale")), 1e-3);
-    assert_eq!(number(&experiment("reward_weighted")["pretrain"]["weight"]), 0.5);
-    assert_eq!(number(&method("raft", "accept_one_in")), 24.0);
+    for of in ["", "-parity", "-composition"] {
+        assert_eq!(number(&experiment(&format!("reward_weighted{of}"))["pretrain"]["weight"]), 0.5, "{of}");
+        assert_eq!(number(&method(&format!("raft{of}"), "accept_one_in")), 24.0, "{of}");
+    }
     assert_eq!(number(&experiment("draft")["lora"]["rank"]), 32.0);
     assert_eq!(number(&method("draft", "truncation")), 1.0);
 }
@@ -101,16 +127,110 @@ fn trainings_end_where_they_have_converged() {
 /// Appendix A: pictures are compared with 50 steps and guidance 7.
 #[test]
 fn evaluations_draw_as_appendix_a_says() {
-    for name in ["eval-preference", "eval-parity", "eval-composition"] {
+    for name in ["eval-preference", "eval-parity", "eval-composition", "evaluation"] {
         let rollout = experiment(name)["rollout"].clone();
         assert_eq!((number(&rollout["steps"]), number(&rollout["guidance_scale"])), (50.0, 7.0), "{name}");
     }
 }
 
+/// A run of the paper's size has its own name, trains on what its name says, and has its batch script.
+#[test]
+fn every_run_is_what_its_name_says() {
+    for name in RUNS {
+        let config = experiment(name);
+        assert_eq!(config["run"]["name"].as_str(), Some(name));
+        let trained = tasks(&config).iter().filter(|task| task["train"].as_bool().unwrap());
+        let trained: Vec<&str> = trained.map(|task| task["name"].as_str().unwrap()).collect();
+        let (method, on) = match name.split_once('-') {
+            Some(both) => both,
+            None if ["preference", "parity", "composition"].contains(&name) => ("ours", name),
+            None if name == "joint" => ("ours", "all"),
+            None => (name, "preference"),
+        };
+        assert_eq!(config["method"]["name"].as_str(), Some(method), "{name}");
+        match on {
+            "all" => assert_eq!(trained.len(), 3, "{name}"),
+            on => assert_eq!(trained, [on], "{name}"),
+        }
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("slurm").join(format!("{name}.sh"));
+        let text = fs::read_to_string(&script).unwrap_or_else(|e| panic!("{}: {e}", script.display()));
+        assert!(
+            text.ends_with(&format!("\ntrain {name}\n")) && text.contains(&format!("--job-name={name}\n")),
+            "{name}"
+        );
+    }
+}
+
+/// Tables 1, 3, 4 and 5: their rows and columns, Table 5's 15 cells among them.
+#[test]
+fn every_cell_of_the_papers_tables_is_evaluated() {
+    for (file, rows, cells) in [
+        (
+            "eval-preference",
+            &["sd-1.5", "base", "refl", "raft", "draft", "reward_weighted", "preference"][..],
+            &[("diffusiondb", &["image_reward", "aesthetic"][..]), ("partiprompts", &["image_reward", "aesthetic"])][..],
+        ),
+        (
+            "eval-parity",
+            &["sd-1.5", "base", "raft-parity", "reward_weighted-parity", "parity"],
+            &[("occupations", &["parity"]), ("hrs", &["parity"])],
+        ),
+        (
+            "eval-composition",
+            &["sd-1.5", "base", "raft-composition", "reward_weighted-composition", "composition"],
+            &[("unseen", &["detection"]), ("seen", &["detection"])],
+        ),
+    ] {
+        let config = experiment(file);
+        let models = names(&config, "model");
+        for row in rows.iter().chain(&["preference", "composition", "parity", "joint"]) {
+            assert!(models.contains(row), "{file}: {row}");
+        }
+        assert_eq!(models[0], "base", "{file}");
+        for model in config["model"].as_array().unwrap().iter().skip(2) {
+            let name = model["name"].as_str().unwrap();
+            assert!(RUNS.contains(&name) && model["path"].as_str() == Some(&format!("runs/{name}")), "{file}: {model}");
+        }
+        for (set, metrics) in cells {
+            let all = config["set"].as_array().unwrap();
+            let own = all.iter().find(|entry| entry["name"].as_str() == Some(set)).unwrap();
+            assert_eq!(names(own, "metrics"), **metrics, "{file}: {set}");
+        }
+    }
+}
+
+/// `slurm/study.toml` has every row, and its evaluation the sets and rewards of the three for single tables.
+#[test]
+fn the_study_is_the_papers() {
+    let study = experiment("study");
+    let mut runs = names(&study, "run");
+    for run in study["run"].as_array().unwrap() {
+        let name = run["name"].as_str().unwrap();
+        assert_eq!(run["config"].as_str(), Some(format!("slurm/{name}.toml").as_str()));
+    }
+    let mut all = RUNS.to_vec();
+    (runs.sort_unstable(), all.sort_unstable());
+    assert_eq!(runs, all);
+    assert_eq!(names(&study, "model"), ["sd-1.5"]);
+    let evaluation = experiment("evaluation");
+    let renamed = |name: &str| match name {
+        "preference" => "image_reward".to_string(),
+        "composition" => "detection".to_string(),
+        name => name.to_string(),
+    };
+    let mut sets = evaluation["set"].as_array().unwrap().clone();
+    for metric in sets.iter_mut().flat_map(|set| set["metrics"].as_array_mut().unwrap()) {
+        metric["name"] = renamed(metric["name"].as_str().unwrap()).into();
+    }
+    let of_parts = ["eval-preference", "eval-parity", "eval-composition"].map(|name| experiment(name)["set"].clone());
+    let of_parts: Vec<Value> = of_parts.iter().flat_map(|sets| sets.as_array().unwrap().clone()).collect();
+    assert_eq!(sets, of_parts);
+}
+
 /// Section 4.2: parity trains on captions of people without words of ethnicity; the occupations are tests only.
 #[test]
 fn the_occupations_are_tests_only() {
-    for name in ["joint", "parity", "preference", "composition", "refl", "reward_weighted", "raft", "draft"] {
+    for name in RUNS {
         let config = experiment(name);
         for task in tasks(&config).iter().filter(|task| task["train"].as_bool().unwrap()) {
             let prompts = &task["prompts"];

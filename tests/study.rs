@@ -116,12 +116,24 @@ fn mistakes_are_found_before_any_work() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let whole = fs::read_to_string(root.join("slurm/miniature-study.toml")).unwrap();
     let config = folder.join("study.toml");
+    // an evaluation whose metrics have other names than the tasks
+    let other = folder.join("other.toml");
+    let evaluation = fs::read_to_string(root.join("slurm/miniature-evaluation.toml")).unwrap();
+    let renamed = evaluation.replace("{ name = \"composition\"", "{ name = \"detection\"");
+    fs::write(&other, renamed.replace("{ name = \"preference\"", "{ name = \"colour\"")).unwrap();
+    let other = other.display().to_string();
     for (from, to, wanted) in [
         ("seeds = [1, 2]", "seeds = []", "study.seeds"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "study.seeds names 1 twice"),
         ("slurm/miniature-raft.toml", "slurm/nowhere.toml", "run raft: cannot read config slurm/nowhere.toml"),
         ("name = \"raft\"", "name = \"refl\"", "two runs are named refl"),
         ("slurm/miniature-evaluation.toml", "slurm/miniature-joint.toml", "slurm/miniature-joint.toml"),
+        (
+            "slurm/miniature-evaluation.toml",
+            "OTHER",
+            "run composition trains on composition, and no metric of OTHER is named composition (they are colour, detection, \
+             parity): Table 4 and Table 5 would be empty",
+        ),
         ("evaluation.images=8", "evaluation.image=8", "unknown key image"),
         (
             "[\"method.timesteps=1\"]",
@@ -134,11 +146,12 @@ fn mistakes_are_found_before_any_work() {
             "run refl: task.preference.reward: random is not differentiable",
         ),
     ] {
-        fs::write(&config, whole.replacen(from, to, 1)).unwrap();
+        let (to, wanted) = (to.replace("OTHER", &other), wanted.replace("OTHER", &other));
+        fs::write(&config, whole.replacen(from, &to, 1)).unwrap();
         let done = run_within(study(1, &config, &folder.join("out")), LIMIT);
         assert_eq!(done.status.code(), Some(2), "{to}: {}", done.stderr);
         assert_eq!(done.stderr.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{}", done.stderr);
-        assert!(done.stderr.contains(wanted), "{to}: {}", done.stderr);
+        assert!(done.stderr.contains(&wanted), "{to}: {}", done.stderr);
         assert!(!folder.join("out").exists(), "{to} wrote something");
     }
 }

@@ -95,11 +95,7 @@ pub fn check(path: &std::path::Path, overrides: &[String], with_files: bool) -> 
         report.line(&format!("model {}", model.name), &model.path);
     }
     for set in &config.sets {
-        let metrics: Vec<&str> = set.metrics.iter().map(|metric| metric.name.as_str()).collect();
-        let count = if set.count == 0 { "all".to_string() } else { set.count.to_string() };
-        let images = set.images_per_prompt;
-        let value = format!("{count} prompts, {images} pictures each: {}", metrics.join(", "));
-        report.line(&format!("set {}", set.name), value);
+        report.line(&format!("set {}", set.name), set.summary());
     }
     Ok(report)
 }

@@ -117,7 +117,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 }
 
 fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
-    let drawing = args.drawing.drawing();
+    let models: Vec<&str> = args.models.iter().map(String::as_str).collect();
+    let drawing = args.drawing.drawing(&models, comm).or_mistake()?;
     // tried without the models first: that costs nothing
     let [of_pairs, of_groups] = asked(args, comm).or_mistake()?;
     let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, digests);

@@ -19,6 +19,7 @@ mod drawing_args;
 mod encode;
 mod eval;
 mod export;
+mod family;
 mod human_eval;
 mod inspect;
 mod numbers;

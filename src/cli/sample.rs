@@ -65,12 +65,12 @@ struct Drawn {
 }
 
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
-    let drawing = args.drawing.drawing();
     let prompts = prompts(&args).or_mistake()?;
     let check = || can_be_folder(&args.out).and_then(|()| earlier(&args.out).map(drop));
     let _lock = FolderLock::hold(comm, &args.out, "sample", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
+    let drawing = args.drawing.drawing(&[&args.model], comm).or_mistake()?;
     let adapter = args.lora.as_deref().map(|path| (path, args.lora_scale));
     let pipeline = load_with_adapter(&args.model, adapter, comm, device).or_mistake()?;
     let painter = Painter::new(&pipeline, &args.model, &drawing).or_mistake()?;

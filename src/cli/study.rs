@@ -41,6 +41,9 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     faults::install(comm.rank()).or_mistake()?;
     let plan = plan(&args, comm).or_mistake()?;
     let _lock = FolderLock::hold(comm, &plan.out, "study", || plan.check_place()).or_mistake()?;
+    if comm.rank() == 0 {
+        plan.lacks.iter().for_each(|lack| log::warn!("{lack}"));
+    }
     let device = args.device.choose(comm).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
@@ -83,17 +86,19 @@ pub fn check(path: &Path, with_files: bool) -> Result<Report> {
     let plan = Plan::new(config, out.clone(), false)?;
     Plan::new(plan.config.clone(), out.clone(), true)?;
     let mut report = Report::new(&plan.config.study.name, with_files);
-    let base = plan.evaluation_of_base();
+    let before = plan.evaluation_before_training();
     if with_files {
         let all_here = plan.of_first_seed().fold(true, |here, member| {
             let of_run = |need: Need| need.of(&format!("run {}", member.name));
             let needs: Vec<Need> = member.config.needs().into_iter().map(of_run).collect();
             report.look_for(&needs) && here
         });
-        if report.look_for(&base.needs()) && all_here {
+        if report.look_for(&before.needs()) && all_here {
             against_models(&plan, &mut report);
             report.keep(
-                Evaluation::prepare(&base, &Local, Device::Cpu, &out).context("the study's evaluation").map(drop),
+                Evaluation::prepare(&before, &Local, Device::Cpu, &out)
+                    .and_then(|evaluation| evaluation.hold_against(&plan.trained_on(), &Local))
+                    .context("the study's evaluation"),
             );
         }
     }
@@ -106,10 +111,13 @@ pub fn check(path: &Path, with_files: bool) -> Result<Report> {
             format!("seed {}, {method} on {}, {at_most}{iterations} iterations", member.seed, trained.join(", "));
         report.line(&format!("run {}", member.name), value);
     }
-    for set in &plan.evaluation.sets {
-        let value = format!("{} prompts, {} pictures each", set.count, set.images_per_prompt);
-        report.line(&format!("set {}", set.name), value);
+    for model in &plan.config.models {
+        report.line(&format!("model {}", model.name), &model.path);
     }
+    for set in &plan.evaluation.sets {
+        report.line(&format!("set {}", set.name), set.summary());
+    }
+    plan.lacks.iter().for_each(|lack| report.line("tables", lack));
     Ok(report)
 }
 

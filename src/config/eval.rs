@@ -80,12 +80,32 @@ pub enum EvalSplit {
     All,
 }
 
+/// What becomes of a set with prompts that one of the models was trained on; a set with `split = "train"` is meant to have
+/// them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// An error: it would be no test.
+    #[default]
+    Refuse,
+    /// A warning that names three of them.
+    Warn,
+}
+
+impl Overlap {
+    fn is_refused(&self) -> bool {
+        *self == Overlap::Refuse
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvalSet {
     pub name: String,
     pub prompts: PromptConfig,
     pub split: EvalSplit,
+    #[serde(default, skip_serializing_if = "Overlap::is_refused")]
+    pub overlap: Overlap,
     /// How many prompts, in a seeded order; 0 for all.
     pub count: usize,
     pub images_per_prompt: usize,
@@ -97,6 +117,16 @@ pub struct EvalSet {
 pub struct Metric {
     pub name: String,
     pub reward: RewardConfig,
+}
+
+impl EvalSet {
+    /// What it is, in a line.
+    pub fn summary(&self) -> String {
+        let count = if self.count == 0 { "all".to_string() } else { self.count.to_string() };
+        let of_training = if self.split == EvalSplit::Train { " that are trained on" } else { "" };
+        let metrics: Vec<&str> = self.metrics.iter().map(|metric| metric.name.as_str()).collect();
+        format!("{count} prompts{of_training}, {} pictures each: {}", self.images_per_prompt, metrics.join(", "))
+    }
 }
 
 /// Does this text configure an evaluation (and not a run)?
@@ -122,6 +152,8 @@ impl EvalConfig {
                 name: task.name.clone(),
                 prompts: task.prompts.clone(),
                 split: EvalSplit::Evaluation,
+                // a run may hold no prompt out, and has no key to say what then
+                overlap: Overlap::Warn,
                 count: task.evaluation_samples / task.evaluation_images_per_prompt,
                 images_per_prompt: task.evaluation_images_per_prompt,
                 metrics: vec![Metric { name: task.reward.name()?, reward: task.reward.clone() }],

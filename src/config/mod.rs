@@ -25,7 +25,7 @@ use crate::{
     },
 };
 
-pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric};
+pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric, Overlap};
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{

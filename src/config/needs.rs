@@ -132,7 +132,7 @@ impl EvalSet {
 
 impl PromptConfig {
     /// `of`: the key of what they are the prompts of.
-    fn needs(&self, of: &str) -> Vec<Need> {
+    pub fn needs(&self, of: &str) -> Vec<Need> {
         let needs = Needs::of(format!("{of}.prompts"));
         match self {
             PromptConfig::MiniatureCompositions {}

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     bounds,
     load::{self, read_toml},
-    Config, EvalConfig,
+    Config, EvalConfig, EvalModel,
 };
 use crate::{convergence::Criterion, folders::check_name};
 
@@ -22,6 +22,9 @@ pub struct StudyConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saturation: Option<SaturationConfig>,
     pub quick: QuickSettings,
+    /// Models that no run makes, rows of Tables 1, 3 and 4 beside the base model.
+    #[serde(rename = "model", default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<EvalModel>,
     #[serde(rename = "run", default)]
     pub runs: Vec<StudyRun>,
 }
@@ -112,6 +115,11 @@ impl StudyConfig {
             ensure!(!name.is_empty() && name.chars().all(plain), "run name {name:?}: letters, digits, - and _ only");
             ensure!(name != "base", "no run may be named base: that is the model before training");
             ensure!(self.runs[..i].iter().all(|r| r.name != *name), "two runs are named {name}");
+        }
+        for model in &self.models {
+            let name = &model.name;
+            ensure!(name != "base", "no [[model]] may be named base: that is the model before training");
+            ensure!(self.runs.iter().all(|run| run.name != *name), "a model and a run are named {name}");
         }
         Ok(())
     }

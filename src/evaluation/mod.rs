@@ -12,11 +12,13 @@
 //! taken where it was made by the same weights (SHA-256), prompts, metrics, noise and steps.
 
 mod model;
+mod overlap;
 mod results;
 mod set;
 
-pub use results::{figure, to_json, to_markdown, Figure, ModelResult, SetResult, Values};
-pub use set::{draw_prompts, picture_file};
+pub use overlap::TrainedOn;
+pub use results::{figure, read_group, to_json, to_markdown, Figure, ModelResult, SetResult, Values};
+pub use set::draw_prompts;
 
 use std::path::Path;
 
@@ -55,6 +57,8 @@ impl<'a> Evaluation<'a> {
         all_made(comm, ensure_here(&config.needs()))?;
         let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
         let mut sets = sets.collect::<Result<Vec<_>>>()?;
+        let trained_on = if comm.rank() == 0 { overlap::of_models(&config.models) } else { Vec::new() };
+        overlap::check(&sets, &trained_on, comm)?;
         for model in &config.models {
             let mut try_out = || {
                 let size = model::try_out(model, &config.rollout)?;
@@ -64,6 +68,14 @@ impl<'a> Evaluation<'a> {
             agree(comm, tried).with_context(|| format!("model {}", model.name))?;
         }
         Ok(Evaluation { config, sets, _lock: lock })
+    }
+
+    /// Whether its test prompts are others than those that models are trained on; rank 0's list counts. A collective call.
+    ///
+    /// # Errors
+    /// Names three prompts that are not.
+    pub fn hold_against(&self, trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
+        overlap::check(&self.sets, trained_on, comm)
     }
 
     /// Evaluates what is missing, and gives all results, the same on every rank. A collective call.

@@ -13,7 +13,7 @@ use crate::{
         can_be_folder, can_take,
         outputs::{is_json_with, is_own_png, may_replace, png_has},
     },
-    telemetry::{image_grid, number, read_png, save_png, write_atomic, Estimate, GridRow},
+    telemetry::{image_grid, mosaic, number, read_png, save_png, write_atomic, Estimate, GridRow, Picture},
 };
 
 /// Values that may be no numbers: JSON gets them as text.
@@ -42,6 +42,9 @@ pub struct SetResult {
     pub key: Value,
     pub prompts: Vec<String>,
     pub images_per_prompt: usize,
+    /// Its prompts are those that are trained on, as its settings say.
+    #[serde(default)]
+    pub of_training: bool,
     /// By metric: one value per picture, prompt after prompt.
     pub metrics: BTreeMap<String, Values>,
     /// By `<metric>/<diagnostic>`: one per picture, or one per prompt.
@@ -61,6 +64,12 @@ impl SetResult {
             .chunks(self.images_per_prompt)
             .map(|of_prompt| of_prompt.iter().sum::<f64>() / of_prompt.len() as f64)
             .collect()
+    }
+
+    /// Whether a metric is the parity reward, which is minus the statistical parity SP that tables show (Eq. 12).
+    fn is_parity(&self, metric: &str) -> bool {
+        let metrics = self.key["metrics"].as_array().into_iter().flatten();
+        metrics.filter(|own| own["name"] == metric).any(|own| own["reward"]["name"] == "parity")
     }
 }
 
@@ -110,7 +119,7 @@ pub fn to_json(results: &[ModelResult]) -> Value {
                 })
             });
             json!({
-                "set": set.set, "images_per_prompt": set.images_per_prompt, "metrics": metrics.collect::<Vec<_>>(),
+                "set": set.set, "images_per_prompt": set.images_per_prompt, "of_training": set.of_training, "metrics": metrics.collect::<Vec<_>>(),
                 "high_frequency": Estimate::of(&set.high_frequency.0), "diversity": Estimate::of(&set.diversity.0),
             })
         });
@@ -125,17 +134,25 @@ pub fn to_markdown(results: &[ModelResult]) -> String {
     let Some(first) = results.first() else { return text };
     for set in &first.sets {
         let pictures = set.images_per_prompt;
-        let _ = writeln!(text, "## {}: {} prompts, {pictures} each\n", set.set, set.prompts.len());
+        let of_training = if set.of_training { ", of those that are trained on" } else { "" };
+        let _ = writeln!(text, "## {}: {} prompts, {pictures} each{of_training}\n", set.set, set.prompts.len());
         let metrics: Vec<&String> = set.metrics.keys().collect();
-        let head: String = metrics.iter().map(|m| format!(" {m} | to the first |")).collect();
+        let column = |metric: &String| match set.is_parity(metric) {
+            true => format!(" {metric}: SP, lower is better | to the first |"),
+            false => format!(" {metric} | to the first |"),
+        };
+        let head: String = metrics.iter().map(|metric| column(metric)).collect();
         let _ = writeln!(text, "| model |{head} fine detail | diversity |");
         let _ = writeln!(text, "|---|{}---|---|", "---|---|".repeat(metrics.len()));
         for (i, model) in results.iter().enumerate() {
             let Some(of_model) = model.set(&set.set) else { continue };
             let mut row = format!("| {} |", model.model);
             for metric in &metrics {
-                let first = set.units(metric);
-                let f = figure(&of_model.units(metric), (i > 0).then_some(&first));
+                // the paper prints SP, the reward is minus it
+                let sign = if set.is_parity(metric) { -1.0 } else { 1.0 };
+                let units = |of: &SetResult| of.units(metric).into_iter().map(|unit| sign * unit).collect::<Vec<_>>();
+                let first = units(set);
+                let f = figure(&units(of_model), (i > 0).then_some(&first));
                 let left_out = if f.bad > 0 { format!(" ({} prompts left out)", f.bad) } else { String::new() };
                 let _ = write!(row, " {:.4} ± {:.4}{left_out} |", f.mean.mean, f.mean.stderr);
                 match f.difference {
@@ -201,6 +218,13 @@ fn check_pictures(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// All pictures of a prompt as one, from the folder of a set: a group is seen at a glance.
+pub fn read_group(folder: &Path, prompt: usize, images_per_prompt: usize) -> Result<Picture> {
+    let samples = (0..images_per_prompt).map(|image| prompt * images_per_prompt + image);
+    let pictures = samples.map(|sample| Ok(read_png(&picture_file(folder, sample, images_per_prompt))?.0));
+    mosaic(&pictures.collect::<Result<Vec<_>>>()?)
+}
+
 /// The files of rank 0: figures, tables, sheets.
 pub fn write(config: &EvalConfig, out: &Path, results: &[ModelResult]) -> Result<()> {
     let mut json = serde_json::to_vec_pretty(&to_json(results))?;
@@ -215,13 +239,15 @@ pub fn write(config: &EvalConfig, out: &Path, results: &[ModelResult]) -> Result
         let rows = (0..shown).map(|prompt| {
             let pictures = config.models.iter().map(|model| {
                 let folder = out.join(model.folder()).join(&set.set);
-                Ok(read_png(&picture_file(&folder, prompt * set.images_per_prompt, set.images_per_prompt))?.0)
+                read_group(&folder, prompt, set.images_per_prompt)
             });
             Ok(GridRow { caption: set.prompts[prompt].clone(), pictures: pictures.collect::<Result<_>>()? })
         });
         let rows: Vec<GridRow> = rows.collect::<Result<_>>()?;
         if !rows.is_empty() {
-            let title = format!("{}, the same noise: {}", set.set, names.join(", "));
+            let each = set.images_per_prompt;
+            let groups = if each > 1 { format!(", {each} pictures of each prompt") } else { String::new() };
+            let title = format!("{}{groups}, the same noise: {}", set.set, names.join(", "));
             save_png(&out.join(format!("{}.png", set.set)), &image_grid(&title, &rows)?, &mark)?;
         }
     }
@@ -238,6 +264,7 @@ mod tests {
             key: json!({}),
             prompts: vec!["a".into(), "b".into(), "c".into()],
             images_per_prompt: 2,
+            of_training: false,
             metrics: BTreeMap::from([("m".to_string(), Values(values.to_vec()))]),
             diagnostics: BTreeMap::new(),
             high_frequency: Values(vec![0.5; 6]),
@@ -262,6 +289,18 @@ mod tests {
             markdown.contains("| tuned | 3.7500 ± 0.7500 (1 prompts left out) | +0.7500 ± 0.2500 | 0.5000 | 0.2500 |"),
             "{markdown}"
         );
+        // what a parity reward gives is printed as the paper's SP
+        let parity = |mut model: ModelResult| {
+            let set = &mut model.sets[0];
+            set.key = json!({"metrics": [{"name": "m", "reward": {"name": "parity"}}]});
+            set.of_training = true;
+            set.metrics.get_mut("m").unwrap().0.iter_mut().for_each(|value| *value = -*value);
+            model
+        };
+        let printed = to_markdown(&[parity(base.clone()), parity(tuned.clone())]);
+        assert!(printed.starts_with("## s: 3 prompts, 2 each, of those that are trained on\n"), "{printed}");
+        assert!(printed.contains("| model | m: SP, lower is better | to the first |"), "{printed}");
+        assert!(printed.contains("| tuned | 3.7500 ± 0.7500 (1 prompts left out) | +0.7500 ± 0.2500 |"), "{printed}");
         let back: ModelResult = serde_json::from_str(&serde_json::to_string(&tuned).unwrap()).unwrap();
         assert!(back.sets[0].metrics["m"].0[4].is_nan());
         let json = to_json(&[base, tuned]);

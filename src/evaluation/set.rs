@@ -37,6 +37,8 @@ use crate::{
 /// Prompts of a set.
 pub struct DrawnPrompts {
     pub prompts: Vec<Prompt>,
+    /// The split that they are of.
+    split: Split,
     /// Every object that the set's source names.
     objects: Vec<String>,
 }
@@ -64,7 +66,7 @@ pub fn draw_prompts(config: &EvalSet, index: u8, seed: u64, comm: &dyn Communica
         "set {name}: count = {count}, there are {there} prompts"
     );
     let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
-    Ok(DrawnPrompts { prompts, objects: source.objects() })
+    Ok(DrawnPrompts { prompts, split, objects: source.objects() })
 }
 
 /// A prompt set with its metrics, ready for any model.
@@ -72,6 +74,8 @@ pub struct Set {
     pub config: EvalSet,
     index: u8,
     pub prompts: Vec<Prompt>,
+    /// The split of their source that they are of.
+    pub split: Split,
     metrics: Vec<(String, Box<dyn Reward>)>,
 }
 
@@ -102,7 +106,7 @@ impl Set {
             Ok((metric.name.clone(), reward))
         });
         let metrics = all_made(comm, metrics.collect::<Result<Vec<_>>>())?;
-        Ok(Set { config: config.clone(), index, prompts: drawn.prompts, metrics })
+        Ok(Set { config: config.clone(), index, prompts: drawn.prompts, split: drawn.split, metrics })
     }
 
     /// # Errors
@@ -113,6 +117,11 @@ impl Set {
             reward.check_size(height, width).with_context(|| format!("set {name}: metric {metric}"))
         };
         self.metrics.iter_mut().try_for_each(check)
+    }
+
+    /// Whether its prompts are those that are trained on, as its settings say.
+    pub fn is_of_training(&self) -> bool {
+        self.config.split == EvalSplit::Train
     }
 
     fn samples(&self) -> usize {
@@ -218,7 +227,8 @@ fn share(comm: &dyn Communicator, mine: Option<Option<SetResult>>) -> Result<Opt
 /// A result that was made the same way and has its pictures.
 fn finished(file: &Path, key: &Value, config: &EvalConfig, set: &Set, folder: &Path) -> Option<SetResult> {
     let found: SetResult = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
-    (found.key == *key && pictures_are_there(config, set, folder, 0, set.samples())).then_some(found)
+    let is_it = found.key == *key && pictures_are_there(config, set, folder, 0, set.samples());
+    is_it.then_some(SetResult { of_training: set.is_of_training(), ..found })
 }
 
 fn found(
@@ -304,6 +314,7 @@ fn put_together(set: &Set, parts: Vec<Part>, key: Value) -> SetResult {
         key,
         prompts: set.prompts.iter().map(|prompt| prompt.text.clone()).collect(),
         images_per_prompt: per_prompt,
+        of_training: set.is_of_training(),
         metrics: BTreeMap::new(),
         diagnostics: BTreeMap::new(),
         high_frequency: Values::default(),

@@ -1,16 +1,22 @@
 //! Prompts that come as a list: different texts, kept in one piece of memory, with a seeded held-out part. The objects that a
 //! prompt names stand behind its text, each behind a [`SEPARATOR`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use anyhow::{ensure, Result};
 
 use super::{shared_texts::Store, Prompt, PromptSource, Split};
-use crate::random::{Coordinates, Purpose};
+use crate::{
+    excerpt::quoted,
+    random::{Coordinates, Purpose},
+};
 
 /// ASCII's unit separator, between a prompt's text and the objects that it names.
 pub const SEPARATOR: char = '\u{1f}';
+
+/// Characters of a prompt in an error.
+const SHOWN: usize = 80;
 
 /// Different texts in the order in which they came. A text costs its own bytes and about 16 more, so that millions of
 /// prompts fit: 1.5 M prompts of 100 bytes take about 180 MB.
@@ -134,7 +140,33 @@ impl Listed {
         let chosen = Coordinates::new(split_seed, Purpose::Split).stream().choose(texts.len(), held_out);
         chosen.into_iter().for_each(|i| kept[i] = true);
         let part = |wanted: bool| (0..texts.len() as u32).filter(|&i| kept[i as usize] == wanted).collect();
-        Ok(Listed { trained: part(false), held_out: part(true), texts })
+        let listed = Listed { trained: part(false), held_out: part(true), texts };
+        listed.check_parts()?;
+        Ok(listed)
+    }
+
+    /// # Errors
+    /// A text in both parts, as one that comes with several lists of objects may be.
+    fn check_parts(&self) -> Result<()> {
+        let text = |&index: &u32| {
+            let entry = self.texts.get(index as usize);
+            entry.split_once(SEPARATOR).map_or(entry, |(text, _)| text)
+        };
+        // texts without objects are different ones
+        if !self.held_out.iter().any(|&index| self.texts.get(index as usize).contains(SEPARATOR)) {
+            return Ok(());
+        }
+        let trained: HashSet<&str> = self.trained.iter().map(text).collect();
+        let both: Vec<&str> = self.held_out.iter().map(text).filter(|text| trained.contains(text)).collect();
+        let shown: Vec<String> = both.iter().take(3).map(|text| quoted(text, SHOWN)).collect();
+        ensure!(
+            both.is_empty(),
+            "{} of the {} held-out prompts are among those to train on too, with other objects: {}",
+            both.len(),
+            self.held_out.len(),
+            shown.join(", ")
+        );
+        Ok(())
     }
 
     fn part(&self, split: Split) -> &[u32] {
@@ -200,6 +232,23 @@ mod tests {
         let of =
             |objects: &[&str]| Prompt { text: "a b".into(), objects: objects.iter().map(|o| o.to_string()).collect() };
         assert_eq!(prompts, [of(&[]), of(&["c d"])]);
+    }
+
+    /// The same text with other objects is another entry, and may not be trained on where it is held out.
+    #[test]
+    fn a_text_is_in_one_part() {
+        let build = |held_out| {
+            let mut texts = Texts::default();
+            for i in 0..40 {
+                let objects = vec![format!("object {}", i % 2)];
+                texts.insert_prompt(&Prompt { text: format!("text {}", i / 2), objects }).unwrap();
+            }
+            Listed::new(Store::Own(texts), held_out, 1)
+        };
+        let error = build(10).unwrap_err().to_string();
+        assert!(error.contains("of the 10 held-out prompts are among those to train on too"), "{error}");
+        assert_eq!(error.matches("text ").count(), 3, "{error}");
+        assert_eq!(build(0).unwrap().len(Split::Train), 40);
     }
 
     #[test]

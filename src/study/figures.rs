@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::{
     paper::Kind,
     statistics::{BySeed, Interval, Resampling},
-    tables::{Cell, Table},
+    tables::{trained, Cell, Table},
     Plan, BASE,
 };
 use crate::{config::RewardConfig, evaluation::ModelResult};
@@ -17,11 +17,15 @@ pub struct Figures<'a> {
 }
 
 impl Figures<'_> {
-    /// A value per prompt of each seed; the base model has one seed.
+    fn is_run(&self, name: &str) -> bool {
+        self.plan.members.iter().any(|member| member.name == name)
+    }
+
+    /// A value per prompt of each seed; models that no run made have one seed.
     fn values(&self, run: &str, set: &str, metric: &str) -> Result<BySeed> {
-        let names = match run {
-            BASE => vec![BASE.to_string()],
-            run => self.plan.config.study.seeds.iter().map(|seed| format!("{run}-seed{seed}")).collect(),
+        let names = match self.is_run(run) {
+            false => vec![run.to_string()],
+            true => self.plan.config.study.seeds.iter().map(|seed| format!("{run}-seed{seed}")).collect(),
         };
         let of = |name: &String| {
             let model = self.results.iter().find(|model| model.model == *name);
@@ -105,9 +109,9 @@ impl Figures<'_> {
             .collect()
     }
 
-    /// Value and gain over the base model on each of `metrics`, a row for each of `runs` and the base model.
+    /// Value and gain over the base model on each of `metrics`, a row for each of `runs` and of the models that no run made.
     pub fn comparison(&self, title: &str, note: &str, runs: &[&str], metrics: &[(String, String)]) -> Result<Table> {
-        let mut columns = vec!["model".to_string()];
+        let mut columns = vec!["model".to_string(), "trained on".to_string()];
         for (set, metric) in metrics {
             columns.extend(match self.kind(set, metric) {
                 Kind::Parity => [format!("SP on {set} (lower is better)"), "change".to_string()],
@@ -115,12 +119,15 @@ impl Figures<'_> {
             });
         }
         let mut rows = Vec::new();
-        for run in [BASE].iter().chain(runs) {
-            let mut row = vec![Cell::Text(run.to_string())];
+        let others = self.plan.config.models.iter().map(|model| model.name.as_str());
+        for run in [BASE].into_iter().chain(others).chain(runs.iter().copied()) {
+            let member = self.plan.members.iter().find(|member| member.name == run);
+            let trained_on = member.map_or(String::new(), |member| trained(member).join(", "));
+            let mut row = vec![Cell::Text(run.to_string()), Cell::Text(trained_on)];
             for (set, metric) in metrics {
                 let set = std::slice::from_ref(set);
                 row.push(Cell::Value(self.value(run, set, metric)?));
-                row.push(match *run {
+                row.push(match run {
                     BASE => Cell::Text(String::new()),
                     run => Cell::Gain(self.change(run, set, metric)?),
                 });

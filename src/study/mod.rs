@@ -13,6 +13,7 @@ mod course;
 mod figures;
 mod findings;
 mod joint;
+mod matching;
 mod page;
 mod paper;
 mod statistics;
@@ -32,7 +33,7 @@ use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
     config::{Config, EvalConfig, EvalModel, StudyConfig},
-    evaluation::{Evaluation, ModelResult},
+    evaluation::{Evaluation, ModelResult, TrainedOn},
     folders::{
         can_take,
         outputs::{is_json_with, may_replace},
@@ -61,6 +62,8 @@ pub struct Plan {
     pub out: PathBuf,
     pub members: Vec<Member>,
     pub evaluation: EvalConfig,
+    /// What its tables will lack of the paper's, a sentence each.
+    pub lacks: Vec<String>,
 }
 
 impl Plan {
@@ -87,13 +90,17 @@ impl Plan {
         }
         let mut evaluation = config.evaluation(quick)?;
         evaluation.models = vec![EvalModel { name: BASE.to_string(), path, lora: String::new() }];
+        evaluation.models.extend(config.models.iter().cloned());
         evaluation.models.extend(members.iter().map(|member| EvalModel {
             name: format!("{}-seed{}", member.name, member.seed),
             path: member.files.root().display().to_string(),
             lora: String::new(),
         }));
         evaluation.validate().context("the study's evaluation")?;
-        Ok(Plan { config, out, members, evaluation })
+        let mut plan = Plan { config, out, members, evaluation, lacks: Vec::new() };
+        matching::check(&plan)?;
+        plan.lacks = matching::lacks(&plan);
+        Ok(plan)
     }
 
     /// Whether the study may go to its folder: what is in the places of its runs and pages was written by runs and a study.
@@ -119,9 +126,15 @@ impl Plan {
             Run::prepare(&member.config, comm, device, member.files.clone(), &Resume::Auto)
                 .with_context(|| format!("run {}", member.name))?;
         }
-        let base = self.evaluation_of_base();
-        Evaluation::prepare(&base, comm, device, &evaluation_folder(&self.out)).context("the study's evaluation")?;
-        Ok(())
+        let before = self.evaluation_before_training();
+        Evaluation::prepare(&before, comm, device, &evaluation_folder(&self.out))
+            .and_then(|evaluation| evaluation.hold_against(&self.trained_on(), comm))
+            .context("the study's evaluation")
+    }
+
+    /// What its runs are trained on.
+    pub fn trained_on(&self) -> Vec<TrainedOn> {
+        self.of_first_seed().flat_map(|member| TrainedOn::of(&member.name, &member.config)).collect()
     }
 
     /// Every run of the study once.
@@ -129,10 +142,11 @@ impl Plan {
         self.members.iter().filter(|member| member.seed == self.config.study.seeds[0])
     }
 
-    /// The evaluation of what there is before any training: the others' models are as large and draw as many steps.
-    pub fn evaluation_of_base(&self) -> EvalConfig {
-        let base = self.evaluation.models[..1].to_vec();
-        EvalConfig { models: base, ..self.evaluation.clone() }
+    /// The evaluation of what there is before any training: the other models are as large as the first and draw as many
+    /// steps.
+    pub fn evaluation_before_training(&self) -> EvalConfig {
+        let there = self.evaluation.models[..1 + self.config.models.len()].to_vec();
+        EvalConfig { models: there, ..self.evaluation.clone() }
     }
 
     /// Trains what is not trained yet. A collective call.

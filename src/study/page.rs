@@ -4,14 +4,14 @@ use anyhow::Result;
 
 use super::{course::Course, evaluation_folder, findings::Verdict, tables::Cell, Member, Plan, Study};
 use crate::{
-    evaluation::{picture_file, ModelResult},
+    evaluation::{read_group, ModelResult},
     report::{
         document,
         html::{escape, image, table},
         svg::{chart, Line, Look},
         Section,
     },
-    telemetry::{names, read_png},
+    telemetry::names,
 };
 
 pub fn page(plan: &Plan, study: &Study, results: &[ModelResult]) -> Result<String> {
@@ -105,10 +105,13 @@ fn curves(plan: &Plan) -> Result<String> {
     ))
 }
 
-/// For each set its first prompts, a column for each run of the first seed.
+/// For each set its first prompts with all their pictures, a column for each run of the first seed.
 fn pictures(plan: &Plan, results: &[ModelResult]) -> Result<String> {
     let seed = plan.config.study.seeds[0];
-    let wanted = |name: &str| name == super::BASE || name.ends_with(&format!("-seed{seed}"));
+    let others = &plan.config.models;
+    let wanted = |name: &str| {
+        name == super::BASE || name.ends_with(&format!("-seed{seed}")) || others.iter().any(|model| model.name == name)
+    };
     let shown: Vec<_> = plan.evaluation.models.iter().zip(results).filter(|(model, _)| wanted(&model.name)).collect();
     let mut html = String::new();
     for set in &results[0].sets {
@@ -119,8 +122,8 @@ fn pictures(plan: &Plan, results: &[ModelResult]) -> Result<String> {
             let mut row = vec![escape(&set.prompts[prompt])];
             for (model, _) in &shown {
                 let folder = evaluation_folder(&plan.out).join(model.folder()).join(&set.set);
-                let file = picture_file(&folder, prompt * set.images_per_prompt, set.images_per_prompt);
-                row.push(image(&read_png(&file)?.0, &format!("{}: {}", model.name, set.prompts[prompt]))?);
+                let group = read_group(&folder, prompt, set.images_per_prompt)?;
+                row.push(image(&group, &format!("{}: {}", model.name, set.prompts[prompt]))?);
             }
             rows.push(row);
         }

@@ -31,6 +31,15 @@ impl Kind {
         }
     }
 
+    /// What it is called where a user has mistaken it for another.
+    pub fn words(self) -> &'static str {
+        match self {
+            Kind::Preference => "a preference",
+            Kind::Composition => "an object composition",
+            Kind::Parity => "a parity",
+        }
+    }
+
     fn metric(self) -> &'static str {
         match self {
             Kind::Preference => "ImageReward",
@@ -107,6 +116,28 @@ pub fn image_reward(method: &str) -> Option<[f64; 2]> {
         "reward_weighted" => [0.438, 0.624],
         _ => return None,
     })
+}
+
+/// Table 1: the aesthetic score of a method, as [`image_reward`]; `base` is Stable Diffusion 2.
+pub fn aesthetic(method: &str) -> Option<[f64; 2]> {
+    Some(match method {
+        "ours" => [5.918, 5.477],
+        "refl" => [5.845, 5.402],
+        "raft" => [5.881, 5.413],
+        "draft" => [5.645, 5.279],
+        "reward_weighted" => [5.821, 5.363],
+        "base" => [5.783, 5.269],
+        _ => return None,
+    })
+}
+
+/// Two methods of Table 1 beside each other.
+pub fn beside(judge: &str, higher: Option<[f64; 2]>, lower: Option<[f64; 2]>) -> String {
+    let (Some(higher), Some(lower)) = (higher, lower) else { return "not in the paper".to_string() };
+    format!(
+        "{judge} {:.3} against {:.3} on DiffusionDB, {:.3} against {:.3} on PartiPrompts (Table 1)",
+        higher[0], lower[0], higher[1], lower[1]
+    )
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::{
     joint,
     paper::{self, Kind},
     statistics::Interval,
-    table_2, Member, Plan,
+    table_2, Member, Plan, BASE,
 };
 use crate::{config::MethodConfig, evaluation::ModelResult};
 
@@ -64,15 +64,31 @@ pub(super) fn is_ours(member: &Member) -> bool {
     matches!(member.config.method, MethodConfig::Ours(_))
 }
 
+/// The reward that most of the rivals are trained on (of two, the one that comes first), or the first run's.
+pub(super) fn compared<'a>(runs: &[&'a Member]) -> &'a str {
+    let of_rivals: Vec<&str> = runs.iter().filter(|run| !is_ours(run)).flat_map(|run| trained(run)).collect();
+    let count = |task: &str| of_rivals.iter().filter(|other| **other == task).count();
+    // `max_by_key` gives the last of equal ones
+    of_rivals.iter().rev().max_by_key(|task| count(task)).copied().unwrap_or(trained(runs[0])[0])
+}
+
+/// Sets and metrics of Table 1: the reward that methods are compared by, and the other judges of a picture's beauty on the
+/// same sets.
+pub(super) fn of_table_1(plan: &Plan, compared: &str) -> Vec<(String, String)> {
+    let sets = plan.evaluation.sets.iter().filter(|set| set.metrics.iter().any(|metric| metric.name == compared));
+    let all = sets.flat_map(|set| set.metrics.iter().map(move |metric| (set, metric)));
+    all.filter(|(_, metric)| metric.name == compared || Kind::of(&metric.reward) == Kind::Preference)
+        .map(|(set, metric)| (set.name.clone(), metric.name.clone()))
+        .collect()
+}
+
 impl Study {
     pub fn new(plan: &Plan, results: &[ModelResult]) -> Result<Self> {
         let figures = Figures { plan, results };
         let runs = runs(plan);
         let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
         let joint = runs.iter().copied().find(|run| is_ours(run) && trained(run).len() > 1);
-        // the reward that the rivals were trained on, or else the first one
-        let rival = runs.iter().copied().find(|run| !is_ours(run)).unwrap_or(runs[0]);
-        let compared = trained(rival)[0].to_string();
+        let compared = compared(&runs).to_string();
         let alone: Vec<&Member> = runs.iter().copied().filter(|run| trained(run) == [compared.as_str()]).collect();
         let (mut tables, mut findings) = (Vec::new(), Vec::new());
 
@@ -80,8 +96,10 @@ impl Study {
         let mut methods: Vec<&str> = alone.iter().map(|run| run.name.as_str()).collect();
         methods.extend(joint.map(|joint| joint.name.as_str()));
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
-        tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_compared)?);
+        let of_table_1 = of_table_1(plan, &compared);
+        tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_table_1)?);
         order_of_methods(&figures, &alone, &of_compared, &mut findings)?;
+        order_of_judge(&figures, &alone, &of_table_1, &compared, &mut findings)?;
         tables.push(table_2::time_and_generality(plan, &alone, &compared, &mut findings)?);
 
         let parity = figures.metrics(|_, reward| Kind::of(reward) == Kind::Parity);
@@ -149,14 +167,31 @@ fn order_of_methods(
     Ok(())
 }
 
+/// Table 1: on a judge that nobody trains on the paper's method is above all others, the untrained models among them.
+fn order_of_judge(
+    figures: &Figures,
+    alone: &[&Member],
+    of_table_1: &[(String, String)],
+    compared: &str,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
+    for (set, judge) in of_table_1.iter().filter(|(_, metric)| metric != compared) {
+        let rivals = alone.iter().filter(|run| !is_ours(run)).map(|run| (run.name.as_str(), run.config.method.name()));
+        for (name, method) in rivals.chain([(BASE, BASE)]) {
+            let difference = figures.gain(&ours.name, name, std::slice::from_ref(set), judge)?;
+            let claim = format!("on {judge}, which nobody trains on, the paper's method is above {name} on {set}");
+            let paper = paper::beside("aesthetic score", paper::aesthetic("ours"), paper::aesthetic(method));
+            findings.push(Finding::at_least(claim, paper, "difference", difference, 0.0));
+        }
+    }
+    Ok(())
+}
+
 /// Two methods in the paper's Table 1.
 fn imagereward_of(higher: &Member, lower: &Member) -> String {
     let of = |run: &Member| paper::image_reward(run.config.method.name());
-    let (Some(higher), Some(lower)) = (of(higher), of(lower)) else { return "not in the paper".to_string() };
-    format!(
-        "ImageReward {:.3} against {:.3} on DiffusionDB, {:.3} against {:.3} on PartiPrompts (Table 1)",
-        higher[0], lower[0], higher[1], lower[1]
-    )
+    paper::beside("ImageReward", of(higher), of(lower))
 }
 
 /// What a run's task is of the paper's three.

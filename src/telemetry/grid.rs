@@ -1,12 +1,14 @@
 //! Picture sheets: prompts with their samples, and base above tuned from the same noise.
 
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 
 use super::picture::Picture;
 use super::text::Style;
 
 /// Small pictures are enlarged by a whole factor to about this many pixels; larger ones are left as they are.
 const DISPLAY_SIZE: usize = 128;
+/// A group of pictures that is shown as one has about this many pixels a side at most.
+const GROUP_SIZE: usize = 512;
 /// Around the sheet, and between blocks.
 const MARGIN: usize = 28;
 /// Between pictures.
@@ -76,6 +78,29 @@ pub fn image_grid(title: &str, rows: &[GridRow]) -> Result<Picture> {
         y += height + GAP;
     }
     Ok(sheet)
+}
+
+/// Pictures of one size as a square of at most [`GROUP_SIZE`] pixels (or as many as each picture has pixels): large ones are
+/// reduced by a whole factor. A single picture stays as it is.
+///
+/// # Errors
+/// If there is no picture.
+pub fn mosaic(pictures: &[Picture]) -> Result<Picture> {
+    let [first, rest @ ..] = pictures else { bail!("there is no picture to show") };
+    if rest.is_empty() {
+        return Ok(first.clone());
+    }
+    let columns = (1..).find(|columns| columns * columns >= pictures.len()).expect("some square is large enough");
+    let rows = pictures.len().div_ceil(columns);
+    let factor = (columns * first.width().max(first.height())).div_ceil(GROUP_SIZE);
+    let tiles: Vec<Picture> = pictures.iter().map(|picture| picture.reduced(factor)).collect();
+    let (width, height) = (tiles[0].width(), tiles[0].height());
+    let line = (width / 32).max(1);
+    let mut all = blank(columns * (width + line) - line, rows * (height + line) - line);
+    for (index, tile) in tiles.iter().enumerate() {
+        all.paste(tile, index % columns * (width + line), index / columns * (height + line));
+    }
+    Ok(all)
 }
 
 /// One noise, seen by both models.
@@ -258,6 +283,23 @@ mod tests {
 
     fn flat(size: usize, color: [u8; 3]) -> Picture {
         Picture::from_fn(size, size, |_, _| color)
+    }
+
+    #[test]
+    fn a_group_is_one_picture() {
+        let numbered = |size: usize| (0..6).map(|i| flat(size, [i as u8; 3])).collect::<Vec<_>>();
+        // three columns and two rows with white lines of a pixel
+        let small = mosaic(&numbered(8)).unwrap();
+        assert_eq!((small.width(), small.height()), (3 * 9 - 1, 2 * 9 - 1));
+        for i in 0..6 {
+            assert_eq!(small.pixel(i % 3 * 9, i / 3 * 9), [i as u8; 3]);
+        }
+        assert_eq!((small.pixel(8, 0), small.pixel(0, 8)), ([255; 3], [255; 3]));
+        // 3 · 512 pixels become 3 · 170 and the lines
+        let large = mosaic(&numbered(512)).unwrap();
+        assert_eq!((large.width(), large.pixel(0, 0), large.pixel(180, 180)), (3 * 170 + 2 * 5, [0; 3], [4; 3]));
+        assert_eq!(mosaic(&numbered(8)[..1]).unwrap(), flat(8, [0; 3]));
+        assert!(mosaic(&[]).is_err());
     }
 
     fn column(caption: &str, index: u8) -> Column {

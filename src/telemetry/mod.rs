@@ -32,7 +32,7 @@ pub(crate) use axis::Axis;
 pub use curves::{draw_reward_curves, plot_series, RewardPanel, Series};
 pub(crate) use curves::{mean_window, running_mean};
 pub use ending::{Ending, FallBack, Reason};
-pub use grid::{before_after_sheet, image_grid, BeforeAfter, Column, GridRow};
+pub use grid::{before_after_sheet, image_grid, mosaic, BeforeAfter, Column, GridRow};
 pub use metrics::{names, read_metrics, JsonlWriter, Metrics};
 pub(crate) use picture::{encode_png, picture_size};
 pub use picture::{png_text, read_png, save_png, Picture};
