@@ -75,7 +75,10 @@ fn unet_config(location: &ModelLocation) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::architectures::Architecture;
+    use crate::{
+        miniature::{self, Edition},
+        models::architectures::Architecture,
+    };
 
     #[test]
     fn the_miniature_is_known_by_its_u_net() {

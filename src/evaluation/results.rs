@@ -59,7 +59,15 @@ impl SetResult {
     /// A metric's mean of each prompt over its pictures, in the order of the prompts: what statistics are over, since
     /// pictures of one prompt are no independent draws. NaN where a value is not finite.
     pub fn units(&self, metric: &str) -> Vec<f64> {
-        let values = self.metrics.get(metric).map_or(&[][..], |values| &values.0);
+        self.by_prompt(self.metrics.get(metric).map_or(&[][..], |values| &values.0))
+    }
+
+    /// The mean share of fine detail of each prompt.
+    pub fn fine_detail(&self) -> Vec<f64> {
+        self.by_prompt(&self.high_frequency.0)
+    }
+
+    fn by_prompt(&self, values: &[f64]) -> Vec<f64> {
         values
             .chunks(self.images_per_prompt)
             .map(|of_prompt| of_prompt.iter().sum::<f64>() / of_prompt.len() as f64)

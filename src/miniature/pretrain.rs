@@ -41,7 +41,12 @@ impl Default for PretrainSettings {
     fn default() -> Self {
         PretrainSettings {
             edition: Edition::Second,
-            seed: 5, vae_steps: 3000, unet_steps: 7000, vae_batch: 16, unet_batch: 64 }
+            seed: 5,
+            vae_steps: 3000,
+            unet_steps: 7000,
+            vae_batch: 16,
+            unet_batch: 64,
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! The prompt distributions of the miniature's three tasks, and of its tests.
 
 use crate::prompts::compositions::Compositions;
-use crate::prompts::occupations::Occupations;
 use crate::prompts::listed::{Listed, Texts};
+use crate::prompts::occupations::Occupations;
 use crate::prompts::places::Places;
 use crate::prompts::shared_texts::Store;
 use crate::prompts::Prompt;

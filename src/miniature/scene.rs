@@ -90,7 +90,8 @@ pub fn flawless(edition: Edition) -> Vec<Content> {
 }
 
 fn ordered_pairs(count: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..count).flat_map(move |first| (0..count).filter(move |&second| second != first).map(move |second| (first, second)))
+    (0..count)
+        .flat_map(move |first| (0..count).filter(move |&second| second != first).map(move |second| (first, second)))
 }
 
 fn scene_stream(seed: u64, index: u64) -> Stream {
@@ -148,7 +149,9 @@ fn draw_content(content: Content, stream: &mut Stream) -> Scene {
         Content::Person { person, tone } => person.draw(tone, stream),
         Content::Worker { occupation, object, tone } => draw_worker(occupation, object, tone, stream),
         Content::PairInPlace { first, second, place, washed_out } => {
-            draw_place(place, washed_out, stream, |canvas, stream| places::put_two(canvas, first, second, place, stream))
+            draw_place(place, washed_out, stream, |canvas, stream| {
+                places::put_two(canvas, first, second, place, stream)
+            })
         }
     };
     Scene { content, caption, pixels: canvas.into_pixels() }

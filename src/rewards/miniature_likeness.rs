@@ -112,8 +112,7 @@ impl Reward for MiniatureLikeness {
         for (caption, indices) in of_caption {
             let planes = planes.index_select(0, &Tensor::from_slice(&indices));
             let own = self.nearest(&planes, caption);
-            let others: Vec<Tensor> =
-                self.others(caption).iter().map(|other| self.nearest(&planes, other)).collect();
+            let others: Vec<Tensor> = self.others(caption).iter().map(|other| self.nearest(&planes, other)).collect();
             let chance = Tensor::stack(&others, 0).mean_dim([0].as_slice(), false, Kind::Float);
             let scores: Vec<f32> = Vec::try_from(own - chance)?;
             indices.iter().zip(scores).for_each(|(&index, score)| rewards[index as usize] = score);
@@ -126,7 +125,9 @@ impl MiniatureLikeness {
     fn known(&self, caption: &str) -> Result<()> {
         match self.captions.contains_key(caption) {
             true => Ok(()),
-            false => Err(anyhow!("'{caption}' is no caption of the miniature world, whose pictures it would be compared with")),
+            false => Err(anyhow!(
+                "'{caption}' is no caption of the miniature world, whose pictures it would be compared with"
+            )),
         }
     }
 }

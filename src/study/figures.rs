@@ -10,6 +10,9 @@ use super::{
 };
 use crate::{config::RewardConfig, evaluation::ModelResult};
 
+/// In place of a metric's name: the share of fine detail in the pictures, of which over-optimised ones have too much.
+pub const FINE_DETAIL: &str = "fine detail";
+
 /// The values of all models by name, set and metric, and the draws behind intervals.
 pub struct Figures<'a> {
     pub plan: &'a Plan,
@@ -31,7 +34,7 @@ impl Figures<'_> {
             let model = self.results.iter().find(|model| model.model == *name);
             let set =
                 model.and_then(|model| model.set(set)).with_context(|| format!("no result of {name} on {set}"))?;
-            Ok(set.units(metric))
+            Ok(if metric == FINE_DETAIL { set.fine_detail() } else { set.units(metric) })
         };
         names.iter().map(of).collect()
     }

@@ -16,6 +16,7 @@ mod joint;
 mod matching;
 mod page;
 mod paper;
+mod rivals;
 mod statistics;
 mod table_2;
 mod tables;
@@ -29,10 +30,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{ensure, Context, Result};
 use tch::Device;
 
+use self::tables::trained;
+
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
-    config::{Config, EvalConfig, EvalModel, StudyConfig},
+    config::{Config, EvalConfig, EvalModel, PretrainMode, StudyConfig},
     evaluation::{Evaluation, ModelResult, TrainedOn},
     folders::{
         can_take,
@@ -54,6 +57,19 @@ pub struct Member {
     pub seed: u64,
     pub config: Config,
     pub files: RunFiles,
+    /// Another run of the study without its pretraining loss (Appendix G).
+    pub ablation: bool,
+}
+
+impl Member {
+    /// Whether both train by the same method on the same rewards.
+    fn has_same_aim(&self, other: &Member) -> bool {
+        self.config.method.name() == other.config.method.name() && trained(self) == trained(other)
+    }
+
+    fn has_pretraining(&self) -> bool {
+        self.config.pretrain.mode != PretrainMode::Off
+    }
 }
 
 /// A study that is ready to start.
@@ -80,9 +96,17 @@ impl Plan {
                     seed,
                     config: config.run_config(run, seed, quick)?,
                     files,
+                    ablation: false,
                 });
             }
         }
+        let ablations: Vec<bool> = members
+            .iter()
+            .map(|member| {
+                !member.has_pretraining() && members.iter().any(|m| m.has_pretraining() && m.has_same_aim(member))
+            })
+            .collect();
+        members.iter_mut().zip(ablations).for_each(|(member, ablation)| member.ablation = ablation);
         let path = members[0].config.model.path.clone();
         for member in &members {
             let other = &member.config.model.path;

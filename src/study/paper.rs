@@ -106,38 +106,88 @@ impl Trained {
     }
 }
 
-/// Table 1: ImageReward of a method, by its name in configs, on DiffusionDB and PartiPrompts.
-pub fn image_reward(method: &str) -> Option<[f64; 2]> {
-    Some(match method {
-        "ours" => [0.845, 0.731],
-        "refl" => [1.290, 0.832],
-        "raft" => [0.338, 0.504],
-        "draft" => [0.818, 0.632],
-        "reward_weighted" => [0.438, 0.624],
-        _ => return None,
-    })
+/// A column pair of a table that compares methods: a measure on two prompt sets.
+pub struct Measure {
+    name: &'static str,
+    sets: [&'static str; 2],
+    table: &'static str,
+    /// By the method's name in configs; `base` is Stable Diffusion 2.
+    figures: &'static [(&'static str, [f64; 2])],
 }
 
-/// Table 1: the aesthetic score of a method, as [`image_reward`]; `base` is Stable Diffusion 2.
-pub fn aesthetic(method: &str) -> Option<[f64; 2]> {
-    Some(match method {
-        "ours" => [5.918, 5.477],
-        "refl" => [5.845, 5.402],
-        "raft" => [5.881, 5.413],
-        "draft" => [5.645, 5.279],
-        "reward_weighted" => [5.821, 5.363],
-        "base" => [5.783, 5.269],
-        _ => return None,
-    })
-}
+/// What Table 1 judges by beside the reward that is trained on.
+pub const AESTHETIC: Measure = Measure {
+    name: "aesthetic score",
+    sets: ["DiffusionDB", "PartiPrompts"],
+    table: "Table 1",
+    figures: &[
+        ("base", [5.783, 5.269]),
+        ("refl", [5.845, 5.402]),
+        ("raft", [5.881, 5.413]),
+        ("draft", [5.645, 5.279]),
+        ("reward_weighted", [5.821, 5.363]),
+        ("ours", [5.918, 5.477]),
+    ],
+};
 
-/// Two methods of Table 1 beside each other.
-pub fn beside(judge: &str, higher: Option<[f64; 2]>, lower: Option<[f64; 2]>) -> String {
-    let (Some(higher), Some(lower)) = (higher, lower) else { return "not in the paper".to_string() };
-    format!(
-        "{judge} {:.3} against {:.3} on DiffusionDB, {:.3} against {:.3} on PartiPrompts (Table 1)",
-        higher[0], lower[0], higher[1], lower[1]
-    )
+const IMAGE_REWARD: Measure = Measure {
+    name: "ImageReward",
+    sets: ["DiffusionDB", "PartiPrompts"],
+    table: "Table 1",
+    figures: &[
+        ("base", [0.170, 0.414]),
+        ("refl", [1.290, 0.832]),
+        ("raft", [0.338, 0.504]),
+        ("draft", [0.818, 0.632]),
+        ("reward_weighted", [0.438, 0.624]),
+        ("ours", [0.845, 0.731]),
+    ],
+};
+
+const PARITY: Measure = Measure {
+    name: "statistical parity (lower is better)",
+    sets: ["occupations", "HRS-Bench"],
+    table: "Table 3",
+    figures: &[
+        ("base", [0.556, 0.576]),
+        ("raft", [0.464, 0.527]),
+        ("reward_weighted", [0.562, 0.527]),
+        ("ours", [0.453, 0.498]),
+    ],
+};
+
+const DETECTION: Measure = Measure {
+    name: "detection score",
+    sets: ["unseen objects", "seen objects"],
+    table: "Table 4",
+    figures: &[
+        ("base", [0.102, 0.094]),
+        ("raft", [0.094, 0.092]),
+        ("reward_weighted", [0.136, 0.152]),
+        ("ours", [0.231, 0.221]),
+    ],
+};
+
+impl Measure {
+    /// What methods that are trained on this kind of reward are compared by.
+    pub fn of(kind: Kind) -> &'static Measure {
+        match kind {
+            Kind::Preference => &IMAGE_REWARD,
+            Kind::Parity => &PARITY,
+            Kind::Composition => &DETECTION,
+        }
+    }
+
+    /// Two methods, by their names in configs, beside each other.
+    pub fn beside(&self, first: &str, second: &str) -> String {
+        let of = |method: &str| self.figures.iter().find(|(name, _)| *name == method).map(|(_, figures)| figures);
+        let (Some(first), Some(second)) = (of(first), of(second)) else { return "not in the paper".to_string() };
+        let [one, other] = self.sets;
+        format!(
+            "{} {:.3} against {:.3} on {one}, {:.3} against {:.3} on {other} ({})",
+            self.name, first[0], second[0], first[1], second[1], self.table
+        )
+    }
 }
 
 #[cfg(test)]

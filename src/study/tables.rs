@@ -6,12 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    figures::Figures,
-    findings::Finding,
-    joint,
-    paper::{self, Kind},
-    statistics::Interval,
-    table_2, Member, Plan, BASE,
+    figures::Figures, findings::Finding, joint, paper::Kind, rivals, statistics::Interval, table_2, Member, Plan,
 };
 use crate::{config::MethodConfig, evaluation::ModelResult};
 
@@ -51,9 +46,9 @@ impl Cell {
     }
 }
 
-/// Members of the first seed: one for each run.
+/// Members of the first seed, one for each run, but for ablations, which are in a table of their own.
 pub(super) fn runs(plan: &Plan) -> Vec<&Member> {
-    plan.members.iter().filter(|member| member.seed == plan.config.study.seeds[0]).collect()
+    plan.of_first_seed().filter(|member| !member.ablation).collect()
 }
 
 pub(super) fn trained(member: &Member) -> Vec<&str> {
@@ -98,8 +93,9 @@ impl Study {
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
         let of_table_1 = of_table_1(plan, &compared);
         tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_table_1)?);
-        order_of_methods(&figures, &alone, &of_compared, &mut findings)?;
-        order_of_judge(&figures, &alone, &of_table_1, &compared, &mut findings)?;
+        rivals::on_trained_rewards(&figures, &mut findings)?;
+        rivals::on_other_judges(&figures, &alone, &of_table_1, &mut findings)?;
+        rivals::over_optimisation(&figures, &alone, &of_compared, &mut findings)?;
         tables.push(table_2::time_and_generality(plan, &alone, &compared, &mut findings)?);
 
         let parity = figures.metrics(|_, reward| Kind::of(reward) == Kind::Parity);
@@ -114,6 +110,10 @@ impl Study {
             tables.push(figures.comparison("Table 4. Detection of the prompts' objects", note, &names, &detection)?);
         }
         joint::table_5(&figures, &mut tables, &mut findings)?;
+        if let Some(table) = without_pretraining(&figures, &of_table_1)? {
+            tables.push(table);
+            rivals::without_pretraining(&figures, &of_table_1, &mut findings)?;
+        }
         Ok(Study { name: plan.config.study.name.clone(), seeds: plan.config.study.seeds.clone(), tables, findings })
     }
 
@@ -146,52 +146,21 @@ impl Study {
     }
 }
 
-/// Table 1: on the reward that all are trained on ReFL is first and the paper's method before the others.
-fn order_of_methods(
-    figures: &Figures,
-    alone: &[&Member],
-    metrics: &[(String, String)],
-    findings: &mut Vec<Finding>,
-) -> Result<()> {
-    let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
-    for (set, metric) in metrics {
-        for other in alone.iter().filter(|run| !is_ours(run)) {
-            let first = matches!(other.config.method, MethodConfig::Refl(_));
-            let (higher, lower) = if first { (*other, *ours) } else { (*ours, *other) };
-            let difference = figures.gain(&higher.name, &lower.name, std::slice::from_ref(set), metric)?;
-            let called = |run: &Member| if is_ours(run) { "the paper's method".to_string() } else { run.name.clone() };
-            let claim = format!("{} reaches more {metric} on {set} than {}", called(higher), called(lower));
-            findings.push(Finding::at_least(claim, imagereward_of(higher, lower), "difference", difference, 0.0));
-        }
+/// Appendix G: the runs without their pretraining loss beside those that have it.
+fn without_pretraining(figures: &Figures, metrics: &[(String, String)]) -> Result<Option<Table>> {
+    let without: Vec<&Member> = figures.plan.of_first_seed().filter(|member| member.ablation).collect();
+    let with =
+        |member: &Member| figures.plan.of_first_seed().find(|other| !other.ablation && other.has_same_aim(member));
+    let names: Vec<&str> = without
+        .iter()
+        .flat_map(|member| [with(member).map(|with| with.name.as_str()), Some(member.name.as_str())])
+        .flatten()
+        .collect();
+    if names.is_empty() {
+        return Ok(None);
     }
-    Ok(())
-}
-
-/// Table 1: on a judge that nobody trains on the paper's method is above all others, the untrained models among them.
-fn order_of_judge(
-    figures: &Figures,
-    alone: &[&Member],
-    of_table_1: &[(String, String)],
-    compared: &str,
-    findings: &mut Vec<Finding>,
-) -> Result<()> {
-    let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
-    for (set, judge) in of_table_1.iter().filter(|(_, metric)| metric != compared) {
-        let rivals = alone.iter().filter(|run| !is_ours(run)).map(|run| (run.name.as_str(), run.config.method.name()));
-        for (name, method) in rivals.chain([(BASE, BASE)]) {
-            let difference = figures.gain(&ours.name, name, std::slice::from_ref(set), judge)?;
-            let claim = format!("on {judge}, which nobody trains on, the paper's method is above {name} on {set}");
-            let paper = paper::beside("aesthetic score", paper::aesthetic("ours"), paper::aesthetic(method));
-            findings.push(Finding::at_least(claim, paper, "difference", difference, 0.0));
-        }
-    }
-    Ok(())
-}
-
-/// Two methods in the paper's Table 1.
-fn imagereward_of(higher: &Member, lower: &Member) -> String {
-    let of = |run: &Member| paper::image_reward(run.config.method.name());
-    paper::beside("ImageReward", of(higher), of(lower))
+    let note = "The same run with the pretraining loss L_pre and without, after the same iterations.";
+    figures.comparison("Appendix G. Effect of the pretraining loss", note, &names, metrics).map(Some)
 }
 
 /// What a run's task is of the paper's three.
