@@ -83,11 +83,18 @@ fn a_study_that_is_cut_off_goes_on() {
         format!("[[run]]\nname = \"{name}\"\nconfig = \"slurm/miniature-{config}.toml\"\nset = []\nquick = [\"run.iterations=12\"{more}]\n")
     };
     let config = folder.join("study.toml");
+    // a model that no run makes is a row of its own
+    let head = head + "[[model]]\nname = \"again\"\npath = \"embedded\"\nlora = \"\"\n\n";
     fs::write(&config, head + &run("preference", "preference", ", \"method.timesteps=1\"") + &run("refl", "refl", ""))
         .unwrap();
 
     let (through, cut) = (folder.join("through"), folder.join("cut"));
     run_within(study(1, &config, &through), LIMIT).expect_success("study");
+    let table_1 = computed(&through)["tables"][0]["rows"].clone();
+    let columns: Vec<&Value> = table_1.as_array().unwrap().iter().map(|row| &row[0]).collect();
+    assert_eq!(columns, ["base", "again", "preference", "refl"]);
+    assert_eq!(table_1[0][2], table_1[1][2], "the same model");
+    assert_eq!((table_1[1][1].as_str(), table_1[2][1].as_str()), (Some(""), Some("preference")));
     for until in ["runs/preference-seed3/metrics.jsonl", "runs/refl-seed3/metrics.jsonl"] {
         let mut started = study(1, &config, &cut);
         let mut child = started.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
