@@ -25,7 +25,7 @@ use crate::{
     },
     memory,
     models::{folder::ModelFiles, pipeline::Pipeline},
-    prompts::{self, Split},
+    prompts::{registry, Split},
     run::{load_model, model_location},
     streams,
     telemetry::{save_png, write_atomic},
@@ -327,7 +327,7 @@ fn most_there(named: &SetName, set: &EvalSet, count: usize, comm: &dyn Communica
         return Ok(count);
     }
     let what = || format!("{}:{}", named.config, named.set);
-    let source = prompts::build(&set.prompts, comm).with_context(what)?;
+    let source = registry::build(&set.prompts, comm).with_context(what)?;
     let there = match source.len(Split::HeldOut) {
         0 => source.len(Split::Train),
         held_out => held_out,

@@ -110,7 +110,7 @@ fn chains(study: &Study) -> BTreeMap<&str, Vec<Vec<usize>>> {
 /// # Errors
 /// Raters that are not there, or whose queries were handed out before; nothing to hand out.
 pub fn hand_out_again(study: &mut Study, sessions: &[Session], missing: &[usize]) -> Result<usize> {
-    let Some(per_rater) = study.per_rater() else {
+    let Some(per_rater) = study.per_rater else {
         bail!(
             "this study is not shared out (--per-rater): every rater has all queries, give its pages/ to another one"
         );

@@ -36,7 +36,7 @@ pub struct Study {
     pub guidelines: Option<String>,
     /// Queries that a rater gets at most; none where everyone gets all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    per_rater: Option<usize>,
+    pub per_rater: Option<usize>,
     /// Who gets which; the rater at place i has the number i + 1.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub assignments: Vec<Assignment>,
@@ -158,10 +158,6 @@ impl Study {
 
     pub fn is_shared_out(&self) -> bool {
         !self.assignments.is_empty()
-    }
-
-    pub fn per_rater(&self) -> Option<usize> {
-        self.per_rater
     }
 
     /// What the rater with this number gets.
@@ -334,7 +330,7 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("study.json");
         let study = example(2, 4, 0).shared_out(Some(2)).unwrap();
-        assert_eq!((study.assignments.len(), study.per_rater()), (10, Some(2)));
+        assert_eq!((study.assignments.len(), study.per_rater), (10, Some(2)));
         assert_ne!(study.id(), example(2, 4, 0).id());
         study.write(&path).unwrap();
         assert_eq!(Study::read(&path).unwrap(), study);
