@@ -98,6 +98,7 @@ pub mod models;
 mod mutations;
 pub mod pairs;
 pub mod parquet_file;
+pub mod percentiles;
 pub mod policy;
 pub mod prompts;
 pub mod python_json;

@@ -65,7 +65,7 @@ pub enum Purpose {
     Renoising = 15,
     /// Draws behind confidence intervals.
     Resampling = 16,
-    /// Which model stands on the left in a query of a human evaluation.
+    /// Which model stands on the left in a query of a human evaluation, and which rater gets it.
     StudySides = 20,
 }
 

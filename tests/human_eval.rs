@@ -146,19 +146,125 @@ fn a_study_is_the_same_on_any_number_of_ranks_and_goes_on_where_it_was_interrupt
     assert!(alone.stderr.contains("two models or more"), "{}", alone.stderr);
 }
 
+/// A file of votes as the pages export it: this rater says the same everywhere.
+fn write_votes(folder: &Path, study: &Value, id: &str, number: u64, answer: &str) {
+    let rater = [&study["assignments"], &study["again"]]
+        .into_iter()
+        .flat_map(|raters| raters.as_array().cloned().unwrap_or_default())
+        .find(|rater| rater["number"] == number)
+        .unwrap();
+    let mut answers = Vec::new();
+    for asked in rater["queries"].as_array().unwrap() {
+        let query = asked["query"].as_str().unwrap();
+        let questions =
+            if query.starts_with("pair") { &["fidelity", "alignment", "preference"][..] } else { &["diversity"] };
+        for question in questions {
+            answers.push(serde_json::json!({"query": query, "question": question, "answer": answer, "seconds": 2.0}));
+        }
+    }
+    let votes = serde_json::json!({
+        "format": "rldiff-votes-1", "study": id, "rater": format!("person {number}"), "number": number,
+        "session": format!("session {number}"), "started": "", "exported": "", "answers": answers,
+    });
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join(format!("{number}.json")), votes.to_string()).unwrap();
+}
+
+/// Queries are shared out, one rater is missing, his queries go to another, and he sends his votes after all.
+#[test]
+fn queries_are_shared_out_counted_and_handed_out_again() {
+    let folder = folder_with_two_models("human_eval_shared");
+    let read = |path: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(path)).unwrap()).unwrap() };
+    fs::write(folder.join("own.md"), "# Look\n\nLook *twice*. ![x](x.png)\n").unwrap();
+    let shared = ["--raters", "2", "--per-rater", "2"];
+    let done = build(2, &folder, "study", &[&shared[..], &["--guidelines", "own.md", "--prompt-count", "3"]].concat());
+    let done = done.expect_success("shared out");
+    assert!(done.stdout.contains("3 queries with 2 votes each for 3 raters in study/raters\n"), "{}", done.stdout);
+    for warning in [
+        "own.md: 1 picture is shown as words: the pages load nothing from elsewhere",
+        "--prompt-count 3 has no effect: it is for the sets of --prompt-set, none is given",
+    ] {
+        assert_eq!(done.stderr.matches(warning).count(), 1, "{}", done.stderr);
+    }
+    build(1, &folder, "one", &[&shared[..], &["--guidelines", "own.md"]].concat()).expect_success("one rank");
+    assert!(content(&folder.join("study")) == content(&folder.join("one")), "one and two ranks: other files");
+    let index = fs::read_to_string(folder.join("study/raters/003/index.html")).unwrap();
+    assert!(index.contains("<p>Look <em>twice</em>. x</p>") && !index.contains("guidelines-pair"), "{index}");
+
+    let study = read("study/study.json");
+    let script = fs::read_to_string(folder.join("study/raters/001/study.js")).unwrap();
+    let id = script.split("\"id\":\"").nth(1).unwrap().split('"').next().unwrap().to_owned();
+    let votes = folder.join("votes");
+    write_votes(&votes, &study, &id, 1, "left");
+    write_votes(&votes, &study, &id, 2, "not_sure");
+    let count = || {
+        let tally = human_eval(1, &folder, &["human-eval", "tally", "study", "votes", "--json", "tally.json"]);
+        (tally.expect_success("tally").stdout, read("tally.json"))
+    };
+    let (text, tally) = count();
+    assert!(text.contains("1 raters have sent nothing: 3. `rldiff human-eval again STUDY VOTES` hands out"), "{text}");
+    assert_eq!((&tally["queries_with_fewer"], &tally["absent_raters"]), (&2.into(), &serde_json::json!([3])));
+
+    let again = human_eval(1, &folder, &["human-eval", "again", "study", "votes"]).expect_success("again");
+    assert!(again.stdout.starts_with("rater 4 has 2 queries of 3 in study/raters/004\n"), "{}", again.stdout);
+    let study = read("study/study.json");
+    write_votes(&votes, &study, &id, 4, "not_sure");
+    let (text, before) = count();
+    assert!(!text.contains("have fewer") && !text.contains("sent nothing"), "{text}");
+    assert_eq!((&before["queries_with_fewer"], &before["answers_left_out"]), (&0.into(), &0.into()));
+    write_votes(&votes, &study, &id, 3, "left");
+    let (text, after) = count();
+    assert!(text.contains("more answers are not counted: another rater got the query again"), "{text}");
+    assert_eq!((&before["comparisons"], &before["ranks"]), (&after["comparisons"], &after["ranks"]));
+    // always left is as often left as it was said, whatever the sides of the query
+    let of_left = after["comparisons"][0]["left_of_decided"]["share"].as_f64();
+    assert!(of_left.is_none_or(|share| share == 1.0), "{after}");
+
+    fs::write(folder.join("empty.md"), " \n").unwrap();
+    for (arguments, expected) in [
+        (
+            ["--out", "x", "--per-rater", "4"],
+            "error: --per-rater 4: there are 3 queries, and a rater votes once on each",
+        ),
+        (["--out", "x", "--guidelines", "none.md"], "error: cannot read none.md"),
+        (["--out", "x", "--guidelines", "empty.md"], "error: empty.md is empty: raters would read nothing"),
+        (["again", "study", "--missing", "3"], "error: the queries of rater 3 were handed out again before, to 4"),
+        (["again", "study", "--missing", "9"], "error: there is no rater 9: the study has the raters 1 to 4"),
+        (["again", "study", "votes", "--missing=1"], "error: no vote is missing: there is nothing to hand out again"),
+    ] {
+        let all = if arguments[0] == "again" { vec!["human-eval"] } else { BUILD.to_vec() };
+        let refused = human_eval(1, &folder, &[&all[..], &arguments].concat());
+        assert_eq!(refused.status.code(), Some(2), "{arguments:?}: {}", refused.stderr);
+        assert!(refused.stderr.starts_with(expected) && refused.stderr.lines().count() == 1, "{}", refused.stderr);
+        assert!(!folder.join("x").exists());
+    }
+}
+
 /// A rater's session in the browser; false where there is none.
 fn answer(folder: &Path, url: &str, rater: &str, mode: &str, requests_start: &str) -> bool {
-    let downloads = folder.join(format!("downloads-{mode}"));
+    answer_study(folder, "study", url, &[rater, mode], requests_start, None)
+}
+
+/// The same in a study of this name, by the rater with a number.
+fn answer_study(
+    folder: &Path,
+    study: &str,
+    url: &str,
+    [rater, mode]: &[&str; 2],
+    requests_start: &str,
+    number: Option<&str>,
+) -> bool {
+    let downloads = folder.join(format!("downloads-{mode}{}", number.unwrap_or("")));
     fs::create_dir(&downloads).unwrap();
-    let study = folder.join("study/study.json");
+    let study = folder.join(study).join("study.json");
     let arguments = [url, study.to_str().unwrap(), rater, mode, downloads.to_str().unwrap()];
-    if run_script("answer_study.py", arguments).is_none() {
+    if run_script("answer_study.py", arguments.into_iter().chain(number)).is_none() {
         return false;
     }
     let seen: Value = serde_json::from_slice(&fs::read(downloads.join("seen.json")).unwrap()).unwrap();
     assert_eq!(seen["complaints"], serde_json::json!([]));
     let requested = seen["requested"].as_array().unwrap();
-    assert!(requested.len() > 10, "{requested:?}");
+    assert!(requested.len() > 6, "{requested:?}");
     for address in requested {
         assert!(address.as_str().unwrap().starts_with(requests_start), "{address}");
     }
@@ -179,6 +285,24 @@ fn raters_answer_in_a_browser_and_the_answers_are_counted() {
     // by touch on a phone from a static server
     let server = StaticServer::start(&pages);
     assert!(answer(&folder, &server.address, "bob", "pointer", &server.address));
+
+    // one of three raters of a study that is shared out
+    build(1, &folder, "shared", &["--raters", "2", "--per-rater", "2"]).expect_success("shared out");
+    let own = format!("file://{}/", folder.join("shared/raters/002").display());
+    assert!(answer_study(&folder, "shared", &format!("{own}index.html"), &["carl", "keys"], &own, Some("2")));
+    let downloads = folder.join("downloads-keys2");
+    let sent = files_below(&downloads).into_iter().find(|(path, _)| path.to_str().unwrap().contains("votes-carl-"));
+    let sent = sent.unwrap().0;
+    let counted = ["human-eval", "tally", "shared", sent.to_str().unwrap(), "--json", "shared.json"];
+    human_eval(1, &folder, &counted).expect_success("tally of one rater");
+    let tally: Value = serde_json::from_slice(&fs::read(folder.join("shared.json")).unwrap()).unwrap();
+    assert_eq!(tally["raters"][0]["number"], 2);
+    let comparisons = tally["comparisons"].as_array().unwrap().iter();
+    for comparison in comparisons.filter(|c| c["question"] == "alignment" || c["question"] == "diversity") {
+        // the second model by the rule, on whatever side this rater saw it
+        let share = &comparison["second_of_decided"];
+        assert!(share.is_null() || share["share"] == 1.0, "{comparison}");
+    }
 
     let votes = folder.join("votes");
     fs::create_dir(&votes).unwrap();

@@ -10,19 +10,22 @@ use anyhow::{ensure, Context, Result};
 use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
-    config::{eval::is_evaluation, load, EvalConfig, EvalSet},
+    config::{eval::is_evaluation, load, EvalConfig, EvalSet, EvalSplit},
     cut_prompts,
     draw::{Drawing, Painter},
     evaluation::draw_prompts,
     folders::{can_be_file, outputs, FolderLock},
     human_eval::{
+        guidelines,
         pages::{State, StudyFiles},
+        places::hand_out_again,
         study::{Model, Pairing, Prompt, Study},
         tally::Tally,
         votes,
     },
     memory,
     models::{folder::ModelFiles, pipeline::Pipeline},
+    prompts::{registry, Split},
     run::{load_model, model_location},
     streams,
     telemetry::{save_png, write_atomic},
@@ -42,6 +45,8 @@ pub struct Args {
 enum Command {
     /// Count the answers that raters have sent.
     Tally(TallyArgs),
+    /// Hand out the queries of raters who are missing to new ones (a study with --per-rater).
+    Again(AgainArgs),
 }
 
 #[derive(clap::Args)]
@@ -51,9 +56,9 @@ struct BuildArgs {
     /// A model to compare: `miniature`, a diffusers folder, or a run's folder (its tuned model). Two or more.
     #[arg(long = "model", value_name = "DIR")]
     models: Vec<String>,
-    /// Which models meet where there are more than two.
-    #[arg(long, value_enum, default_value_t = Pairing::All)]
-    pairing: Pairing,
+    /// Which models meet where there are more than two [default: all].
+    #[arg(long, value_enum)]
+    pairing: Option<Pairing>,
     /// What to draw for the questions on single pictures. May be given several times.
     #[arg(long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
@@ -65,8 +70,8 @@ struct BuildArgs {
     #[arg(long = "prompt-set", value_name = "CONFIG:SET[:N]")]
     prompt_sets: Vec<String>,
     /// Prompts of each --prompt-set that does not say how many; 0 for as many as its evaluation takes.
-    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
-    prompt_count: usize,
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
+    prompt_count: Option<usize>,
     /// What to draw for the question on sets of six pictures. May be given several times.
     #[arg(long = "group-prompt", value_name = "TEXT")]
     group_prompts: Vec<String>,
@@ -78,14 +83,21 @@ struct BuildArgs {
     #[arg(long = "group-prompt-set", value_name = "CONFIG:SET[:N]")]
     group_prompt_sets: Vec<String>,
     /// Prompts of each --group-prompt-set that does not say how many; 0 for as many as its evaluation takes.
-    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
-    group_prompt_count: usize,
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(0, 16_777_216))]
+    group_prompt_count: Option<usize>,
     /// Heading of the pages; raters read it.
     #[arg(long, default_value = "Which picture is better?", value_name = "TEXT")]
     title: String,
-    /// Raters that every query should have.
+    /// Votes that every query should get, each from another rater.
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 10_000))]
     raters: usize,
+    /// Queries that a rater gets at most: they are shared out among as many raters as that takes, each with a folder, an
+    /// order and sides of his own. Without it every rater gets all queries.
+    #[arg(long, value_name = "M", value_parser = whole::<usize>(1, 16_777_216))]
+    per_rater: Option<usize>,
+    /// Guidelines for the raters in place of the built-in ones: Markdown.
+    #[arg(long, value_name = "FILE")]
+    guidelines: Option<PathBuf>,
     #[command(flatten)]
     drawing: DrawingArgs,
     /// Folder for the study: study.json, and pages/ for the raters.
@@ -108,10 +120,23 @@ struct TallyArgs {
     markdown: Option<PathBuf>,
 }
 
+#[derive(clap::Args)]
+struct AgainArgs {
+    /// The study's folder.
+    study: PathBuf,
+    /// Raters' files so far, or folders of them (every .json in it): what they answer is not handed out again.
+    #[arg(value_name = "VOTES", required_unless_present = "missing")]
+    votes: Vec<PathBuf>,
+    /// Numbers of the missing raters, for example 7,9. Without it all votes that are not there are handed out again.
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
+    missing: Vec<usize>,
+}
+
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     match args.command {
-        Some(Command::Tally(args)) if comm.rank() == 0 => tally(&args),
-        Some(Command::Tally(_)) => Ok(()),
+        Some(Command::Tally(_) | Command::Again(_)) if comm.rank() != 0 => Ok(()),
+        Some(Command::Tally(args)) => tally(&args),
+        Some(Command::Again(args)) => again(&args),
         None => build(&args.build, comm),
     }
 }
@@ -120,9 +145,14 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let models: Vec<&str> = args.models.iter().map(String::as_str).collect();
     let drawing = args.drawing.drawing(&models, comm).or_mistake()?;
     // tried without the models first: that costs nothing
+    let own = args.guidelines.as_deref().map(guidelines::read).transpose();
+    let own = all_made(comm, own).or_mistake()?;
     let [of_pairs, of_groups] = asked(args, comm).or_mistake()?;
-    let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, digests);
+    let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, own.as_deref(), digests);
     let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
+    if comm.rank() == 0 {
+        warn_of_no_effect(args, own.as_deref());
+    }
     let prompts: BTreeSet<&str> = queries.iter().map(|query| query.prompt.as_str()).collect();
     let files = StudyFiles::new(&args.out);
     let _lock = FolderLock::hold(comm, &args.out, "human-eval", || files.check_place()).or_mistake()?;
@@ -156,33 +186,75 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
         agree(comm, if comm.rank() == 0 { written() } else { Ok(()) })?;
     }
     if comm.rank() == 0 {
-        let (pages, key) = (files.pages(), files.study());
-        let already = if state == State::Complete { " (they were there already)" } else { "" };
-        let queries = if study.queries.len() == 1 { "query" } else { "queries" };
-        say!("{} {queries} for {} raters in {}{already}", study.queries.len(), study.raters, pages.display());
-        say!("give them that folder: they open its index.html, from disk or from any web server");
-        say!("keep {}: it says which model is on which side", key.display());
-        let out = args.out.display();
-        say!("count what they send back with: rldiff human-eval tally {out} FOLDER_OF_VOTES");
+        say_what_is_there(&files, &study, state, &args.out);
     }
     Ok(())
 }
 
+fn say_what_is_there(files: &StudyFiles, study: &Study, state: State, out: &Path) {
+    let already = if state == State::Complete { " (they were there already)" } else { "" };
+    let of_queries = |count: usize| if count == 1 { "1 query".to_owned() } else { format!("{count} queries") };
+    let (queries, raters) = (of_queries(study.queries.len()), study.raters);
+    match study.assignments.iter().map(|rater| rater.queries.len()).max() {
+        None => {
+            say!("{queries} for {raters} raters in {}{already}", files.pages().display());
+            say!("give them that folder: they open its index.html, from disk or from any web server");
+        }
+        Some(most) => {
+            let count = study.assignments.len();
+            let (raters_at, most) = (files.raters(), of_queries(most));
+            say!("{queries} with {raters} votes each for {count} raters in {}{already}", raters_at.display());
+            say!("give each of them one of its folders ({most} at most): he opens its index.html, from disk or from any web server");
+            say!(
+                "hand out what missing raters have not answered with: rldiff human-eval again {} FOLDER_OF_VOTES",
+                out.display()
+            );
+        }
+    }
+    say!("keep {}: it says which model is on which side", files.study().display());
+    say!("count what they send back with: rldiff human-eval tally {} FOLDER_OF_VOTES", out.display());
+}
+
+/// Names the options that change nothing here.
+fn warn_of_no_effect(args: &BuildArgs, own_guidelines: Option<&str>) {
+    for (group, count, sets) in
+        [("", args.prompt_count, &args.prompt_sets), ("group-", args.group_prompt_count, &args.group_prompt_sets)]
+    {
+        let Some(count) = count else { continue };
+        let counted = |set: &String| SetName::parse(set).is_ok_and(|set| set.count.is_some());
+        if sets.is_empty() {
+            log::warn!(
+                "--{group}prompt-count {count} has no effect: it is for the sets of --{group}prompt-set, none is given"
+            );
+        } else if sets.iter().all(counted) {
+            log::warn!("--{group}prompt-count {count} has no effect: every --{group}prompt-set says how many prompts by itself");
+        }
+    }
+    if let (Some(pairing), 2) = (args.pairing, args.models.len()) {
+        let name = if pairing == Pairing::First { "first" } else { "all" };
+        log::warn!("--pairing {name} has no effect: two models are one pair");
+    }
+    let departures = own_guidelines.and_then(|text| guidelines::Page::of(text).departures());
+    if let (Some(path), Some(departures)) = (&args.guidelines, departures) {
+        log::warn!("{}: {departures}", path.display());
+    }
+}
+
 /// Prompts for single pictures and for sets of pictures, from texts, files and sets. A collective call.
 fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<Prompt>; 2]> {
-    let of_sets = |sets: &[String], count: usize| -> Result<Vec<Prompt>> {
+    let of_sets = |sets: &[String], count: Option<usize>| -> Result<Vec<Prompt>> {
         let sets = sets.iter().map(|named| SetName::parse(named)).collect::<Result<Vec<_>>>()?;
         let prompts = sets.iter().enumerate().map(|(i, set)| {
             ensure!(!sets[..i].contains(set), "{}:{} is given twice", set.config, set.set);
             // two configs may have sets of one name
             let alone = sets.iter().filter(|other| other.set == set.set).count() == 1;
             let label = if alone { set.set.to_owned() } else { format!("{}:{}", set.config, set.set) };
-            of_set(set, count, &label, comm)
+            of_set(set, count.unwrap_or(0), &label, comm)
         });
         Ok(prompts.collect::<Result<Vec<_>>>()?.concat())
     };
-    let pairs = all_made(comm, prompts(&args.prompts, args.prompt_file.as_ref()))?;
-    let groups = all_made(comm, prompts(&args.group_prompts, args.group_prompt_file.as_ref()))?;
+    let pairs = all_made(comm, given_prompts(&args.prompts, args.prompt_file.as_ref()))?;
+    let groups = all_made(comm, given_prompts(&args.group_prompts, args.group_prompt_file.as_ref()))?;
     Ok([
         [pairs, of_sets(&args.prompt_sets, args.prompt_count)?].concat(),
         [groups, of_sets(&args.group_prompt_sets, args.group_prompt_count)?].concat(),
@@ -237,11 +309,35 @@ fn of_set(named: &SetName, count: usize, label: &str, comm: &dyn Communicator) -
     };
     let (config, index) = all_made(comm, read())?;
     let set = &config.sets[index];
-    let set = EvalSet { count: if count == 0 { set.count } else { count }, ..set.clone() };
+    let count = match count {
+        0 => set.count,
+        count => most_there(named, set, count, comm)?,
+    };
+    let set = EvalSet { count, ..set.clone() };
     let drawn =
         draw_prompts(&set, index as u8, config.eval.seed, comm).with_context(|| format!("{}:{name}", named.config))?;
     let labelled = |text| Prompt { text, set: Some(label.to_owned()) };
     Ok(drawn.prompts.into_iter().map(|prompt| labelled(prompt.text)).collect())
+}
+
+/// `count`, or as many prompts as the set has where these are fewer: an evaluation would take them again from the start. A
+/// collective call.
+fn most_there(named: &SetName, set: &EvalSet, count: usize, comm: &dyn Communicator) -> Result<usize> {
+    if set.split != EvalSplit::Evaluation {
+        // too many are an error there
+        return Ok(count);
+    }
+    let what = || format!("{}:{}", named.config, named.set);
+    let source = registry::build(&set.prompts, comm).with_context(what)?;
+    let there = match source.len(Split::HeldOut) {
+        0 => source.len(Split::Train),
+        held_out => held_out,
+    };
+    let there = usize::try_from(there)?;
+    if count > there && there > 0 && comm.rank() == 0 {
+        log::warn!("{}: {count} prompts are asked for and {there} are there: these are taken, each once", what());
+    }
+    Ok(if there > 0 { count.min(there) } else { count })
 }
 
 fn plan(
@@ -249,14 +345,17 @@ fn plan(
     drawing: &Drawing,
     pair_prompts: &[Prompt],
     group_prompts: &[Prompt],
+    guidelines: Option<&str>,
     digests: &[String],
 ) -> Result<Study> {
     let models = args.models.iter().zip(digests);
     let models = models.map(|(name, digest)| Model { name: name.clone(), digest: digest.clone() }).collect();
-    Study::plan(&args.title, models, args.pairing, pair_prompts, group_prompts, args.raters, drawing.clone())
+    let (pairing, drawing) = (args.pairing.unwrap_or(Pairing::All), drawing.clone());
+    let study = Study::plan(&args.title, models, pairing, pair_prompts, group_prompts, args.raters, drawing)?;
+    Study { guidelines: guidelines.map(str::to_owned), ..study }.shared_out(args.per_rater)
 }
 
-fn prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<Prompt>> {
+fn given_prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<Prompt>> {
     let mut prompts = given.to_vec();
     if let Some(path) = file {
         let lines = text_file::lines(path)?;
@@ -315,6 +414,26 @@ fn tally(args: &TallyArgs) -> Result<(), Failure> {
         write_atomic(path, markdown.as_bytes())?;
     }
     streams::print(format_args!("{markdown}"));
+    Ok(())
+}
+
+fn again(args: &AgainArgs) -> Result<(), Failure> {
+    let files = StudyFiles::new(&args.study);
+    // before the lock, which makes its folder
+    Study::read(&files.study()).or_mistake()?;
+    let _lock = FolderLock::take(&args.study, "human-eval").or_mistake()?;
+    let mut study = Study::read(&files.study()).or_mistake()?;
+    let sessions = votes::read_all(&study, &args.votes).or_mistake()?;
+    let before = hand_out_again(&mut study, &sessions, &args.missing).or_mistake()?;
+    files.hand_out_again(&study, before)?;
+    for rater in study.again.iter().filter(|rater| rater.number > before) {
+        let instead: BTreeSet<usize> = rater.queries.iter().filter_map(|asked| asked.instead_of).collect();
+        let instead = instead.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let queries = if rater.queries.len() == 1 { "query" } else { "queries" };
+        let folder = files.of_rater(rater.number);
+        say!("rater {} has {} {queries} of {instead} in {}", rater.number, rater.queries.len(), folder.display());
+    }
+    say!("give each to somebody who has not answered yet; of two raters of one place in a query the fuller answer counts, then the later");
     Ok(())
 }
 

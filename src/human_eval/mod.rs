@@ -6,11 +6,16 @@
 //!                      │                                                                             │
 //!                      └───────────────── study.json, kept by whoever runs it ─► votes ─► tally ◄────┘
 //! ```
-//! What raters get holds no model's name; the side of each model is in `study.json` only.
+//! What raters get holds no model's name; the side of each model is in `study.json` only. Everyone gets all queries, or the
+//! queries are shared out ([`assignment`], [`places`]).
 
 pub mod agreement;
+pub mod assignment;
+mod example_pictures;
+pub mod guidelines;
 pub mod interval;
 pub mod pages;
+pub mod places;
 pub mod questions;
 pub mod rank;
 pub mod study;

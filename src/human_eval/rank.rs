@@ -8,7 +8,10 @@
 
 use serde::Serialize;
 
-use crate::random::{Coordinates, Purpose};
+use crate::{
+    percentiles,
+    random::{Coordinates, Purpose},
+};
 
 /// Draws of prompts behind an interval.
 const DRAWS: usize = 1000;
@@ -61,8 +64,9 @@ pub fn rank(names: &[&str], prompts: &[Vec<Meeting>], seed: u64) -> Option<Vec<R
         (0..DRAWS).map(|_| fit(&mut (0..prompts.len()).map(|_| stream.below(prompts.len() as u64) as usize))).collect();
     let mut ranked: Vec<Ranked> = (0..n)
         .map(|model| {
-            let (low, high) = percentiles(draws.iter().map(|theta| theta[model]).collect());
-            let (rank_low, rank_high) = percentiles(draws.iter().map(|theta| place(theta, model) as f64).collect());
+            let (low, high) = percentiles::of_95(draws.iter().map(|theta| theta[model]).collect());
+            let (rank_low, rank_high) =
+                percentiles::of_95(draws.iter().map(|theta| place(theta, model) as f64).collect());
             Ranked {
                 model: names[model].to_owned(),
                 rank: place(&theta, model),
@@ -116,13 +120,6 @@ fn strengths(wins: &[Vec<f64>]) -> Vec<f64> {
 /// 1 and the number of models that are stronger by more than rounding.
 fn place(theta: &[f64], model: usize) -> usize {
     1 + theta.iter().filter(|other| **other > theta[model] + 1e-7).count()
-}
-
-/// Those of 2.5 % and 97.5 %.
-fn percentiles(mut values: Vec<f64>) -> (f64, f64) {
-    values.sort_by(f64::total_cmp);
-    let last = (values.len() - 1) as f64;
-    (values[(0.025 * last).round() as usize], values[(0.975 * last).round() as usize])
 }
 
 #[cfg(test)]

@@ -1,14 +1,17 @@
 //! A study: which models are compared on which prompts, and which of them is on which side.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::questions::{Edition, Form};
+use super::{
+    assignment::{deal, Asked, Assignment},
+    questions::{Edition, Form},
+};
 use crate::{
     draw::Drawing,
-    random::{Coordinates, Purpose},
+    random::{Coordinates, Purpose, Stream},
     store::digest,
     telemetry::write_atomic,
 };
@@ -28,6 +31,18 @@ pub struct Study {
     /// Raters that every query should have.
     pub raters: usize,
     pub queries: Vec<Query>,
+    /// The user's guidelines, in Markdown, in place of the built-in ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidelines: Option<String>,
+    /// Queries that a rater gets at most; none where everyone gets all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_rater: Option<usize>,
+    /// Who gets which; the rater at place i has the number i + 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assignments: Vec<Assignment>,
+    /// Raters who got queries of missing ones later; numbers go on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub again: Vec<Assignment>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -117,12 +132,53 @@ impl Study {
                 }
             }
         }
-        Ok(Study { edition: Edition::Paper, title: title.to_owned(), models, drawing, raters, queries })
+        Ok(Study {
+            edition: Edition::Paper,
+            title: title.to_owned(),
+            models,
+            drawing,
+            raters,
+            queries,
+            guidelines: None,
+            per_rater: None,
+            assignments: Vec::new(),
+            again: Vec::new(),
+        })
     }
 
-    /// What tells this study's pages and votes from another's: the beginning of the SHA-256 of all of it.
+    /// The same with at most `per_rater` queries for a rater ([`super::assignment`]); as it is without a number.
+    ///
+    /// # Errors
+    /// Numbers that cannot be met.
+    pub fn shared_out(self, per_rater: Option<usize>) -> Result<Self> {
+        let Some(most) = per_rater else { return Ok(self) };
+        let assignments = deal(&self.queries, self.raters, most, self.drawing.seed)?;
+        Ok(Study { per_rater, assignments, ..self })
+    }
+
+    pub fn is_shared_out(&self) -> bool {
+        !self.assignments.is_empty()
+    }
+
+    /// What the rater with this number gets.
+    pub fn assignment(&self, number: usize) -> Option<&Assignment> {
+        self.assignments.iter().chain(&self.again).find(|assignment| assignment.number == number)
+    }
+
+    /// Does this rater see the query's left side on the right?
+    pub fn is_mirrored(&self, number: usize, query: &str) -> bool {
+        self.assignment(number).and_then(|assignment| assignment.asked(query)).is_some_and(|asked| asked.mirrored)
+    }
+
+    /// The study as it was before queries were handed out again.
+    pub fn as_planned(&self) -> Self {
+        Study { again: Vec::new(), ..self.clone() }
+    }
+
+    /// What tells this study's pages and votes from another's: the beginning of the SHA-256 of all of it as it was
+    /// planned.
     pub fn id(&self) -> String {
-        let json = serde_json::to_vec(self).expect("a study is plain data");
+        let json = serde_json::to_vec(&self.as_planned()).expect("a study is plain data");
         digest::of_bytes(&json)[..32].to_owned()
     }
 
@@ -137,7 +193,26 @@ impl Study {
         let known = |query: &Query| query.left.max(query.right) < study.models.len() && query.left != query.right;
         let wrong = study.queries.iter().find(|query| !known(query));
         ensure!(wrong.is_none(), "{}: query {} names a model that is not there", path.display(), wrong.unwrap().id);
+        study.check_assignments().with_context(|| path.display().to_string())?;
         Ok(study)
+    }
+
+    fn check_assignments(&self) -> Result<()> {
+        ensure!(self.per_rater.is_some() == self.is_shared_out(), "per_rater and assignments go together");
+        let queries: BTreeSet<&str> = self.queries.iter().map(|query| query.id.as_str()).collect();
+        let mut held: BTreeSet<(usize, &str)> = BTreeSet::new();
+        for (i, assignment) in self.assignments.iter().chain(&self.again).enumerate() {
+            let number = assignment.number;
+            ensure!(number == i + 1, "rater {number} stands at place {}", i + 1);
+            for Asked { query, instead_of, .. } in &assignment.queries {
+                ensure!(queries.contains(query.as_str()), "rater {number} has the query {query}, which is not there");
+                let again = i >= self.assignments.len();
+                let follows = instead_of.map_or(!again, |before| again && held.contains(&(before, query.as_str())));
+                ensure!(follows, "rater {number} has the query {query} from nobody who had it");
+                ensure!(held.insert((number, query)), "rater {number} has the query {query} twice");
+            }
+        }
+        Ok(())
     }
 
     /// The pairs of models that meet, the lower index first.
@@ -158,11 +233,15 @@ fn meetings(models: usize, pairing: Pairing) -> Vec<(usize, usize)> {
 /// coin decides about the last one.
 fn swapped(seed: u64, form: Form, meeting: usize, count: usize) -> Vec<bool> {
     let at = Coordinates { task: form as u8, sample: meeting as u32, ..Coordinates::new(seed, Purpose::StudySides) };
-    let mut stream = at.stream();
+    half_of(count, &mut at.stream())
+}
+
+/// True for half of `count`; where that is no whole number a coin decides about the last one.
+pub(super) fn half_of(count: usize, stream: &mut Stream) -> Vec<bool> {
     let half = count / 2 + if count % 2 == 1 { stream.below(2) as usize } else { 0 };
-    let mut swapped = vec![false; count];
-    stream.choose(count, half).into_iter().for_each(|i| swapped[i] = true);
-    swapped
+    let mut chosen = vec![false; count];
+    stream.choose(count, half).into_iter().for_each(|i| chosen[i] = true);
+    chosen
 }
 
 #[cfg(test)]
@@ -244,6 +323,31 @@ pub(super) mod tests {
         std::fs::write(&path, text.replace("study-1", "study-9")).unwrap();
         let error = format!("{:#}", Study::read(&path).unwrap_err());
         assert!(error.contains("unknown variant `rldiff-study-9`"), "{error}");
+    }
+
+    #[test]
+    fn a_study_that_is_shared_out_comes_back_and_wrong_ones_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("study.json");
+        let study = example(2, 4, 0).shared_out(Some(2)).unwrap();
+        assert_eq!((study.assignments.len(), study.per_rater), (10, Some(2)));
+        assert_ne!(study.id(), example(2, 4, 0).id());
+        study.write(&path).unwrap();
+        assert_eq!(Study::read(&path).unwrap(), study);
+        let wrong = |change: &dyn Fn(&mut Study)| {
+            let mut study = study.clone();
+            change(&mut study);
+            study.write(&path).unwrap();
+            format!("{:#}", Study::read(&path).unwrap_err())
+        };
+        let error = wrong(&|study| study.assignments[1].queries[0].query = "pair-0009".into());
+        assert!(error.ends_with("study.json: rater 2 has the query pair-0009, which is not there"), "{error}");
+        let error = wrong(&|study| study.assignments[1].queries[0].instead_of = Some(1));
+        assert!(error.contains("from nobody who had it"), "{error}");
+        let error = wrong(&|study| study.assignments.swap(0, 1));
+        assert!(error.ends_with("rater 2 stands at place 1"), "{error}");
+        let error = wrong(&|study| study.assignments.clear());
+        assert!(error.ends_with("per_rater and assignments go together"), "{error}");
     }
 
     #[test]

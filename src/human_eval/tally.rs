@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{
     agreement::{equal_pairs, krippendorff_alpha},
     interval::Share,
+    places::{Given, Settled},
     questions::{Answer, Edition, Form, Question},
     rank::{rank, Meeting, Ranked},
     study::{Query, Study},
@@ -27,6 +28,13 @@ pub struct Tally {
     /// Raters that every query should have, and how many queries have all their questions answered by fewer.
     pub raters_per_query: usize,
     pub queries_with_fewer: usize,
+    /// Those queries, in the study's order.
+    pub lacking: Vec<Lacking>,
+    /// Numbers of raters of whom there is no file and whose queries nobody has answered in their place.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub absent_raters: Vec<usize>,
+    /// Answers that are not counted since another rater got the query again and answered it, too.
+    pub answers_left_out: usize,
     #[serde(skip)]
     pub(super) edition: Edition,
     pub comparisons: Vec<Comparison>,
@@ -47,9 +55,20 @@ pub struct Rank {
     pub models: Option<Vec<Ranked>>,
 }
 
+/// A query with fewer votes than it should have.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Lacking {
+    pub query: String,
+    /// On that of its questions which has the fewest.
+    pub votes: usize,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Rater {
     pub name: String,
+    /// Where queries are shared out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub number: Option<usize>,
     pub answers: usize,
     /// Half of his queries took no longer than this; a very short time is a reason to look at his answers.
     pub median_seconds_per_query: f64,
@@ -100,44 +119,31 @@ enum Outcome {
 }
 
 /// `None` for a picture that did not load.
-fn outcome(answer: Answer, query: &Query) -> Option<Outcome> {
-    Some(match answer {
+fn outcome(given: Given, query: &Query) -> Option<Outcome> {
+    let lower_left = (query.left < query.right) != given.mirrored;
+    Some(match given.answer {
         Answer::DidNotLoad => return None,
         Answer::NotSure => Outcome::NotSure,
         Answer::BothGood => Outcome::BothGood,
         Answer::BothBad => Outcome::BothBad,
-        Answer::Left if query.left < query.right => Outcome::First,
-        Answer::Right if query.left > query.right => Outcome::First,
+        Answer::Left if lower_left => Outcome::First,
+        Answer::Right if !lower_left => Outcome::First,
         Answer::Left | Answer::Right => Outcome::Second,
     })
-}
-
-/// By query and question, in the order of the sessions.
-struct Answers(BTreeMap<String, BTreeMap<String, Vec<Answer>>>);
-
-impl Answers {
-    fn of(sessions: &[Session]) -> Self {
-        let mut answers: BTreeMap<String, BTreeMap<String, Vec<Answer>>> = BTreeMap::new();
-        for vote in sessions.iter().flat_map(|session| &session.answers) {
-            let of_query = answers.entry(vote.query.clone()).or_default();
-            of_query.entry(vote.question.clone()).or_default().push(vote.answer);
-        }
-        Answers(answers)
-    }
-
-    fn to(&self, query: &Query, question: &Question) -> &[Answer] {
-        self.0.get(&query.id).and_then(|of_query| of_query.get(question.id)).map_or(&[], |answers| answers)
-    }
 }
 
 impl Tally {
     /// `sessions` belong to the study ([`super::votes::read_all`]).
     pub fn of(study: &Study, sessions: &[Session]) -> Self {
-        let answers = Answers::of(sessions);
-        let has_fewer = |query: &&Query| {
-            let votes = |question| answers.to(query, question).iter().filter(|answer| answer.is_vote()).count();
-            query.form.questions(study.edition).iter().any(|question| votes(question) < study.raters)
+        let answers = Settled::of(study, sessions);
+        let lacking = |query: &Query| {
+            let votes = |question: &Question| {
+                answers.to(query, question.id).iter().filter(|given| given.answer.is_vote()).count()
+            };
+            let votes = query.form.questions(study.edition).iter().map(votes).min().unwrap_or(0);
+            (votes < study.raters).then(|| Lacking { query: query.id.clone(), votes })
         };
+        let lacking: Vec<Lacking> = study.queries.iter().filter_map(lacking).collect();
         let (mut comparisons, mut by_set) = (Vec::new(), Vec::new());
         for meeting in study.meetings() {
             for form in Form::ALL {
@@ -145,7 +151,8 @@ impl Tally {
                     study.queries.iter().filter(|q| q.form == form && q.models() == meeting).collect();
                 let sets: BTreeSet<Option<&str>> = queries.iter().map(|query| query.set.as_deref()).collect();
                 for question in form.questions(study.edition).iter().filter(|_| !queries.is_empty()) {
-                    let answers: Vec<_> = queries.iter().map(|query| (*query, answers.to(query, question))).collect();
+                    let answers: Vec<_> =
+                        queries.iter().map(|query| (*query, answers.to(query, question.id))).collect();
                     comparisons.push(Comparison::of(study, meeting, form, question, None, &answers));
                     for set in sets.iter().filter(|_| sets.len() > 1) {
                         let of_set: Vec<_> =
@@ -166,7 +173,10 @@ impl Tally {
             raters: sessions.iter().map(Rater::of).collect(),
             queries: study.queries.len(),
             raters_per_query: study.raters,
-            queries_with_fewer: study.queries.iter().filter(has_fewer).count(),
+            queries_with_fewer: lacking.len(),
+            lacking,
+            absent_raters: answers.absent.clone(),
+            answers_left_out: answers.left_out,
             edition: study.edition,
             comparisons,
             by_set,
@@ -175,12 +185,12 @@ impl Tally {
 }
 
 impl Rank {
-    fn of(study: &Study, form: Form, question: &Question, answers: &Answers) -> Self {
+    fn of(study: &Study, form: Form, question: &Question, answers: &Settled) -> Self {
         // queries with the same noise show the same pictures of the same prompt
         let mut prompts: BTreeMap<usize, Vec<Meeting>> = BTreeMap::new();
         for query in study.queries.iter().filter(|query| query.form == form) {
             let mut votes = (0.0, 0.0);
-            for outcome in answers.to(query, question).iter().filter_map(|&answer| outcome(answer, query)) {
+            for outcome in answers.to(query, question.id).iter().filter_map(|&given| outcome(given, query)) {
                 let (first, second) = match outcome {
                     Outcome::First => (1.0, 0.0),
                     Outcome::Second => (0.0, 1.0),
@@ -212,6 +222,7 @@ impl Rater {
         seconds.sort_by(f64::total_cmp);
         Rater {
             name: session.rater.trim().to_owned(),
+            number: session.number,
             answers: session.answers.len(),
             median_seconds_per_query: seconds[(seconds.len() - 1) / 2],
         }
@@ -225,14 +236,16 @@ impl Comparison {
         form: Form,
         question: &Question,
         set: Option<String>,
-        answers: &[(&Query, &[Answer])],
+        answers: &[(&Query, &[Given])],
     ) -> Self {
         let outcomes: Vec<Vec<Outcome>> = answers
             .iter()
-            .map(|(query, answers)| answers.iter().filter_map(|&a| outcome(a, query)).collect())
+            .map(|(query, answers)| answers.iter().filter_map(|&given| outcome(given, query)).collect())
             .collect();
         let given: Vec<usize> = answers.iter().map(|(_, answers)| answers.len()).collect();
-        let not_loaded = answers.iter().map(|(_, answers)| answers.iter().filter(|a| !a.is_vote()).count()).collect();
+        let answered = |is: &dyn Fn(Answer) -> bool| -> Vec<usize> {
+            answers.iter().map(|(_, answers)| answers.iter().filter(|given| is(given.answer)).count()).collect()
+        };
         let count = |wanted: &[Outcome]| -> Vec<usize> {
             outcomes.iter().map(|of_query| of_query.iter().filter(|o| wanted.contains(o)).count()).collect()
         };
@@ -241,7 +254,6 @@ impl Comparison {
             Share::of(&counted.into_iter().zip(of.iter().copied()).collect::<Vec<_>>())
         };
         let decided = count(&[Outcome::First, Outcome::Second]);
-        let left = answers.iter().map(|(_, answers)| answers.iter().filter(|a| **a == Answer::Left).count()).collect();
         Comparison {
             first: study.models[first].name.clone(),
             second: study.models[second].name.clone(),
@@ -256,9 +268,9 @@ impl Comparison {
             both_good: share(count(&[Outcome::BothGood]), &all),
             both_bad: share(count(&[Outcome::BothBad]), &all),
             not_sure: share(count(&[Outcome::NotSure]), &all),
-            did_not_load: share(not_loaded, &given),
+            did_not_load: share(answered(&|answer| !answer.is_vote()), &given),
             second_of_decided: share(count(&[Outcome::Second]), &decided),
-            left_of_decided: share(left, &decided),
+            left_of_decided: share(answered(&|answer| answer == Answer::Left), &decided),
             agreement: equal_pairs(&outcomes),
             alpha: krippendorff_alpha(&outcomes),
         }
@@ -392,7 +404,14 @@ mod tests {
         };
         assert_eq!((of(NO_SET), of("parti")), (Some((0, 6)), Some((2, 2))));
         assert_eq!(tally.by_set.len(), 6);
-        assert!(tally.markdown().contains("| parti: overall preference | 2 | 0 % ("));
+        let text = tally.markdown();
+        assert!(text.contains("| parti: overall preference | 2 | 0 % ("), "{text}");
+        // also of each set: who was not sure, and what did not load
+        let fidelity = tally.by_set.iter().find(|c| c.set.as_deref() == Some("parti") && c.question == "fidelity");
+        let of = |share: Option<Share>| share.map(|s| (s.counted, s.votes));
+        assert_eq!(fidelity.map(|c| (of(c.not_sure), of(c.did_not_load))), Some((Some((1, 1)), Some((1, 2)))));
+        let row = "| parti: fidelity and quality | 1 | 0 % (0–79) | 0 % (0–79) | 100 % (21–100) | 50 % (";
+        assert!(text.contains(row), "{text}");
         // where there is one set only, all prompts are it
         assert!(self::tally().by_set.is_empty());
     }
@@ -400,7 +419,10 @@ mod tests {
     #[test]
     fn the_tables_say_it() {
         let text = tally().markdown();
-        assert!(text.contains("3 raters, 5 queries, 27 answers.\n5 of 5 queries have fewer than 5 raters."), "{text}");
+        assert!(
+            text.contains("3 raters, 5 queries, 27 answers.\n5 of 5 queries have fewer than 5 raters: pair-0001 (0), "),
+            "{text}"
+        );
         assert!(text.contains("\n## model 0 against model 1\n"), "{text}");
         let row = "| fits the description | 12 | 0 % (0–49) | 100 % (51–100) | 0 % (0–49) | 0 % (0–49) | 100 % (51–100) | 50 % (";
         assert!(text.contains(row), "{text}");

@@ -8,6 +8,9 @@ use super::{
     tally::{Comparison, Tally},
 };
 
+/// Queries, or raters, that are named one by one.
+const NAMED: usize = 12;
+
 impl Tally {
     /// Tables for people.
     pub fn markdown(&self) -> String {
@@ -21,7 +24,26 @@ impl Tally {
         text.push('\n');
         if self.queries_with_fewer > 0 {
             let (fewer, wanted) = (self.queries_with_fewer, self.raters_per_query);
-            let _ = writeln!(text, "{fewer} of {} queries have fewer than {wanted} raters.", self.queries);
+            let _ = write!(text, "{fewer} of {} queries have fewer than {wanted} raters: ", self.queries);
+            let named = self.lacking.iter().take(NAMED).map(|query| format!("{} ({})", query.query, query.votes));
+            text.push_str(&named.collect::<Vec<_>>().join(", "));
+            text.push_str(if fewer > NAMED { ", … (the JSON file has all).\n" } else { ".\n" });
+        }
+        if !self.absent_raters.is_empty() {
+            let numbers = self.absent_raters.iter().take(NAMED).map(usize::to_string).collect::<Vec<_>>().join(", ");
+            let more = if self.absent_raters.len() > NAMED { ", …" } else { "" };
+            let _ = writeln!(
+                text,
+                "{} raters have sent nothing: {numbers}{more}. `rldiff human-eval again STUDY VOTES` hands out their queries again.",
+                self.absent_raters.len()
+            );
+        }
+        if self.answers_left_out > 0 {
+            let _ = writeln!(
+                text,
+                "{} more answers are not counted: another rater got the query again and has answered it.",
+                self.answers_left_out
+            );
         }
         text.push_str("In brackets 95 % confidence intervals, with the queries as the units that vary.\n");
         let mut names: Vec<(&str, &str)> = Vec::new();
@@ -62,7 +84,8 @@ impl Tally {
         for rater in &self.raters {
             // a name is whatever the rater typed
             let name = rater.name.replace('|', "\\|").replace(char::is_control, " ");
-            let _ = writeln!(text, "| {name} | {} | {:.1} |", rater.answers, rater.median_seconds_per_query);
+            let number = rater.number.map_or(String::new(), |number| format!("{number}: "));
+            let _ = writeln!(text, "| {number}{name} | {} | {:.1} |", rater.answers, rater.median_seconds_per_query);
         }
         text.push_str(
             "\nraters agree: share of the pairs of votes on one query that are equal. alpha is Krippendorff's (nominal): 1 where \

@@ -23,6 +23,9 @@ pub struct Session {
     pub study: String,
     /// What the rater calls himself.
     pub rater: String,
+    /// The rater's number, where queries are shared out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number: Option<usize>,
     /// Random, made when the rater began: a file that is exported twice has the same.
     pub session: String,
     /// Times in ISO 8601, as the browser's clock gave them.
@@ -39,6 +42,13 @@ pub struct Vote {
     pub answer: Answer,
     /// From the query's appearance to this answer.
     pub seconds: f64,
+}
+
+impl Session {
+    /// Is there an answer to this query?
+    pub fn answered(&self, query: &str) -> bool {
+        self.answers.iter().any(|vote| vote.query == query)
+    }
 }
 
 /// Reads files, and the `.json` files of folders, in the order of their names.
@@ -94,11 +104,21 @@ fn read(study: &Study, path: &Path) -> Result<Session> {
     ensure!(session.study == id, "belongs to the study {}, not to {id}", session.study);
     ensure!(!session.rater.trim().is_empty() && !session.session.is_empty(), "says neither who answered nor when");
     ensure!(!session.answers.is_empty(), "holds no answers");
+    let assignment = match session.number {
+        None if study.is_shared_out() => bail!("says no rater's number, and this study is shared out"),
+        None => None,
+        Some(number) => {
+            let assignment = study.assignment(number);
+            Some(assignment.with_context(|| format!("is of the rater number {number}, whom the study has not"))?)
+        }
+    };
     let mut seen = BTreeSet::new();
     for vote in &session.answers {
         let Some(query) = study.queries.iter().find(|query| query.id == vote.query) else {
             bail!("answers a query {:?} that the study has not", vote.query);
         };
+        let own = assignment.is_none_or(|assignment| assignment.asked(&query.id).is_some());
+        ensure!(own, "answers the query {:?}, which rater {} did not get", vote.query, session.number.unwrap_or(0));
         let questions = query.form.questions(study.edition);
         let Some(question) = questions.iter().find(|question| question.id == vote.question) else {
             bail!("answers a question {:?} that {} has not", vote.question, vote.query);
@@ -114,8 +134,18 @@ fn read(study: &Study, path: &Path) -> Result<Session> {
 fn check_new(session: &Session, sessions: &[(PathBuf, Session)]) -> Result<()> {
     for (path, other) in sessions {
         ensure!(other.session != session.session, "is the same session as {}", path.display());
-        let same_rater = other.rater.trim() == session.rater.trim();
-        ensure!(!same_rater, "is a second file of the rater {:?}, after {}", session.rater.trim(), path.display());
+        let path = path.display();
+        if let (Some(number), Some(others)) = (session.number, other.number) {
+            ensure!(number != others, "is a second file of rater {number}, after {path}");
+        }
+        let rater = session.rater.trim();
+        if other.rater.trim() != rater {
+            continue;
+        }
+        ensure!(session.number.is_some(), "is a second file of the rater {rater:?}, after {path}");
+        // one person may take two numbers, if they have no query in common
+        let twice = session.answers.iter().find(|vote| other.answered(&vote.query));
+        ensure!(twice.is_none(), "has a second vote of {rater:?} on {}, after {path}", twice.unwrap().query);
     }
     Ok(())
 }
@@ -130,6 +160,7 @@ pub(super) mod tests {
             format: FORMAT.into(),
             study: study.id(),
             rater: rater.into(),
+            number: None,
             session: format!("session of {rater}"),
             started: "2026-11-26T08:00:00.000Z".into(),
             exported: "2026-11-26T09:00:00.000Z".into(),
@@ -198,7 +229,46 @@ pub(super) mod tests {
         for (i, (line, (_, expected))) in lines.iter().zip(&cases).enumerate() {
             assert!(line.contains(&format!("{:02}.json: ", i + 1)) && line.contains(expected), "{line} / {expected}");
         }
+        // a number where nobody has one is nobody's
+        std::fs::write(folder.path().join("00.json"), with(&|s| s.number = Some(1))).unwrap();
+        let numbered = read_all(&study, &[folder.path().join("00.json")]).unwrap_err().to_string();
+        assert!(numbered.ends_with("is of the rater number 1, whom the study has not"), "{numbered}");
         let missing = read_all(&study, &[folder.path().join("absent.json")]).unwrap_err().to_string();
         assert!(missing.contains("absent.json: cannot be read"), "{missing}");
+    }
+
+    #[test]
+    fn raters_with_numbers_answer_their_own_queries_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut study = example(2, 4, 0);
+        study.raters = 2;
+        let study = study.shared_out(Some(2)).unwrap();
+        let own = |number: usize, i: usize| study.assignment(number).unwrap().queries[i].query.clone();
+        let other = study.queries.iter().find(|q| study.assignment(1).unwrap().asked(&q.id).is_none()).unwrap();
+        let sharing = (2..=4).find(|n| study.assignment(*n).unwrap().asked(&own(1, 0)).is_some()).unwrap();
+        let apart = (2..=4).find(|n| study.assignment(*n).unwrap().asked(&own(1, 0)).is_none()).unwrap();
+        let of = |rater: &str, number: Option<usize>, query: &str, session_name: &str| {
+            let answers = [(query, "fidelity", Answer::Left)];
+            Session { number, session: session_name.into(), ..session(&study, rater, &answers) }
+        };
+        let cases = [
+            (of("abe", Some(1), &own(1, 0), "a"), ""),
+            (of("abe", Some(apart), &own(apart, 0), "b"), ""),
+            (of("bea", None, &own(1, 0), "c"), "says no rater's number"),
+            (of("bea", Some(5), &own(1, 0), "d"), "is of the rater number 5, whom the study has not"),
+            (of("bea", Some(1), &own(1, 1), "e"), "is a second file of rater 1, after"),
+            (of("bea", Some(1), &other.id, "f"), "which rater 1 did not get"),
+            (of("abe", Some(sharing), &own(1, 0), "g"), "has a second vote of \"abe\" on"),
+        ];
+        for (i, (session, _)) in cases.iter().enumerate() {
+            std::fs::write(folder.path().join(format!("{i}.json")), serde_json::to_string(session).unwrap()).unwrap();
+        }
+        let error = read_all(&study, &[folder.path().to_path_buf()]).unwrap_err().to_string();
+        let lines: Vec<&str> = error.lines().collect();
+        let expected: Vec<&str> = cases.iter().map(|(_, expected)| *expected).filter(|e| !e.is_empty()).collect();
+        assert_eq!(lines.len(), expected.len(), "{error}");
+        for (line, expected) in lines.iter().zip(expected) {
+            assert!(line.contains(expected), "{line} / {expected}");
+        }
     }
 }

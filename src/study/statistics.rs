@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    percentiles,
     random::{Coordinates, Purpose, Stream},
     telemetry::number,
 };
@@ -65,7 +66,7 @@ impl Resampling {
             quantity(&models.iter().map(|&(set, model)| pick(set, model)).collect::<Vec<_>>())
         };
         let value = of(&|_, model| mean(model.iter().flatten().copied()));
-        let mut values: Vec<f64> = self
+        let values: Vec<f64> = self
             .draws
             .iter()
             .map(|draw| {
@@ -76,12 +77,8 @@ impl Resampling {
             })
             .filter(|value| !value.is_nan())
             .collect();
-        values.sort_by(f64::total_cmp);
-        let at = |share: f64| match values.len() {
-            0 => f64::NAN,
-            n => values[((n - 1) as f64 * share).round() as usize],
-        };
-        Interval { value, low: at(0.025), high: at(0.975) }
+        let (low, high) = percentiles::of_95(values);
+        Interval { value, low, high }
     }
 }
 

@@ -1,6 +1,8 @@
 """Answers a whole human evaluation in a headless Chromium, as a rater would.
 
-    answer_study.py INDEX_URL STUDY_JSON RATER keys|pointer DOWNLOADS
+    answer_study.py INDEX_URL STUDY_JSON RATER keys|pointer DOWNLOADS [NUMBER]
+
+NUMBER is the rater's where queries are shared out; the page then proposes it as his name.
 
 By a rule that the test knows: alignment and diversity go to the second model, whatever side it is on; of fidelity it is not
 sure, the first query's pictures are said not to have loaded there; preference always goes to the left. It reloads the page in the middle of a query, exports, and writes what it
@@ -15,10 +17,15 @@ import browser
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-url, study_path, rater, mode, downloads = sys.argv[1:]
+url, study_path, rater, mode, downloads, *number = sys.argv[1:]
 downloads = pathlib.Path(downloads)
 study = json.loads(pathlib.Path(study_path).read_text())
 queries = {query["id"]: query for query in study["queries"]}
+# of this rater only, mirrored ones turned around
+own = study["assignments"][int(number[0]) - 1]["queries"] if number else None
+if own:
+    sides = lambda q, mirrored: {**q, "left": q["right"], "right": q["left"]} if mirrored else q
+    queries = {asked["query"]: sides(queries[asked["query"]], asked.get("mirrored")) for asked in own}
 touch = mode == "pointer"
 chrome = browser.start(*((390, 844) if touch else (1280, 800)), downloads, touch)
 find = lambda selector: chrome.find_element(By.CSS_SELECTOR, selector)
@@ -91,6 +98,12 @@ def look():
 chrome.get(url)
 look()
 check("the guidelines are there", "word by word" in find("#start-guidelines").text)
+drawn = """return [...document.querySelectorAll('#start-guidelines img')].map((i) => i.complete && i.naturalWidth > 0)"""
+wait_for("the pictures of the guidelines", lambda: all(chrome.execute_script(drawn)))
+check("there are pictures in the guidelines", len(chrome.execute_script(drawn)) >= 10)
+if number:
+    check("the number is proposed", find("#rater").get_attribute("value") == number[0])
+    find("#rater").clear()
 if mode == "keys":
     find("#rater").send_keys(rater, Keys.ENTER)
 else:
@@ -134,6 +147,7 @@ while find("#query").is_displayed():
     go_on()
 
 check("every query came once", sorted(order) == sorted(queries))
+check("a rater's own queries come in their order", not own or order == [asked["query"] for asked in own])
 look()
 check("the end is said", "All queries are answered" in find("#finish-heading").text)
 check("progress is full", find("#progress-text").text == f"{len(order)} of {len(order)} answered")

@@ -1,5 +1,5 @@
 // The rater's side of a human evaluation. It reads window.RLDIFF_STUDY (study.js), keeps the answers in localStorage
-// under the study's id, and exports them as a file. It loads nothing but the pictures.
+// under the study's id (and the rater's number, where queries are shared out), and exports them as a file. It loads nothing but the pictures.
 "use strict";
 
 (() => {
@@ -9,7 +9,7 @@
     showWarning("study.js is missing: copy the whole folder.");
     return;
   }
-  const KEY = `rldiff-human-eval:${study.id}`;
+  const KEY = `rldiff-human-eval:${study.id}${study.number ? `:${study.number}` : ""}`;
   /** Below this many pixels across, pictures are enlarged with hard edges. */
   const SMALL = 128;
   /** Longer descriptions are set in smaller letters. */
@@ -52,9 +52,11 @@
     warning.hidden = false;
   }
 
-  // ---- the order of the queries: a function of the session, so that a reload finds the same
+  // ---- the order of the queries: as they come where they are this rater's own, else a function of the session, so that
+  // ---- a reload finds the same
 
   function shuffled(session) {
+    if (study.number) return study.queries;
     let word = 2166136261;
     for (const character of session) word = Math.imul(word ^ character.charCodeAt(0), 16777619);
     const below = (n) => {
@@ -110,12 +112,16 @@
   }
 
   function guidelines() {
+    const own = element("guidelines-own");
+    if (own) return [own.content.cloneNode(true)];
     const forms = Object.keys(KINDS).filter((form) => study.queries.some((query) => query.form === form));
     return [...forms, "general"].map((name) => element(`guidelines-${name}`).content.cloneNode(true));
   }
 
   function showStart() {
     element("start-guidelines").replaceChildren(...guidelines());
+    // whoever got a number need not think of a name
+    element("rater").value = study.number || "";
     show("start");
   }
 
@@ -262,7 +268,8 @@
       return given ? [{ query: query.id, question: question.id, ...given }] : [];
     }));
     const votes = {
-      format: study.votesFormat, study: study.id, rater: state.rater, session: state.session,
+      format: study.votesFormat, study: study.id, rater: state.rater, ...(study.number && { number: study.number }),
+      session: state.session,
       started: state.started, exported: new Date().toISOString(), answers,
     };
     return `${JSON.stringify(votes, null, 1)}\n`;
@@ -285,6 +292,10 @@
 
   element("title").textContent = study.title;
   document.title = study.title;
+  // a link in the guidelines leads away from the answers: into another tab
+  for (const template of document.querySelectorAll("template")) {
+    for (const link of template.content.querySelectorAll("a[href]")) Object.assign(link, { target: "_blank", rel: "noreferrer" });
+  }
   element("dialog-guidelines").replaceChildren(...guidelines());
 
   element("start-form").addEventListener("submit", (event) => {
@@ -309,7 +320,6 @@
       localStorage.removeItem(KEY);
     } catch { /* nothing was kept */ }
     state = null;
-    element("rater").value = "";
     showStart();
   });
   // a click beside a dialog closes it
