@@ -206,9 +206,11 @@ fn the_study_is_the_papers() {
     let mut runs = names(&study, "run");
     for run in study["run"].as_array().unwrap() {
         let name = run["name"].as_str().unwrap();
+        // Appendix G
+        let name = name.strip_suffix("_without_l_pre").unwrap_or(name);
         assert_eq!(run["config"].as_str(), Some(format!("slurm/{name}.toml").as_str()));
     }
-    let mut all = RUNS.to_vec();
+    let mut all = [&RUNS[..], &["preference_without_l_pre"]].concat();
     (runs.sort_unstable(), all.sort_unstable());
     assert_eq!(runs, all);
     assert_eq!(names(&study, "model"), ["sd-1.5"]);
