@@ -138,7 +138,7 @@ fn mistakes_are_found_before_any_work() {
         (
             "slurm/miniature-evaluation.toml",
             "OTHER",
-            "run composition trains on composition, and no metric of OTHER is named composition (they are colour, detection, \
+            "run composition trains on composition, and no metric of OTHER is named composition (they are colour, detection, likeness, \
              parity): Table 4 and Table 5 would be empty",
         ),
         ("evaluation.images=8", "evaluation.image=8", "unknown key image"),
