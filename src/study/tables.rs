@@ -86,7 +86,6 @@ impl Study {
         let alone: Vec<&Member> = runs.iter().copied().filter(|run| trained(run) == [compared.as_str()]).collect();
         let (mut tables, mut findings) = (Vec::new(), Vec::new());
 
-        let of_compared = figures.metrics(|metric, _| metric == compared);
         let mut methods: Vec<&str> = alone.iter().map(|run| run.name.as_str()).collect();
         methods.extend(joint.map(|joint| joint.name.as_str()));
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
@@ -94,7 +93,7 @@ impl Study {
         tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_table_1)?);
         rivals::on_trained_rewards(&figures, &mut findings)?;
         rivals::on_other_judges(&figures, &alone, &of_table_1, &mut findings)?;
-        rivals::over_optimisation(&figures, &alone, &of_compared, &mut findings)?;
+        rivals::over_optimisation(&figures, &alone, &of_table_1, &mut findings)?;
         tables.push(table_2::time_and_generality(plan, &alone, &compared, &mut findings)?);
 
         for (kind, title, note) in [
