@@ -1,5 +1,5 @@
-//! `[stop]`: runs that end where their reward has saturated, on any number of ranks and after resumes, and what is said of runs
-//! that end so, that cannot, and that have diverged.
+//! `[stop]`: runs that end where their reward has saturated, on any number of ranks and after resumes, and what is
+//! said of runs that end so, that cannot, and that have diverged.
 
 mod common;
 

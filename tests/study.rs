@@ -41,16 +41,16 @@ fn the_quick_study_writes_every_table_and_finding() {
 
     let found = json(&out.join("study.json"));
     let titles: Vec<&str> = found["tables"].as_array().unwrap().iter().map(|t| t["title"].as_str().unwrap()).collect();
-    for (beginning, title) in
-        ["Table 1.", "Table 2.", "Table 3.", "Table 4.", "Table 5.", "Table 5, continued."].iter().zip(&titles)
-    {
+    let wanted = ["Table 1.", "Table 2.", "Table 3.", "Table 4.", "Table 5.", "Table 5, continued.", "Appendix G."];
+    assert_eq!(titles.len(), wanted.len());
+    for (beginning, title) in wanted.iter().zip(&titles) {
         assert!(title.starts_with(beginning), "{titles:?}");
     }
-    // base, the method and its four rivals, joint; the methods; base and all eight runs twice; base, single runs and joint;
-    // what joint keeps of three rewards
+    // base, the method and its four rivals, joint; the methods; base, what is trained on parity, and on composition; base, single
+    // runs and joint; what joint keeps of three rewards; base, with and without L_pre
     let rows: Vec<usize> =
         found["tables"].as_array().unwrap().iter().map(|t| t["rows"].as_array().unwrap().len()).collect();
-    assert_eq!(rows, [7, 5, 9, 9, 5, 3]);
+    assert_eq!(rows, [7, 5, 5, 5, 5, 3, 3]);
     let markdown = fs::read_to_string(out.join("study.md")).unwrap();
     for finding in found["findings"].as_array().unwrap() {
         let verdict = finding["verdict"].as_str().unwrap();
@@ -67,8 +67,8 @@ fn the_quick_study_writes_every_table_and_finding() {
     for id in ["findings", "tables", "curves", "pictures"] {
         assert!(page.contains(&format!("<section id=\"{id}\">")), "{id}");
     }
-    // four prompts of four sets, drawn by nine models; two charts for each of three rewards
-    assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 4 * 4 * 9);
+    // four prompts of six sets, drawn by fourteen models; two charts for each of three rewards
+    assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 4 * 6 * 14);
     assert_eq!(page.matches("<figure class=\"chart\">").count(), 6);
 }
 
@@ -78,13 +78,13 @@ fn a_study_that_is_cut_off_goes_on() {
     let _alone = one_at_a_time();
     let folder = empty_folder("study-cut-off");
     let whole = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("slurm/miniature-study.toml")).unwrap();
-    let head = whole.split("[[run]]").next().unwrap().replace("seeds = [1, 2]", "seeds = [3]");
+    let head = whole.split("[[run]]").next().unwrap().replace("seeds = [1, 2, 3]", "seeds = [3]");
     let run = |name: &str, config: &str, more: &str| {
         format!("[[run]]\nname = \"{name}\"\nconfig = \"slurm/miniature-{config}.toml\"\nset = []\nquick = [\"run.iterations=12\"{more}]\n")
     };
     let config = folder.join("study.toml");
     // a model that no run makes is a row of its own
-    let head = head + "[[model]]\nname = \"again\"\npath = \"embedded\"\nlora = \"\"\n\n";
+    let head = head + "[[model]]\nname = \"again\"\npath = \"miniature\"\nlora = \"\"\n\n";
     fs::write(&config, head + &run("preference", "preference", ", \"method.timesteps=1\"") + &run("refl", "refl", ""))
         .unwrap();
 
@@ -130,15 +130,15 @@ fn mistakes_are_found_before_any_work() {
     fs::write(&other, renamed.replace("{ name = \"preference\"", "{ name = \"colour\"")).unwrap();
     let other = other.display().to_string();
     for (from, to, wanted) in [
-        ("seeds = [1, 2]", "seeds = []", "study.seeds"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", "study.seeds names 1 twice"),
+        ("seeds = [1, 2, 3]", "seeds = []", "study.seeds"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 1]", "study.seeds names 1 twice"),
         ("slurm/miniature-raft.toml", "slurm/nowhere.toml", "run raft: cannot read config slurm/nowhere.toml"),
         ("name = \"raft\"", "name = \"refl\"", "two runs are named refl"),
         ("slurm/miniature-evaluation.toml", "slurm/miniature-joint.toml", "slurm/miniature-joint.toml"),
         (
             "slurm/miniature-evaluation.toml",
             "OTHER",
-            "run composition trains on composition, and no metric of OTHER is named composition (they are colour, detection, \
+            "run composition trains on composition, and no metric of OTHER is named composition (they are colour, detection, likeness, \
              parity): Table 4 and Table 5 would be empty",
         ),
         ("evaluation.images=8", "evaluation.image=8", "unknown key image"),

@@ -70,7 +70,7 @@ enum Command {
     /// Score models on prompt sets, with the same noise for all of them.
     Eval(eval::Args),
     /// Build pages on which people compare models, and count their answers.
-    HumanEval(human_eval::Args),
+    HumanEval(Box<human_eval::Args>),
     /// Write one page on a run, or on several side by side.
     Report(report::Args),
     /// Train several methods with several seeds, compare their models, write the paper's tables.
@@ -244,7 +244,7 @@ fn dispatch(command: Command, comm: &dyn Communicator) -> Result<(), Failure> {
         Command::Inspect(args) => inspect::run(args, comm),
         Command::Sample(args) => sample::run(args, comm),
         Command::Eval(args) => eval::run(args, comm),
-        Command::HumanEval(args) => human_eval::run(args, comm),
+        Command::HumanEval(args) => human_eval::run(*args, comm),
         Command::Report(args) => report::run(args, comm),
         Command::Score(args) => score::run(args, comm),
         Command::Export(args) => export::run(args, comm),

@@ -30,8 +30,8 @@ pub struct StopConfig {
 pub enum StopCriterion {
     /// The run goes on to `run.iterations`, as though the table was not there.
     None,
-    /// The run ends where the mean reward over windows of iterations has stopped to rise, on every task that is trained on
-    /// and in the mean over them.
+    /// The run ends where the mean reward over windows of iterations has stopped to rise, on every task that is
+    /// trained on and in the mean over them.
     Saturation,
 }
 
@@ -41,13 +41,14 @@ pub enum StopCriterion {
 pub enum RewardSource {
     /// `<task>/reward_mean`: what each iteration has sampled to train on.
     Training,
-    /// `<task>/evaluation_reward`: the small evaluations in the course of training, every `evaluation.every` iterations.
+    /// `<task>/evaluation_reward`: the small evaluations in the course of training, every `evaluation.every`
+    /// iterations.
     Evaluation,
 }
 
 impl RewardSource {
-    /// The one that shows how a method's training goes: the reward-weighted method samples from the original model, whose
-    /// reward stays as it is.
+    /// The one that shows how a method's training goes: the reward-weighted method samples from the original model,
+    /// whose reward stays as it is.
     pub fn of_method(name: &str) -> Self {
         match name {
             "reward_weighted" => RewardSource::Evaluation,

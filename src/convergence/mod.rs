@@ -1,20 +1,20 @@
-//! When a reward has stopped to rise, and when it has fallen back from its best: one definition for a run that may end
-//! ([`crate::run`], `[stop]`), for its summary and [`crate::report`], and for Table 2 of a [`crate::study`].
+//! When a reward has stopped to rise, and when it has fallen back from its best: one definition for a run that may
+//! end ([`crate::run`], `[stop]`), for its summary and [`crate::report`], and for Table 2 of a [`crate::study`].
 //!
-//! The paper calls a run converged when the mean reward of what it samples saturates (section 4.1, Appendix E) and gives no
-//! criterion. Here the iterations are cut into windows of W, counted from the first. With m_k the mean reward in window k,
-//! and n_k the values in it:
+//! The paper calls a run converged when the mean reward of what it samples saturates (section 4.1, Appendix E) and
+//! gives no criterion. Here the iterations are cut into windows of W, counted from the first. With m_k the mean reward
+//! in window k, and n_k the values in it:
 //! ```text
 //! noise of one value   s = median over neighbours i, i+1 in the same window of |r_{i+1} − r_i|, over √2·0.6745
 //! of a difference      SE(a, b) = s·√(1/n_a + 1/n_b)
 //! saturated at K       best of the newest P windows − best of those before ≤ rise · SE
-//! fallen back at K     best of the windows before K − m_K > fall · SE, and more than a tenth of what the best had gained
+//! fallen back at K     best of those before K − m_K > fall · SE, and more than a tenth of what the best had gained
 //! ```
-//! The noise is the deviation of normal noise. Neighbours are used because a trend hardly enters their difference, and the
-//! median because a collapse does not enter it. P windows together are compared, so a slow rise that no window shows by
-//! itself counts. The tenth keeps the wandering of a long plateau, whose standard errors are small, from being called a
-//! divergence. A window in which less than two values are finite is left out; while it is among those compared nothing is
-//! decided.
+//! The noise is the deviation of normal noise. Neighbours are used because a trend hardly enters their difference, and
+//! the median because a collapse does not enter it. P windows together are compared, so a slow rise that no window
+//! shows by itself counts. The tenth keeps the wandering of a long plateau, whose standard errors are small, from being
+//! called a divergence. A window in which less than two values are finite is left out; while it is among those compared
+//! nothing is decided.
 
 mod rewards;
 mod windows;
@@ -46,7 +46,8 @@ pub struct Criterion {
 }
 
 impl Criterion {
-    /// For a run of so many iterations of which nothing else is said: windows of a sixth of it, but of 4 to 50 iterations.
+    /// For a run of so many iterations of which nothing else is said: windows of a sixth of it, but of 4 to 50
+    /// iterations.
     pub fn by_default(iterations: u64) -> Self {
         Criterion { window: (iterations / 6).clamp(4, 50), patience: 2, min_iterations: 0, rise: 1.0, fall: 4.0 }
     }
@@ -90,7 +91,8 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// As the run's `[stop]` says, else by default; `every`: iterations between evaluations, `done`: those that the run has.
+    /// As the run's `[stop]` says, else by default; `every`: iterations between evaluations, `done`: those that the
+    /// run has.
     pub fn new(stop: Option<&StopConfig>, method: &str, every: u64, done: u64) -> Self {
         if let Some(stop) = stop.filter(|stop| stop.criterion != StopCriterion::None) {
             return Judge { source: stop.reward, criterion: stop.rule() };
@@ -111,8 +113,8 @@ impl Judge {
         Judge::new(config.stop.as_ref(), config.method.name(), config.evaluation.every, done)
     }
 
-    /// Whether a task's reward has fallen back after `done` iterations, with what is to be said of it; None where there are too
-    /// few windows to tell.
+    /// Whether a task's reward has fallen back after `done` iterations, with what is to be said of it; None where
+    /// there are too few windows to tell.
     pub fn fallen_back(&self, rewards: &Rewards, task: &str, done: u64) -> Option<Option<FallBack>> {
         let windows = rewards.curve(task, self.source)?.windows(self.criterion.window, done);
         let (first, fall) = (windows.first()?, windows.fall()?);

@@ -66,7 +66,8 @@ impl Rewards {
         rewards
     }
 
-    /// Takes over an iteration's rewards. What is known of the iteration already stays, so that its evaluation can come later.
+    /// Takes over an iteration's rewards. What is known of the iteration already stays, so that its evaluation can
+    /// come later.
     pub fn note(&mut self, metrics: &Metrics) {
         let done = metrics.iteration + 1;
         let add = |points: &mut Vec<Point>, value: Option<f64>| {
@@ -80,8 +81,8 @@ impl Rewards {
         }
     }
 
-    /// What a checkpoint after iteration `done` keeps. The evaluation after it may be dropped and made up for later, so it is left
-    /// to the metrics.
+    /// What a checkpoint after iteration `done` keeps. The evaluation after it may be dropped and made up for
+    /// later, so it is left to the metrics.
     pub fn kept(&self, done: u64) -> Rewards {
         let mut kept = self.clone();
         kept.tasks.iter_mut().for_each(|of| of.evaluation.retain(|point| point.0 < done));

@@ -52,7 +52,7 @@ impl Assignment {
     /// models the lower model stands on the left in half of them. Pairs come before groups.
     fn of(number: usize, queries: Vec<(&Query, Option<usize>)>, seed: u64) -> Self {
         let mut stream = at(seed, number, 1).stream();
-        let mut groups: BTreeMap<(Form, (usize, usize)), Vec<(&Query, Option<usize>)>> = BTreeMap::new();
+        let mut groups = BTreeMap::<_, Vec<_>>::new();
         for (query, instead_of) in queries {
             groups.entry((query.form, query.models())).or_default().push((query, instead_of));
         }

@@ -20,8 +20,11 @@ const SIDE: usize = 192;
 const PORTRAIT: usize = 96;
 const GAP: usize = 4;
 
-/// Names of the files with what draws them, for the examples of a form.
-pub fn of_form(form: Form) -> &'static [(&'static str, fn() -> Canvas)] {
+/// The name of a file and what draws it.
+pub type Example = (&'static str, fn() -> Canvas);
+
+/// The pictures of a form's examples.
+pub fn of_form(form: Form) -> &'static [Example] {
     match form {
         Form::Pair => &[
             ("fidelity-a.png", || meadow_with_dog(FOUR_LEGS)),
@@ -32,7 +35,7 @@ pub fn of_form(form: Form) -> &'static [(&'static str, fn() -> Canvas)] {
             ("beauty-b.png", dull_sunset),
             ("rule-a.png", || dog_and_ball(FIVE_LEGS, [215, 38, 38])),
             ("rule-b.png", || dog_and_ball(FOUR_LEGS, [40, 90, 215])),
-            ("exception-a.png", || table_with(&["apple", "eggplant"]).softened(2)),
+            ("exception-a.png", || table_with(&["apple", "eggplant"]).softened(1)),
             ("exception-b.png", || table_with(&["apple"])),
         ],
         Form::Group => {

@@ -124,9 +124,10 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Everything that can go wrong by a user's mistake, before any work: the config, the number of ranks, the folder and who
-    /// else uses it, the model, the checkpoint. On disk only the folder's lock changes, and only until this is dropped. A
-    /// collective call; errors are the same on all ranks, [`signals::Interrupted`] among them.
+    /// Everything that can go wrong by a user's mistake, before any work: the config, the number of ranks, the
+    /// folder and who else uses it, the model, the checkpoint. On disk only the folder's lock changes, and only
+    /// until this is dropped. A collective call; errors are the same on all ranks, [`signals::Interrupted`] among
+    /// them.
     pub fn prepare(
         config: &'a Config,
         comm: &'a dyn Communicator,
@@ -190,8 +191,8 @@ impl<'a> Run<'a> {
         Ok(Run { config, comm, files, lock, trainer, stop, done, origin, started })
     }
 
-    /// Whether the run is at its end and the results are of that end, not of the run before it was extended. Rank 0 looks. A
-    /// collective call.
+    /// Whether the run is at its end and the results are of that end, not of the run before it was extended. Rank 0
+    /// looks. A collective call.
     fn is_finished(&self) -> Result<bool> {
         let has_results = || Summary::read(&self.files.summary()).is_ok_and(|s| s.iterations == self.done);
         let ended = self.stop.is_end(self.done, self.comm)?;

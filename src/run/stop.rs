@@ -33,8 +33,9 @@ impl Stop {
         Stop { by: settings.map(|settings| By { settings, rewards: rewards() }), at_most: config.run.iterations }
     }
 
-    /// Of a run that goes on from a checkpoint. Its rewards are there but for the last evaluation, which may have been made after
-    /// it; that, and all of them where the run had no `[stop]` until now, is in the metrics of its folder.
+    /// Of a run that goes on from a checkpoint. Its rewards are there but for the last evaluation, which may have
+    /// been made after it; that, and all of them where the run had no `[stop]` until now, is in the metrics of its
+    /// folder.
     pub fn resumed(config: &Config, comm: &dyn Communicator, origin: &Path, checkpoint: &Checkpoint) -> Result<Self> {
         let mut stop = Stop::new(config);
         let Some(by) = &mut stop.by else { return Ok(stop) };
@@ -49,7 +50,8 @@ impl Stop {
             let unknown = done.saturating_sub(by.rewards.len() as u64);
             if unknown > 0 {
                 log::warn!(
-                    "[stop]: the rewards of {unknown} of the {done} iterations that are done are not known; they count for nothing"
+                    "[stop]: the rewards of {unknown} of the {done} iterations that are done are not known; they count for \
+                     nothing"
                 );
             }
         }
@@ -64,8 +66,8 @@ impl Stop {
         Ok(())
     }
 
-    /// Takes over an iteration's rewards, and puts the windows' numbers beside them where the iteration completes a window.
-    /// Gives whether the run ends here by what `source` shows. A collective call.
+    /// Takes over an iteration's rewards, and puts the windows' numbers beside them where the iteration completes a
+    /// window. Gives whether the run ends here by what `source` shows. A collective call.
     pub fn see(&mut self, source: RewardSource, metrics: &mut Metrics, comm: &dyn Communicator) -> Result<bool> {
         let done = metrics.iteration + 1;
         if let Some(by) = &mut self.by {
@@ -147,8 +149,8 @@ impl By {
         };
         let curves: Vec<String> = self.curves().iter().filter_map(of).collect();
         format!(
-            "the {} has saturated after {done} of at most {at_most} iterations: no rise by more than {rise} times the standard error in the newest \
-             {patience} windows of {window} iterations ({})",
+            "the {} has saturated after {done} of at most {at_most} iterations: no rise by more than {rise} times the \
+             standard error in the newest {patience} windows of {window} iterations ({})",
             reward.words(),
             curves.join("; ")
         )

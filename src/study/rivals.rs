@@ -41,6 +41,13 @@ fn called(run: &Member) -> &str {
     }
 }
 
+/// Sets and judges of Table 1 that no run is trained on.
+fn untrained<'a>(figures: &Figures, of_table_1: &'a [(String, String)]) -> Vec<&'a (String, String)> {
+    let members = runs(figures.plan);
+    let is_trained = |metric: &str| members.iter().any(|member| trained(member).contains(&metric));
+    of_table_1.iter().filter(|(_, metric)| !is_trained(metric)).collect()
+}
+
 /// Table 1: on a judge that nobody trains on the paper's method is above all others, the untrained models among them. `alone`
 /// are the runs on the compared reward.
 pub fn on_other_judges(
@@ -50,9 +57,7 @@ pub fn on_other_judges(
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
-    let members = runs(figures.plan);
-    let untrained = |metric: &str| !members.iter().any(|member| trained(member).contains(&metric));
-    for (set, judge) in of_table_1.iter().filter(|(_, metric)| untrained(metric)) {
+    for (set, judge) in untrained(figures, of_table_1) {
         let rivals = alone.iter().filter(|run| !is_ours(run)).map(|run| (run.name.as_str(), run.config.method.name()));
         for (name, method) in rivals.chain([(BASE, BASE)]) {
             let difference = figures.gain(&ours.name, name, std::slice::from_ref(set), judge)?;
@@ -69,15 +74,26 @@ pub fn on_other_judges(
     Ok(())
 }
 
-/// Section 4.1 and Fig. 4: methods that follow the reward's gradient make over-detailed pictures with noise of high frequency.
+/// Section 4.1 and Fig. 4: methods that follow the reward's gradient over-optimise the reward. Judges that nobody trains on like
+/// their pictures less than the base model's, and there is noise of high frequency in them.
 pub fn over_optimisation(
     figures: &Figures,
     alone: &[&Member],
-    of_compared: &[(String, String)],
+    of_table_1: &[(String, String)],
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
-    let sets: Vec<String> = of_compared.iter().map(|(set, _)| set.clone()).collect();
+    let mut sets: Vec<String> = of_table_1.iter().map(|(set, _)| set.clone()).collect();
+    sets.dedup();
+    for run in alone.iter().filter(|run| run.config.method.needs_gradient_of_reward()) {
+        for (set, judge) in untrained(figures, of_table_1) {
+            let loss = figures.gain(BASE, &run.name, std::slice::from_ref(set), judge)?;
+            let claim =
+                format!("{}, which sees the reward's gradient, over-optimises: it loses {judge} on {set}", run.name);
+            let paper = paper::AESTHETIC.beside(run.config.method.name(), BASE);
+            findings.push(Finding::at_least(claim, paper, "less than the base model by", loss, 0.0));
+        }
+    }
     for run in alone.iter().filter(|run| run.config.method.needs_gradient_of_reward()) {
         let more = figures.gain(&run.name, &ours.name, &sets, FINE_DETAIL)?;
         let claim = format!(

@@ -1,4 +1,5 @@
-//! Table 2: how long a method trains until its reward saturates, whether it diverges, and which rewards it can train on.
+//! Table 2: how long a method trains until its reward saturates, whether it diverges, and which rewards it can
+//! train on.
 
 use anyhow::Result;
 use tch::Device;

@@ -81,13 +81,11 @@ impl Study {
     pub fn new(plan: &Plan, results: &[ModelResult]) -> Result<Self> {
         let figures = Figures { plan, results };
         let runs = runs(plan);
-        let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
         let joint = runs.iter().copied().find(|run| is_ours(run) && trained(run).len() > 1);
         let compared = compared(&runs).to_string();
         let alone: Vec<&Member> = runs.iter().copied().filter(|run| trained(run) == [compared.as_str()]).collect();
         let (mut tables, mut findings) = (Vec::new(), Vec::new());
 
-        let of_compared = figures.metrics(|metric, _| metric == compared);
         let mut methods: Vec<&str> = alone.iter().map(|run| run.name.as_str()).collect();
         methods.extend(joint.map(|joint| joint.name.as_str()));
         let note = format!("Trained on {compared} alone, but for the joint run; mean over prompts and seeds.");
@@ -95,19 +93,21 @@ impl Study {
         tables.push(figures.comparison(&format!("Table 1. {compared} by method"), &note, &methods, &of_table_1)?);
         rivals::on_trained_rewards(&figures, &mut findings)?;
         rivals::on_other_judges(&figures, &alone, &of_table_1, &mut findings)?;
-        rivals::over_optimisation(&figures, &alone, &of_compared, &mut findings)?;
+        rivals::over_optimisation(&figures, &alone, &of_table_1, &mut findings)?;
         tables.push(table_2::time_and_generality(plan, &alone, &compared, &mut findings)?);
 
-        let parity = figures.metrics(|_, reward| Kind::of(reward) == Kind::Parity);
-        if !parity.is_empty() {
-            let note = "0 is even, 0.866 one tone only.";
-            tables.push(figures.comparison("Table 3. Skin-tone parity", note, &names, &parity)?);
-        }
-        let detection = figures.metrics(|_, reward| Kind::of(reward) == Kind::Composition);
-        if !detection.is_empty() {
-            let note =
-                "Mean confidence of the prompts' objects, pairs of objects seen in training and pairs of unseen ones.";
-            tables.push(figures.comparison("Table 4. Detection of the prompts' objects", note, &names, &detection)?);
+        for (kind, title, note) in [
+            (Kind::Parity, "Table 3. Skin-tone parity", "0 is even, 0.866 one tone only."),
+            (
+                Kind::Composition,
+                "Table 4. Detection of the prompts' objects",
+                "Mean confidence of the prompts' objects, pairs of objects seen in training and pairs of unseen ones.",
+            ),
+        ] {
+            let metrics = figures.metrics(|_, reward| Kind::of(reward) == kind);
+            if !metrics.is_empty() {
+                tables.push(figures.comparison(title, note, &trained_on(&runs, kind), &metrics)?);
+            }
         }
         joint::table_5(&figures, &mut tables, &mut findings)?;
         if let Some(table) = without_pretraining(&figures, &of_table_1)? {
@@ -143,6 +143,16 @@ impl Study {
         }
         text.push('\n');
         text
+    }
+}
+
+/// The names of the runs that train on a reward of this kind; of all where none does.
+fn trained_on<'a>(runs: &[&'a Member], kind: Kind) -> Vec<&'a str> {
+    let trains = |run: &Member| trained(run).into_iter().any(|task| reward_kind(run, task) == kind);
+    let there: Vec<&str> = runs.iter().filter(|run| trains(run)).map(|run| run.name.as_str()).collect();
+    match there.is_empty() {
+        true => runs.iter().map(|run| run.name.as_str()).collect(),
+        false => there,
     }
 }
 
