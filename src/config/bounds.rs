@@ -201,6 +201,7 @@ const TABLE: &[(&str, Bound)] = &[
     ("saturation.fall", STANDARD_ERRORS),
     ("study.resamplings", Bound::new(100.0, 1e7)),
     ("quick.prompts", Bound::new(2.0, 16_777_216.0)),
+    ("quick.seeds", Bound::new(1.0, 1e6)),
 ];
 
 /// The row for a key.

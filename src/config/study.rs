@@ -52,14 +52,16 @@ pub struct StudySettings {
 pub struct SaturationConfig {
     pub window: u64,
     pub patience: usize,
+    #[serde(default)]
+    pub min_iterations: u64,
     pub rise: f64,
     pub fall: f64,
 }
 
 impl SaturationConfig {
     pub fn rule(&self) -> Criterion {
-        let SaturationConfig { window, patience, rise, fall } = *self;
-        Criterion { window, patience, min_iterations: 0, rise, fall }
+        let SaturationConfig { window, patience, rise, fall, .. } = *self;
+        Criterion { window, patience, min_iterations: self.min_iterations, rise, fall }
     }
 }
 
@@ -71,6 +73,9 @@ pub struct QuickSettings {
     pub set: Vec<String>,
     /// Prompts of each set of the evaluation, at most.
     pub prompts: usize,
+    /// How many of the seeds, the first ones; all where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seeds: Option<usize>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

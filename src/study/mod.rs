@@ -84,7 +84,10 @@ pub struct Plan {
 
 impl Plan {
     /// Reads and checks every config of the study; nothing is written.
-    pub fn new(config: StudyConfig, out: PathBuf, quick: bool) -> Result<Self> {
+    pub fn new(mut config: StudyConfig, out: PathBuf, quick: bool) -> Result<Self> {
+        if let Some(seeds) = config.quick.seeds.filter(|_| quick) {
+            config.study.seeds.truncate(seeds);
+        }
         let mut members = Vec::new();
         // seed by seed: the first results are there early
         for &seed in &config.study.seeds {
