@@ -211,7 +211,8 @@ fn the_study_is_the_papers() {
         assert_eq!(run["config"].as_str(), Some(format!("slurm/{name}.toml").as_str()));
     }
     let mut all = [&RUNS[..], &["preference_without_l_pre"]].concat();
-    (runs.sort_unstable(), all.sort_unstable());
+    runs.sort_unstable();
+    all.sort_unstable();
     assert_eq!(runs, all);
     assert_eq!(names(&study, "model"), ["sd-1.5"]);
     let evaluation = experiment("evaluation");

@@ -197,6 +197,7 @@ const TABLE: &[(&str, Bound)] = &[
     ("study.converged_at", Bound::above(0.0, 1.0)),
     ("saturation.window", WINDOW),
     ("saturation.patience", PATIENCE),
+    ("saturation.min_iterations", ITERATIONS),
     ("saturation.rise", STANDARD_ERRORS),
     ("saturation.fall", STANDARD_ERRORS),
     ("study.resamplings", Bound::new(100.0, 1e7)),
