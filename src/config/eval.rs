@@ -76,7 +76,7 @@ pub enum EvalSplit {
     Train,
     /// The held-out ones where there are some, else all: what a run evaluates on.
     Evaluation,
-    /// All of them.
+    /// All of them, of a source that nothing is trained on.
     All,
 }
 

@@ -62,7 +62,7 @@ pub fn draw_prompts(config: &EvalSet, index: u8, seed: u64, comm: &dyn Communica
     ensure!(there > 0, "set {name}: it has no prompts in the split {:?}", config.split);
     let count = if config.count == 0 { usize::try_from(there)? } else { config.count };
     ensure!(
-        count as u64 <= there || config.split == EvalSplit::Evaluation,
+        count as u64 <= there || matches!(config.split, EvalSplit::Evaluation | EvalSplit::All),
         "set {name}: count = {count}, there are {there} prompts"
     );
     let prompts = prompts::some_prompts(source.as_ref(), split, seed, index, count);
