@@ -8,7 +8,7 @@
 //!
 //! score(x, caption) = max over renderings r of the caption of likeness(x, r) − mean over other captions of the same.
 //!
-//! So neither contrast nor saturation counts, the best of [`RENDERINGS`] answers for place and size, and what is like all
+//! So neither contrast nor saturation counts, the best of `RENDERINGS` answers for place and size, and what is like all
 //! captions alike (noise, a plain ground) scores 0 by the second term.
 
 use std::collections::HashMap;

@@ -80,7 +80,7 @@ pub fn image_grid(title: &str, rows: &[GridRow]) -> Result<Picture> {
     Ok(sheet)
 }
 
-/// Pictures of one size as a square of at most [`GROUP_SIZE`] pixels (or as many as each picture has pixels): large ones are
+/// Pictures of one size as a square of at most `GROUP_SIZE` pixels (or as many as each picture has pixels): large ones are
 /// reduced by a whole factor. A single picture stays as it is.
 ///
 /// # Errors
