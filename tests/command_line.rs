@@ -182,7 +182,7 @@ fn check_prints_the_batch_arithmetic_and_writes_nothing() {
         "numbers of ranks           1, 2, 4",
         "U-Net forward 51.99 MFLOP",
         // 4 bytes for each parameter of the three networks; AdamW's moments of the trained ones
-        "weights                    6.466 MB",
+        "weights                    6.476 MB",
         "optimizer                  8.621 MB",
         "fits in 80.00 GB",
     ] {
