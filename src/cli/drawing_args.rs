@@ -46,11 +46,11 @@ type Setting<T> = (T, String);
 
 impl DrawingArgs {
     /// How `models` are drawn, all in one way: as the arguments say, else as the runs that made them do, else as is usual for
-    /// their family. Rank 0 looks, and says what it has taken. A collective call.
+    /// their family; and a line that says which, to be said before the first picture. Rank 0 looks. A collective call.
     ///
     /// # Errors
     /// The models would be drawn in different ways; a run's config cannot be read.
-    pub fn drawing(&self, models: &[&str], comm: &dyn Communicator) -> Result<Drawing> {
+    pub fn drawing(&self, models: &[&str], comm: &dyn Communicator) -> Result<(Drawing, String)> {
         let mut message = Vec::new();
         if comm.rank() == 0 {
             let chosen = self.choose(models).map_err(|e| format!("{e:#}"));
@@ -58,11 +58,7 @@ impl DrawingArgs {
         }
         comm.broadcast_bytes(&mut message, 0)?;
         let chosen: Result<(Drawing, String), String> = serde_json::from_slice(&message)?;
-        let (drawing, words) = chosen.map_err(|e| anyhow!(e))?;
-        if comm.rank() == 0 {
-            say!("{words}");
-        }
-        Ok(drawing)
+        chosen.map_err(|e| anyhow!(e))
     }
 
     /// The settings, and a line that says where they are from.

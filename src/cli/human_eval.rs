@@ -143,7 +143,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 
 fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let models: Vec<&str> = args.models.iter().map(String::as_str).collect();
-    let drawing = args.drawing.drawing(&models, comm).or_mistake()?;
+    let (drawing, taken_from) = args.drawing.drawing(&models, comm).or_mistake()?;
     // tried without the models first: that costs nothing
     let own = args.guidelines.as_deref().map(guidelines::read).transpose();
     let own = all_made(comm, own).or_mistake()?;
@@ -175,6 +175,9 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let state = all_made(comm, files.state(&study)).or_mistake()?;
     // all ranks have looked before one of them changes anything
     comm.barrier()?;
+    if comm.rank() == 0 {
+        say!("{taken_from}");
+    }
     if state != State::Complete {
         agree(comm, if comm.rank() == 0 { files.begin(&study) } else { Ok(()) })?;
         for (index, model) in study.models.iter().enumerate() {

@@ -70,11 +70,12 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let _lock = FolderLock::hold(comm, &args.out, "sample", check).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
     tch::set_num_threads(1);
-    let drawing = args.drawing.drawing(&[&args.model], comm).or_mistake()?;
+    let (drawing, taken_from) = args.drawing.drawing(&[&args.model], comm).or_mistake()?;
     let adapter = args.lora.as_deref().map(|path| (path, args.lora_scale));
     let pipeline = load_with_adapter(&args.model, adapter, comm, device).or_mistake()?;
     let painter = Painter::new(&pipeline, &args.model, &drawing).or_mistake()?;
     if comm.rank() == 0 {
+        say!("{taken_from}");
         let texts = prompts.iter().map(String::as_str).chain([drawing.negative.as_str()]);
         cut_prompts::warn("", &pipeline.tokenizer, texts)?;
     }
