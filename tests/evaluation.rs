@@ -14,11 +14,16 @@ use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(240);
 
-/// The study's evaluation with `count` prompts of each set and these models, in `folder`.
+/// The study's evaluation but for its second sets of a kind, with `count` prompts of each set and these models, in `folder`.
 fn config(folder: &Path, count: usize, models: &[(&str, &str)]) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("slurm/miniature-evaluation.toml")).unwrap();
-    let (head, sets) = (text.split("[[model]]").next().unwrap(), text.split_once("[[set]]").unwrap().1);
+    let head = text.split("[[model]]").next().unwrap();
+    let is_second =
+        |set: &&str| ["workers", "pairs_in_places"].iter().any(|s| set.contains(&format!("name = \"{s}\"")));
+    let sets: Vec<&str> = text.split("[[set]]").skip(1).filter(|set| !is_second(set)).collect();
+    assert_eq!(sets.len(), 4);
+    let sets = sets.join("[[set]]");
     let models: String = models
         .iter()
         .map(|(name, path)| format!("[[model]]\nname = \"{name}\"\npath = \"{path}\"\nlora = \"\"\n"))
