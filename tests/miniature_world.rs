@@ -71,7 +71,7 @@ fn proportions_are_as_documented() {
     }
 }
 
-/// Scenes of the first edition as commit 60864e1 drew them: its embedded weights and the pairs of its checkpoints are of them.
+/// Scenes of the first edition stay as they are: its embedded weights and the pairs of old checkpoints are of them.
 #[test]
 fn the_first_edition_is_as_it_was() {
     let mut digest = Sha256::new();
