@@ -203,17 +203,7 @@ impl DraftConfig {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::load::parse;
-
-    fn error(name: &str, settings: &[&str]) -> String {
-        let path = format!("{}/slurm/miniature-{name}.toml", env!("CARGO_MANIFEST_DIR"));
-        let settings: Vec<String> = settings.iter().map(|s| s.to_string()).collect();
-        let config = parse(&std::fs::read_to_string(&path).unwrap(), name, &settings);
-        match config.and_then(|config| config.validate().map(drop)) {
-            Ok(()) => "none".to_string(),
-            Err(e) => format!("{e:#}"),
-        }
-    }
+    use crate::config::testing::error;
 
     #[test]
     fn impossible_settings_are_refused() {

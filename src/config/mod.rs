@@ -14,6 +14,8 @@ pub mod prompts;
 pub mod rewards;
 pub mod stop;
 pub mod study;
+#[cfg(test)]
+mod testing;
 pub mod validate;
 
 use crate::{

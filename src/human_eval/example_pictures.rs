@@ -9,7 +9,7 @@ use crate::{
     miniature::{
         objects,
         portraits::TONES,
-        raster::{coverage, tinted, Frame, Part, Point, Rgb, Shape},
+        raster::{coverage, line, oval, tinted, Frame, Part, Point, Rgb, Shape},
     },
     telemetry::Picture,
 };
@@ -279,14 +279,6 @@ fn gardener(number: usize, skin: Rgb) -> Canvas {
     ];
     canvas.paint(&parts, (0.0, 0.0), 1.0);
     canvas
-}
-
-const fn oval(color: Rgb, center: Point, radii: Point) -> Part {
-    Part { shape: Shape::Ellipse { center, radii }, color }
-}
-
-const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
-    Part { shape: Shape::Stroke { from, to, half_width }, color }
 }
 
 #[cfg(test)]

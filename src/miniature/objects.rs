@@ -1,6 +1,6 @@
 //! The twelve objects: each a distinct shape in a distinct colour, a few parts that survive 32×32 pixels.
 
-use super::raster::{Canvas, Frame, Part, Point, Rgb, Shape};
+use super::raster::{convex, line, rect, Canvas, Frame, Part, Point, Rgb, Shape};
 
 /// Names as in the paper's Table 8, in the order of [`parts`].
 pub const NAMES: [&str; 12] =
@@ -90,16 +90,4 @@ pub fn paint(canvas: &mut Canvas, object: usize, center: Point, radius: f32, tin
 
 const fn disc(red: u8, green: u8, blue: u8, center: Point, radii: Point) -> Part {
     Part { shape: Shape::Ellipse { center, radii }, color: [red, green, blue] }
-}
-
-const fn rect(color: Rgb, min: Point, max: Point) -> Part {
-    Part { shape: Shape::Rect { min, max }, color }
-}
-
-const fn convex(color: Rgb, corners: &'static [Point]) -> Part {
-    Part { shape: Shape::Polygon(corners), color }
-}
-
-const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
-    Part { shape: Shape::Stroke { from, to, half_width }, color }
 }

@@ -5,8 +5,8 @@ use crate::prompts::article::with_article;
 use crate::random::Stream;
 
 use super::{
-    portraits::{convex, line, oval, paint, Hair, Look},
-    raster::{Canvas, Part, Rgb},
+    portraits::{paint, Hair, Look},
+    raster::{convex, line, oval, Canvas, Part, Rgb},
 };
 
 pub const WHO: [&str; 3] = ["man", "woman", "person"];

@@ -2,7 +2,7 @@
 
 use crate::random::Stream;
 
-use super::raster::{Canvas, Frame, Part, Point, Rgb, Shape};
+use super::raster::{convex, line, oval, rect, Canvas, Frame, Part, Point, Rgb};
 
 /// Names as in the paper's Table 7.
 pub const OCCUPATIONS: [&str; 16] = [
@@ -261,20 +261,4 @@ pub(super) fn paint(look: &Look, tone: usize, length: Hair, stream: &mut Stream)
     canvas.paint(&EYES_AND_MOUTH, face, [0.0; 3]);
     canvas.paint(look.before, face, [0.0; 3]);
     canvas
-}
-
-pub(super) const fn oval(color: Rgb, center: Point, radii: Point) -> Part {
-    Part { shape: Shape::Ellipse { center, radii }, color }
-}
-
-const fn rect(color: Rgb, min: Point, max: Point) -> Part {
-    Part { shape: Shape::Rect { min, max }, color }
-}
-
-pub(super) const fn convex(color: Rgb, corners: &'static [Point]) -> Part {
-    Part { shape: Shape::Polygon(corners), color }
-}
-
-pub(super) const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
-    Part { shape: Shape::Stroke { from, to, half_width }, color }
 }

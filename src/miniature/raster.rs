@@ -45,6 +45,24 @@ pub struct Part {
     pub color: Rgb,
 }
 
+pub const fn oval(color: Rgb, center: Point, radii: Point) -> Part {
+    Part { shape: Shape::Ellipse { center, radii }, color }
+}
+
+pub const fn rect(color: Rgb, min: Point, max: Point) -> Part {
+    Part { shape: Shape::Rect { min, max }, color }
+}
+
+/// Of a convex polygon.
+pub const fn convex(color: Rgb, corners: &'static [Point]) -> Part {
+    Part { shape: Shape::Polygon(corners), color }
+}
+
+/// A thick line with round ends.
+pub const fn line(color: Rgb, from: Point, to: Point, half_width: f32) -> Part {
+    Part { shape: Shape::Stroke { from, to, half_width }, color }
+}
+
 /// Where the coordinates of a shape lie on the canvas: origin and length of the unit, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Frame {

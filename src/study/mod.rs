@@ -169,6 +169,15 @@ impl Plan {
         self.members.iter().filter(|member| member.seed == self.config.study.seeds[0])
     }
 
+    /// Of the first seed: each run that lacks its pretraining loss, behind the one that has it.
+    fn ablations(&self) -> Vec<[&Member; 2]> {
+        let with = |without: &Member| {
+            let found = self.of_first_seed().find(|other| !other.ablation && other.has_same_aim(without));
+            found.expect("an ablation has a run that it is one of")
+        };
+        self.of_first_seed().filter(|member| member.ablation).map(|without| [with(without), without]).collect()
+    }
+
     /// The evaluation of what there is before any training: the other models are as large as the first and draw as many
     /// steps.
     pub fn evaluation_before_training(&self) -> EvalConfig {

@@ -49,6 +49,13 @@ fn untrained<'a>(figures: &Figures, of_table_1: &'a [(String, String)]) -> Vec<&
     of_table_1.iter().filter(|(_, metric)| !is_trained(metric)).collect()
 }
 
+/// The sets of Table 1, each once.
+fn sets_of(of_table_1: &[(String, String)]) -> Vec<String> {
+    let mut sets: Vec<String> = of_table_1.iter().map(|(set, _)| set.clone()).collect();
+    sets.dedup();
+    sets
+}
+
 /// Table 1: on a judge that nobody trains on the paper's method is above all others, the base model among them. `alone`
 /// are the runs on the compared reward.
 pub fn on_other_judges(
@@ -84,8 +91,7 @@ pub fn over_optimisation(
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let Some(ours) = alone.iter().find(|run| is_ours(run)) else { return Ok(()) };
-    let mut sets: Vec<String> = of_table_1.iter().map(|(set, _)| set.clone()).collect();
-    sets.dedup();
+    let sets = sets_of(of_table_1);
     for run in alone.iter().filter(|run| run.config.method.needs_gradient_of_reward()) {
         let more = figures.gain(&run.name, &ours.name, &sets, FINE_DETAIL)?;
         let claim = format!(
@@ -105,11 +111,8 @@ pub fn without_pretraining(
     of_table_1: &[(String, String)],
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
-    let plan = figures.plan;
-    let members = runs(plan);
     let paper = || "less realistic, grainy pictures without it, no figure (Appendix G, Fig. 29)".to_string();
-    for without in plan.of_first_seed().filter(|member| member.ablation) {
-        let with = members.iter().find(|member| member.has_same_aim(without)).expect("the run that it lacks L_pre of");
+    for [with, without] in figures.plan.ablations() {
         let metrics = of_table_1.iter().filter(|(set, metric)| {
             Kind::Preference == figures.kind(set, metric) && !trained(with).contains(&metric.as_str())
         });
@@ -119,8 +122,7 @@ pub fn without_pretraining(
             let claim = format!("with L_pre {} keeps more {metric} on {} than without", with.name, set[0]);
             findings.push(Finding::at_least(claim, paper(), "more by", more, 0.0));
         }
-        let mut sets: Vec<String> = of_table_1.iter().map(|(set, _)| set.clone()).collect();
-        sets.dedup();
+        let sets = sets_of(of_table_1);
         let more = figures.gain(&without.name, &with.name, &sets, FINE_DETAIL)?;
         let claim = format!("without L_pre {} draws more fine detail on {}", with.name, sets.join(", "));
         findings.push(Finding::at_least(claim, paper(), "share of fine detail, more by", more, 0.0));

@@ -158,14 +158,7 @@ fn trained_on<'a>(runs: &[&'a Member], kind: Kind) -> Vec<&'a str> {
 
 /// Appendix G: the runs without their pretraining loss beside those that have it.
 fn without_pretraining(figures: &Figures, metrics: &[(String, String)]) -> Result<Option<Table>> {
-    let without: Vec<&Member> = figures.plan.of_first_seed().filter(|member| member.ablation).collect();
-    let with =
-        |member: &Member| figures.plan.of_first_seed().find(|other| !other.ablation && other.has_same_aim(member));
-    let names: Vec<&str> = without
-        .iter()
-        .flat_map(|member| [with(member).map(|with| with.name.as_str()), Some(member.name.as_str())])
-        .flatten()
-        .collect();
+    let names: Vec<&str> = figures.plan.ablations().into_iter().flatten().map(|member| member.name.as_str()).collect();
     if names.is_empty() {
         return Ok(None);
     }
