@@ -38,7 +38,7 @@ use crate::{
 pub struct DrawnPrompts {
     pub prompts: Vec<Prompt>,
     /// The split that they are of.
-    split: Split,
+    pub split: Split,
     /// Every object that the set's source names.
     objects: Vec<String>,
 }

@@ -21,9 +21,10 @@ use anyhow::{ensure, Context, Result};
 use tch::Device;
 
 use crate::{
-    comm::{all_made, same_tree, Communicator},
+    comm::{agree, all_made, same_tree, Communicator},
     config::{needs::ensure_here, Config},
     device::ensure_gpu,
+    evaluation::overlap,
     folders::FolderLock,
     miniature::Edition,
     models::{
@@ -157,6 +158,7 @@ impl<'a> Run<'a> {
         let pipeline = load_for_training(config, comm, device)?;
         signals::stop_here(comm)?;
         let mut trainer = Trainer::new(config, comm, pipeline)?;
+        agree(comm, if comm.rank() == 0 { overlap::warn_of_tasks(config, &trainer.tasks) } else { Ok(()) })?;
         signals::stop_here(comm)?;
         let (mut done, mut origin, mut stop) = (0, None, Stop::new(config));
         if let Some(loaded) = resume::find(resume, &files, comm)? {
