@@ -3,6 +3,7 @@
 // the captured work a memory pool of its own) through its symbols in the libtorch_cuda that was opened at start.
 // src/device/torch_cuda.rs is the only caller. Every function returns null or -1 after a failure.
 #include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -117,6 +118,15 @@ int cuda_restore_stream(const int64_t *previous) {
   return guarded(-1, [&] {
     cuda()->exchangeStream(c10::Stream::unpack3(previous[0], static_cast<c10::DeviceIndex>(previous[1]),
                                                 static_cast<c10::DeviceType>(previous[2])));
+    return 0;
+  });
+}
+
+// Version of the cuDNN that libtorch_cuda has loaded, 91900 for 9.19.0.
+int cuda_cudnn_version(int64_t *version) {
+  return guarded(-1, [&] {
+    const auto &hooks = at::detail::getCUDAHooks();
+    *version = hooks.compiledWithCuDNN() ? hooks.versionRuntimeCuDNN() : 0;
     return 0;
   });
 }

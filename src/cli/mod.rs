@@ -39,7 +39,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     comm::{self, abort_world_on_panic, Communicator},
-    memory, signals,
+    memory, signals, start_up,
     streams::{self, complain},
     telemetry::init_logger,
 };
@@ -139,10 +139,11 @@ const AFTER_RANK_0: Duration = Duration::from_secs(2);
 
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    start_up::begin();
     abort_world_on_panic();
     streams::outlive_size_limits();
     // before everything else: a signal that comes while a training run starts must not kill it
-    let comm = match signals::install().and_then(|()| comm::start()) {
+    let comm = match signals::install().and_then(|()| start_up::phase("MPI", comm::start)) {
         Ok(comm) => comm,
         Err(e) => {
             complain(&format!("error: {e:#}\n"));

@@ -10,6 +10,7 @@ mod mpi;
 pub mod nccl;
 mod timed;
 mod tree;
+mod waiting;
 mod watched;
 
 pub use self::around::{Around, Operation};
@@ -66,6 +67,10 @@ pub trait Communicator {
     fn size(&self) -> usize;
     /// Rank among the ranks of the same host, and how many they are (from MPI's shared-memory split).
     fn local_rank(&self) -> (usize, usize);
+    /// Whether ranks that wait sleep instead of asking all the time, because a host has more ranks than cores.
+    fn sleeps(&self) -> bool {
+        false
+    }
     /// Returns when all ranks have arrived.
     fn barrier(&self) -> Result<()>;
     /// Replaces `data` on every rank by the bytes of `root`; lengths may differ beforehand.
@@ -105,11 +110,12 @@ pub trait Communicator {
 /// an error calls [`Communicator::abort`] instead.
 ///
 /// # Errors
-/// A launcher that belongs to another MPI than the one rldiff was built with, and Slurm tasks started without one.
+/// A launcher that belongs to another MPI than the one rldiff was built with, Slurm tasks started without one, and a
+/// variable `RLDIFF_WAIT` that is none of its words.
 pub fn start() -> Result<Box<dyn Communicator>> {
     match launcher::detect(|name| std::env::var(name).ok())? {
         launcher::Launcher::None => Ok(Box::new(Local)),
-        launcher::Launcher::Mpi { ranks } => Ok(Box::new(Mpi::start(ranks)?)),
+        launcher::Launcher::Mpi { ranks, on_host } => Ok(Box::new(Mpi::start(ranks, on_host)?)),
     }
 }
 

@@ -11,6 +11,7 @@ extern "C" {
     fn cuda_synchronize(index: c_int) -> c_int;
     fn cuda_enter_side_stream(index: c_int, previous: *mut i64) -> c_int;
     fn cuda_restore_stream(previous: *const i64) -> c_int;
+    fn cuda_cudnn_version(version: *mut i64) -> c_int;
     fn cuda_graph_new() -> *mut c_void;
     fn cuda_graph_capture_begin(graph: *mut c_void) -> c_int;
     fn cuda_graph_capture_end(graph: *mut c_void) -> c_int;
@@ -48,6 +49,14 @@ pub fn current_stream(index: usize) -> Result<usize> {
 pub fn synchronize(index: usize) -> Result<()> {
     // SAFETY: plain numbers.
     checked(unsafe { cuda_synchronize(index as c_int) })
+}
+
+/// Version of the cuDNN in use, 91900 for 9.19.0; 0 where libtorch was built without.
+pub fn cudnn() -> Result<i64> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    checked(unsafe { cuda_cudnn_version(&mut version) })?;
+    Ok(version)
 }
 
 /// While it lives, this thread's work goes to a stream beside the one before.

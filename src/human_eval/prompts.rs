@@ -139,7 +139,7 @@ fn of_set(named: &SetName, count: usize, label: String, comm: &dyn Communicator)
         let text = user_file::read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = match is_evaluation(&text) {
             true => EvalConfig::load(path, &[])?,
-            false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
+            false => EvalConfig::of_run(&load::load(load::Experiment::File(path), &[])?)?,
         };
         let index = config.sets.iter().position(|set| set.name == name).with_context(|| {
             let names: Vec<&str> = config.sets.iter().map(|set| set.name.as_str()).collect();

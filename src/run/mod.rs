@@ -34,7 +34,7 @@ use crate::{
         pipeline::{Build, Pipeline},
     },
     policy::lanes::Lanes,
-    signals, store,
+    signals, start_up, store,
     telemetry::{RunFiles, Summary},
     train::Trainer,
     watch,
@@ -87,8 +87,9 @@ pub fn read_with_adapter(name: &str, adapter: Option<(&Path, f64)>, comm: &dyn C
 
 /// Loads the config's model with the adapters it asks for.
 pub fn load_for_training(config: &Config, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
-    let files = ModelFiles::read_and_broadcast(&model_location(&config.model.path), comm)?;
-    Pipeline::with(files, device, build_for(config))
+    let location = model_location(&config.model.path);
+    let files = start_up::phase("model to all ranks", || ModelFiles::read_and_broadcast(&location, comm))?;
+    start_up::phase("networks", || Pipeline::with(files, device, build_for(config)))
 }
 
 /// How a config's U-Net is built for training.
@@ -157,7 +158,7 @@ impl<'a> Run<'a> {
         signals::stop_here(comm)?;
         let pipeline = load_for_training(config, comm, device)?;
         signals::stop_here(comm)?;
-        let mut trainer = Trainer::new(config, comm, pipeline)?;
+        let mut trainer = start_up::phase("networks", || Trainer::new(config, comm, pipeline))?;
         agree(comm, if comm.rank() == 0 { overlap::warn_of_tasks(config, &trainer.tasks) } else { Ok(()) })?;
         signals::stop_here(comm)?;
         let (mut done, mut origin, mut stop) = (0, None, Stop::new(config));

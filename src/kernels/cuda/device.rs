@@ -9,6 +9,7 @@ use cudarc::driver::{result, sys, CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{cache_folder, compile_cached, Architecture, Toolkit, SOURCES};
+use super::shared::received;
 use super::Machine;
 
 /// Is there an NVIDIA driver (libcuda.so.1)? Ask before anything else here: cudarc panics without one.
@@ -40,7 +41,7 @@ impl Gpu {
         Ok(CudaContext::device_count().context("the NVIDIA driver does not count its devices")? as usize)
     }
 
-    /// Opens device `ordinal` and compiles the kernels for it, or takes them from the cache.
+    /// Opens device `ordinal` with the kernels that rank 0 has sent, else takes them from the cache or compiles them.
     ///
     /// # Errors
     /// No driver, no such device, no NVRTC, kernels that do not compile (with NVRTC's log).
@@ -53,10 +54,15 @@ impl Gpu {
         let architecture = Architecture { major: major as u32, minor: minor as u32 };
         let mut kernels = HashMap::new();
         for source in &SOURCES {
-            let mut toolkit = || Toolkit::find(&[]);
-            let compiled = compile_cached(source, architecture, cache_folder().as_deref(), &mut toolkit)?;
+            let cubin = match received(source, architecture) {
+                Some(cubin) => cubin,
+                None => {
+                    let mut toolkit = || Toolkit::find(&[]);
+                    compile_cached(source, architecture, cache_folder().as_deref(), &mut toolkit)?.cubin
+                }
+            };
             let module = context
-                .load_module(Ptx::from_binary(compiled.cubin))
+                .load_module(Ptx::from_binary(cubin))
                 .with_context(|| format!("the driver refuses the compiled kernels of cuda/{}.cu", source.name))?;
             for &kernel in source.kernels {
                 let function = module.load_function(kernel).with_context(|| format!("kernel {kernel} is missing"))?;

@@ -11,9 +11,11 @@
 
 mod compile;
 mod device;
+mod shared;
 
 pub use compile::{compile, Architecture, Compiled, Source, Toolkit, SOURCES};
 pub use device::{is_driver_present, Gpu};
+pub use shared::{share, share_with, shared_bytes};
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
