@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{Config, PretrainMode},
+    device::numerics,
     diffusion::{
         recorded::RecordedUNet,
         sampler::{Conditioning, Trajectory},
@@ -27,6 +28,7 @@ use crate::{
     },
     prompts::Prompt,
     rewards::{self, Part},
+    run::fit,
     signals::{self, Scope},
     stragglers::StageSeconds,
     task::{Begun, NoiseOf, Roller, Task},
@@ -135,7 +137,8 @@ pub(crate) struct LaneWork<'w> {
 }
 
 impl<'a> Trainer<'a> {
-    pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
+    pub fn new(config: &'a Config, comm: &'a dyn Communicator, mut pipeline: Pipeline) -> Result<Self> {
+        numerics::set_deterministic(config.run.deterministic);
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
@@ -144,13 +147,20 @@ impl<'a> Trainer<'a> {
         signals::stop_here(comm)?;
         let first = comm.rank() == 0;
         agree(comm, tasks.iter().filter(|_| first).try_for_each(|task| task.warn_of_cut_prompts(&pipeline)))?;
+        let of_rewards = tasks.iter().map(|task| task.reward.weight_bytes()).sum();
+        let choice = fit::choose(config, &pipeline, of_rewards, lanes.mine().len(), comm)?;
+        pipeline.unet.recomputed = choice.recomputed;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps))?;
         let learner = Learner::new(&pipeline, config)?;
+        if !first {
+            // rank 0 writes the model
+            pipeline.forget_given();
+        }
         Ok(Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
-            recorded: (config.rollout.cuda_graph && pipeline.device != Device::Cpu).then(RecordedUNet::default),
+            recorded: (choice.graphs && pipeline.device != Device::Cpu).then(RecordedUNet::default),
             pairs: PairSource::new(config, comm, &pipeline, lanes.mine())?,
             config,
             comm,
@@ -344,7 +354,7 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         let mut broken = Vec::new();
         let _memory = {
-            let more = "set model.gradient_checkpointing = true";
+            let more = "set model.gradient_checkpointing = true and rollout.cuda_graph = false";
             memory::stage(format!("update of task {name}"), at.per_lane, format!("{more}, {}", advice(&name)))
         };
         let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {

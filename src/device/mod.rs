@@ -3,6 +3,7 @@
 //! `parts.rs` knows what a GPU needs (and is, with src/comm and src/kernels, all that names the crate `cudarc`),
 //! `torch_cuda.rs` is libtorch's side of it.
 
+pub mod numerics;
 pub mod parts;
 pub mod stopwatch;
 pub mod threads;
