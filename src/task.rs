@@ -284,7 +284,10 @@ mod tests {
             };
             let (scores, images) = judged(pictures as i64);
             assert_eq!(images.size()[0], pictures as i64);
-            assert!(scores.rewards.len() == pictures && scores.rewards.iter().any(|r| *r != scores.rewards[0]) || index == 1);
+            assert!(
+                scores.rewards.len() == pictures && scores.rewards.iter().any(|r| *r != scores.rewards[0])
+                    || index == 1
+            );
             // the VAE decodes three at once in any case
             for part in [3, 6] {
                 let (in_parts, same) = judged(part);

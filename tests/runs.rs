@@ -136,7 +136,8 @@ fn a_run_of_no_iterations_in_bf16_writes_the_model_it_was_given() {
     let weights = |model: &Path| -> BTreeMap<String, Vec<f32>> {
         let files = ModelFiles::read(&ModelLocation::Disk(model.to_path_buf())).unwrap();
         let unet = files.weights["unet"].iter();
-        unet.map(|(name, t)| (name.clone(), Vec::try_from(t.to_kind(Kind::Float).contiguous().view([-1])).unwrap())).collect()
+        unet.map(|(name, t)| (name.clone(), Vec::try_from(t.to_kind(Kind::Float).contiguous().view([-1])).unwrap()))
+            .collect()
     };
     // a model in f32 whose weights bf16 does not hold
     let trained = folder.join("trained");

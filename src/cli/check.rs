@@ -6,9 +6,7 @@ use tch::Device;
 use super::{check_report::Report, config_args::ConfigArgs, eval, numbers::number, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{
-        eval::is_evaluation, needs::Missing, study::is_study, Config, Graphs, StopCriterion,
-    },
+    config::{eval::is_evaluation, needs::Missing, study::is_study, Config, Graphs, StopCriterion},
     device::parts::gpus,
     diffusion::schedule::{Schedule, Step},
     methods,
@@ -225,12 +223,7 @@ fn footprint_lines(
     gpu_memory: f64,
     report: &mut Report,
 ) -> Result<()> {
-    let room = Room {
-        on_gpu: true,
-        in_company: config.run.lanes > 1,
-        bytes: (gpu_memory * 1e9) as u64,
-        lanes: 1,
-    };
+    let room = Room { on_gpu: true, in_company: config.run.lanes > 1, bytes: (gpu_memory * 1e9) as u64, lanes: 1 };
     let Decided { choice, cost, memory: m, .. } = fit::decide(config, pipeline, of_rewards, &room)?;
     let flop = |value: f64| si(value, "FLOP");
     report.line(

@@ -39,7 +39,8 @@ use clap::{Parser, Subcommand};
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     comm::{self, abort_world_on_panic, Communicator},
-    device::numerics, memory, signals,
+    device::numerics,
+    memory, signals,
     streams::{self, complain},
     telemetry::init_logger,
 };

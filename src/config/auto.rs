@@ -96,7 +96,9 @@ mod tests {
             let again = parse(&toml::to_string(&config).unwrap(), "again", &[]).unwrap();
             assert_eq!(again, config, "{written}");
         }
-        for (written, expected) in [("true", Graphs::Fixed(true)), ("false", Graphs::Fixed(false)), ("auto", Graphs::Auto)] {
+        for (written, expected) in
+            [("true", Graphs::Fixed(true)), ("false", Graphs::Fixed(false)), ("auto", Graphs::Auto)]
+        {
             let config = parse(EMBEDDED_JOINT, "joint", &[format!("rollout.cuda_graph={written}")]).unwrap();
             assert_eq!(config.rollout.cuda_graph, expected);
             assert_eq!(parse(&toml::to_string(&config).unwrap(), "again", &[]).unwrap(), config, "{written}");

@@ -236,7 +236,7 @@ mod tests {
         let pipeline = pipeline();
         let (x_t, t, text) = inputs(&pipeline, 1);
         let (recorded, _) = doubled();
-        let forward = || recorded.forward(&pipeline.unet, &x_t, &t, &text);
+        let forward = || recorded.forward(&pipeline.unet, &x_t, &t, &text).map(drop);
         forward().unwrap();
         tch::no_grad(|| drop(pipeline.unet_parameters.entries[0].tensor.shallow_clone().g_mul_scalar_(2.0)));
         forward().unwrap();
@@ -252,7 +252,8 @@ mod tests {
         let (x_t, t, text) = inputs(&pipeline, 1);
         let (_, once) = flops::apart(|| tch::no_grad(|| pipeline.unet.forward(&x_t, &t, &text)));
         let (recorded, _) = doubled();
-        let (_, operations) = flops::apart(|| (0..3).for_each(|_| drop(recorded.forward(&pipeline.unet, &x_t, &t, &text))));
+        let (_, operations) =
+            flops::apart(|| (0..3).for_each(|_| drop(recorded.forward(&pipeline.unet, &x_t, &t, &text))));
         assert!(once > 0);
         assert_eq!(operations, 3 * once);
     }

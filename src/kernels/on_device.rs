@@ -159,9 +159,10 @@ impl Stepped<'_> {
 
     fn addresses(&self) -> Vec<(u64, usize)> {
         let vectors = [&*self.params, &*self.exp_avg, &*self.exp_avg_sq].map(|v| (v.address(), v.len()));
-        let copies = self.copies.iter().flat_map(|(range, copy)| {
-            [(range.start as u64, range.len()), (copy.data_ptr() as u64, copy.numel())]
-        });
+        let copies = self
+            .copies
+            .iter()
+            .flat_map(|(range, copy)| [(range.start as u64, range.len()), (copy.data_ptr() as u64, copy.numel())]);
         vectors.into_iter().chain(copies).collect()
     }
 

@@ -39,7 +39,11 @@ pub(super) fn machine_for(operation: &str, tensors: &[&Tensor]) -> Result<Arc<dy
     let installed = MACHINE.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
     let machine = installed.with_context(|| format!("{operation} is used without a GPU: no kernels are installed"))?;
     for tensor in tensors {
-        ensure!(tensor.device() == machine.device(), "a tensor lies on {:?}, not on the kernels' device", tensor.device());
+        ensure!(
+            tensor.device() == machine.device(),
+            "a tensor lies on {:?}, not on the kernels' device",
+            tensor.device()
+        );
         Element::of(tensor.kind())?.variant(operation)?;
     }
     Ok(machine)

@@ -1,7 +1,7 @@
 //! Attention and the transformer blocks of the U-Net (diffusers' `Attention`, `BasicTransformerBlock`, `Transformer2DModel`).
 
 use anyhow::{ensure, Result};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::{
     flops,

@@ -192,14 +192,7 @@ impl Builder {
     }
 }
 
-fn take(
-    source: &mut Source,
-    name: String,
-    shape: &[i64],
-    init: Init,
-    kind: Kind,
-    device: Device,
-) -> Result<Parameter> {
+fn take(source: &mut Source, name: String, shape: &[i64], init: Init, kind: Kind, device: Device) -> Result<Parameter> {
     let given = match source {
         Source::Tensors(tensors) => {
             let Some(t) = tensors.remove(&name) else { bail!("tensor {name} is missing") };

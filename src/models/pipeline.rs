@@ -303,7 +303,9 @@ impl Pipeline {
 
     /// For a process that writes no model: lets go of what the files gave where a network computes in another number type.
     pub fn forget_given(&self) {
-        [&self.text_parameters, &self.unet_parameters, &self.vae_parameters].map(Parameters::forget_given);
+        for network in [&self.text_parameters, &self.unet_parameters, &self.vae_parameters] {
+            network.forget_given();
+        }
     }
 
     /// What fine-tuning changes: the adapters where there are some, else the U-Net.

@@ -368,7 +368,7 @@ mod tests {
         assert_eq!(drawn(Precision::Tf32).1, f32.1);
         let bf16 = drawn(Precision::Bf16);
         let gaps = [gap(&bf16.0, &f32.0), gap(&bf16.1, &f32.1), gap(&bf16.2, &f32.2)];
-        println!("text, pictures, latents: {gaps:.1e?}");
+        println!("text, pictures, latents: {gaps:?}");
         assert!(gaps.iter().all(|&gap| gap > 0.0 && gap < 0.1), "{gaps:?}");
     }
 

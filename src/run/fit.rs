@@ -135,7 +135,11 @@ fn tell(config: &Config, decided: &Decided, of_rewards: u64, room: &Room) {
     let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
     let place = if room.on_gpu { "on the GPU" } else { "for a rank on this host" };
     let needed = gb(decided.memory.total() + of_rewards);
-    log::info!("{} (a rank takes about {needed}, there are {} {place})", in_words(config, decided.choice), gb(room.bytes));
+    log::info!(
+        "{} (a rank takes about {needed}, there are {} {place})",
+        in_words(config, decided.choice),
+        gb(room.bytes)
+    );
     if !decided.fits {
         log::warn!("the run may not fit into memory: about {needed} of {} {place}; raise run.lanes", gb(room.bytes));
     }
@@ -203,7 +207,12 @@ mod tests {
             Recomputed::Level0 => 330_000_000,
             Recomputed::Everything => 60_000_000,
         };
-        Ok(Cost { kept_per_row: kept, working_per_row: 134_000_000, decode_per_picture: 600_000_000, ..Cost::default() })
+        Ok(Cost {
+            kept_per_row: kept,
+            working_per_row: 134_000_000,
+            decode_per_picture: 600_000_000,
+            ..Cost::default()
+        })
     }
 
     fn pipeline(config: &Config) -> Pipeline {

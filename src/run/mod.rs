@@ -250,8 +250,8 @@ mod tests {
             let factor = (p.tensor.ones_like().flatten(0, -1).cumsum(0, Kind::Float) + i as i64).sin() * 1e-3 + 1.0;
             let _ = p.tensor.shallow_clone().g_mul_(&factor.view_as(&p.tensor));
         }
-        // zeros of both signs
-        let _ = pipeline.unet_parameters.entries[0].tensor.flatten(0, -1).narrow(0, 0, 2).copy_(&Tensor::from_slice(&[-0.0f32, 0.0]));
+        let zeros_of_both_signs = Tensor::from_slice(&[-0.0f32, 0.0]);
+        pipeline.unet_parameters.entries[0].tensor.flatten(0, -1).narrow(0, 0, 2).copy_(&zeros_of_both_signs);
         pipeline.save(dir, kind, None).unwrap();
     }
 

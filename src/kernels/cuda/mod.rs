@@ -125,7 +125,11 @@ impl<'a> Slice<'a> {
     /// # Errors
     /// A tensor on another device or with gaps between its elements (channels-last has none).
     pub fn of(tensor: &'a Tensor, machine: &dyn Machine) -> Result<Self> {
-        ensure!(tensor.device() == machine.device(), "the tensor lies on {:?}, not on the kernels' device", tensor.device());
+        ensure!(
+            tensor.device() == machine.device(),
+            "the tensor lies on {:?}, not on the kernels' device",
+            tensor.device()
+        );
         ensure!(is_dense(tensor), "the tensor has gaps: shape {:?}, strides {:?}", tensor.size(), tensor.stride());
         let element = Element::of(tensor.kind())?;
         // SAFETY: a dense tensor's elements are numel() neighbours from data_ptr(), and the tensor is borrowed for 'a
