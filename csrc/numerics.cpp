@@ -40,10 +40,14 @@ void numerics_end_bf16(int on_gpu) {
 
 // From now on the process uses kernels alone whose results repeat, and an operation that has none throws with its name. Among
 // the kernels of a GPU that differ are the backward pass of cuDNN's and of the memory-efficient attention, which add
-// atomically, and cuBLAS's on a work space that several streams share. What is read before it is written is a fault of
+// atomically, cuBLAS's on a work space that several streams share, and sums inside NVLink's switches (NCCL's NVLS); the last
+// two are switched off through the environment, before the libraries start. What is read before it is written is a fault of
 // ours, and filling it with NaN would cost a pass over memory.
 void numerics_set_deterministic(int deterministic) {
-  if (deterministic) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+  if (deterministic) {
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    setenv("NCCL_NVLS_ENABLE", "0", /*overwrite=*/0);
+  }
   at::globalContext().setDeterministicAlgorithms(deterministic != 0, /*warn_only=*/false);
   at::globalContext().setDeterministicFillUninitializedMemory(false);
 }

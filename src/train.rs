@@ -28,7 +28,7 @@ use crate::{
     },
     prompts::Prompt,
     rewards::{self, Part},
-    run::fit,
+    run::fit::{self, Chosen},
     signals::{self, Scope},
     stragglers::StageSeconds,
     task::{Begun, NoiseOf, Roller, Task},
@@ -46,6 +46,8 @@ pub struct Trainer<'a> {
     pub steps: Vec<Step>,
     pub tasks: Vec<Task>,
     pub learner: Learner,
+    /// What was left to the program.
+    pub chosen: Chosen,
     /// Own work of all ranks in the last iteration.
     pub stage_seconds: Vec<StageSeconds>,
     pub(crate) lanes: Lanes,
@@ -148,8 +150,8 @@ impl<'a> Trainer<'a> {
         let first = comm.rank() == 0;
         agree(comm, tasks.iter().filter(|_| first).try_for_each(|task| task.warn_of_cut_prompts(&pipeline)))?;
         let of_rewards = tasks.iter().map(|task| task.reward.weight_bytes()).sum();
-        let choice = fit::choose(config, &pipeline, of_rewards, lanes.mine().len(), comm)?;
-        pipeline.unet.recomputed = choice.recomputed;
+        let chosen = fit::choose(config, &pipeline, of_rewards, lanes.mine().len(), comm)?;
+        pipeline.unet.recomputed = chosen.choice.recomputed;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps))?;
         let learner = Learner::new(&pipeline, config)?;
@@ -160,7 +162,7 @@ impl<'a> Trainer<'a> {
         Ok(Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
-            recorded: (choice.graphs && pipeline.device != Device::Cpu).then(RecordedUNet::default),
+            recorded: (chosen.choice.graphs && pipeline.device != Device::Cpu).then(RecordedUNet::default),
             pairs: PairSource::new(config, comm, &pipeline, lanes.mine())?,
             config,
             comm,
@@ -169,6 +171,7 @@ impl<'a> Trainer<'a> {
             steps,
             tasks,
             learner,
+            chosen,
             stage_seconds: Vec::new(),
             lanes,
             method,

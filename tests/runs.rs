@@ -18,11 +18,12 @@ use common::{
     set, SMALL,
 };
 use rldiff::{
+    device::numerics,
     models::folder::{ModelFiles, ModelLocation},
     store,
     telemetry::{read_metrics, read_png, RunFiles, Summary},
 };
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 const TASKS: [&str; 3] = ["composition", "parity", "preference"];
 const FOUR: [&str; 2] = ["run.iterations=4", "trajectories.every=1"];
@@ -126,6 +127,24 @@ fn settings_of_a_gpu_change_no_bit_on_a_cpu() {
     let done = train(1, &out, &[&FOUR[..], &settings].concat(), &[]);
     assert!(done.stderr.contains("chosen by \"auto\": CUDA graphs: off"), "{}", done.stderr);
     assert_same_run(straight(), &RunFiles::new(out), 4);
+}
+
+/// In this process, which trains nothing itself.
+#[test]
+fn an_operation_whose_results_cannot_repeat_is_refused_with_its_name() {
+    let put = || {
+        Tensor::zeros([4], (Kind::Float, Device::Cpu)).f_put_(
+            &Tensor::from_slice(&[1i64, 1]),
+            &Tensor::from_slice(&[1f32, 2.0]),
+            false,
+        )
+    };
+    put().unwrap();
+    numerics::set_deterministic(true);
+    let refused = put();
+    numerics::set_deterministic(false);
+    let told = numerics::explain(&refused.unwrap_err().to_string()).unwrap();
+    assert!(told.starts_with("libtorch's put_ has no kernel whose results repeat"), "{told}");
 }
 
 /// f32 masters that begin as rounded weights would change a model by up to 2^-9 of each weight before it is trained.

@@ -72,6 +72,7 @@ impl Drop for Entered {
 }
 
 /// Whether the process uses kernels alone whose results repeat from run to run; an operation without one is then an error.
+/// NCCL is told too, where it has not started yet.
 pub fn set_deterministic(deterministic: bool) {
     // SAFETY: flags of libtorch, and an environment variable that its CUDA half reads
     unsafe { numerics_set_deterministic(i32::from(deterministic)) };

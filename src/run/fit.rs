@@ -97,52 +97,63 @@ fn decide_by(
     last.context("no setting is allowed")
 }
 
-/// What the run does, the same on all ranks: rank 0 decides by the least memory that a rank has, and says so where it was left
-/// to the program. A collective call.
+/// What a run does.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    pub choice: Choice,
+    /// On rank 0, where something was left to the program.
+    words: Option<String>,
+    warning: Option<String>,
+}
+
+impl Chosen {
+    /// Says in the log what was chosen, once the run has begun.
+    pub fn tell(&self) {
+        self.words.iter().for_each(|words| log::info!("{words}"));
+        self.warning.iter().for_each(|words| log::warn!("{words}"));
+    }
+}
+
+/// What the run does, the same on all ranks: rank 0 decides by the least memory that a rank has. A collective call.
 pub fn choose(
     config: &Config,
     pipeline: &Pipeline,
     of_rewards: u64,
     lanes: usize,
     comm: &dyn Communicator,
-) -> Result<Choice> {
+) -> Result<Chosen> {
     let room = Room { on_gpu: pipeline.device != Device::Cpu, in_company: comm.size() > 1, bytes: 0, lanes };
     if !is_open(config) {
-        return Ok(candidates(config, &room)[0]);
+        return Ok(Chosen { choice: candidates(config, &room)[0], words: None, warning: None });
     }
     let own = all_made(comm, own_memory(pipeline.device, comm))?;
     let all = comm.all_gather_bytes(&own.to_le_bytes())?;
     let read = |bytes: &Vec<u8>| bytes.as_slice().try_into().map(u64::from_le_bytes);
     let all = all.iter().map(read).collect::<Result<Vec<_>, _>>().context("the memory of another rank")?;
     let room = Room { bytes: all.into_iter().min().unwrap_or(own), ..room };
-    let mut index = Vec::new();
-    let decided = if comm.rank() == 0 {
-        decide(config, pipeline, of_rewards, &room).map(|decided| {
-            tell(config, &decided, of_rewards, &room);
-            let place = candidates(config, &room).iter().position(|&choice| choice == decided.choice);
-            index = vec![place.unwrap_or(0) as u8];
-        })
-    } else {
-        Ok(())
+    let decided = if comm.rank() == 0 { decide(config, pipeline, of_rewards, &room).map(Some) } else { Ok(None) };
+    let (decided, made) = match decided {
+        Ok(decided) => (decided, Ok(())),
+        Err(e) => (None, Err(e)),
     };
-    agree(comm, decided).context("deciding what \"auto\" means")?;
+    agree(comm, made).context("deciding what \"auto\" means")?;
+    let all = candidates(config, &room);
+    let place = |decided: &Decided| all.iter().position(|&choice| choice == decided.choice).unwrap_or(0) as u8;
+    let mut index: Vec<u8> = decided.iter().map(place).collect();
     comm.broadcast_bytes(&mut index, 0)?;
-    candidates(config, &room).get(usize::from(index[0])).copied().context("the choice of rank 0")
-}
-
-/// One line of what was chosen.
-fn tell(config: &Config, decided: &Decided, of_rewards: u64, room: &Room) {
-    let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
-    let place = if room.on_gpu { "on the GPU" } else { "for a rank on this host" };
-    let needed = gb(decided.memory.total() + of_rewards);
-    log::info!(
-        "{} (a rank takes about {needed}, there are {} {place})",
-        in_words(config, decided.choice),
-        gb(room.bytes)
-    );
-    if !decided.fits {
-        log::warn!("the run may not fit into memory: about {needed} of {} {place}; raise run.lanes", gb(room.bytes));
+    let choice = index.first().and_then(|&index| all.get(usize::from(index)));
+    let choice = *choice.context("the choice of rank 0")?;
+    let (mut words, mut warning) = (None, None);
+    if let Some(decided) = decided {
+        let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let place = if room.on_gpu { "on the GPU" } else { "for a rank on this host" };
+        let (needed, there) = (gb(decided.memory.total() + of_rewards), gb(room.bytes));
+        let chosen = in_words(config, choice);
+        words = Some(format!("{chosen} (a rank takes about {needed}, there are {there} {place})"));
+        let short = format!("the run may not fit into memory: about {needed} of {there} {place}; raise run.lanes");
+        warning = (!decided.fits).then_some(short);
     }
+    Ok(Chosen { choice, words, warning })
 }
 
 /// The settings that were left to the program, with what was chosen.
@@ -253,7 +264,8 @@ mod tests {
         let sets = ["model.gradient_checkpointing='auto'".to_string(), "rollout.cuda_graph='auto'".to_string()];
         let config = parse(EMBEDDED_JOINT, "joint", &sets).unwrap();
         let pipeline = super::super::load_for_training(&config, &Local, Device::Cpu).unwrap();
-        let choice = choose(&config, &pipeline, 0, 2, &Local).unwrap();
-        assert_eq!(choice, Choice { recomputed: Recomputed::Nothing, graphs: false });
+        let chosen = choose(&config, &pipeline, 0, 2, &Local).unwrap();
+        assert!(chosen.words.unwrap().starts_with("chosen by \"auto\": gradient checkpointing: off, CUDA graphs: off"));
+        assert_eq!(chosen.choice, Choice { recomputed: Recomputed::Nothing, graphs: false });
     }
 }
