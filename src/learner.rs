@@ -69,8 +69,7 @@ impl Learner {
 
     /// Whether all weights, and their averages, are numbers.
     pub fn is_finite(&self) -> bool {
-        let finite = |values: &FlatBuffer| values.tensor().isfinite().all().int64_value(&[]) != 0;
-        finite(self.params.buffer()) && self.average.as_ref().is_none_or(finite)
+        self.params.buffer().is_finite() && self.average.as_ref().is_none_or(FlatBuffer::is_finite)
     }
 
     /// The faults `weights` and `moments`: the first weight, or mean of its gradients, becomes NaN, or another by its last

@@ -39,6 +39,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     comm::{self, abort_world_on_panic, Communicator},
+    device::numerics,
     memory, signals, start_up,
     streams::{self, complain},
     telemetry::init_logger,
@@ -182,7 +183,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");
-            let text = memory::explain(&text).unwrap_or(text);
+            let text = memory::explain(&text).or_else(|| numerics::explain(&text)).unwrap_or(text);
             let of_writing = CannotWrite::caused(&e);
             let once = of_writing && e.downcast_ref::<OfRanks>().is_some();
             if once && !first {

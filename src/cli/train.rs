@@ -8,7 +8,7 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::{nccl, Communicator, Watched},
     config::Config,
-    device::{ranks_and_device, threads::use_threads},
+    device::{numerics, ranks_and_device, threads::use_threads},
     faults,
     run::{Resume, Run},
     signals, start_up,
@@ -47,6 +47,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         Some("auto") => Resume::Auto,
         Some(path) => Resume::From(path.into()),
     };
+    // before NCCL starts
+    numerics::set_deterministic(config.run.deterministic);
     let device = start_up::phase("device", || args.device.choose(comm)).or_mistake()?;
     let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);

@@ -223,7 +223,8 @@ pub fn abort_world_on_panic() {
             return;
         }
         let message = caught_panics::message(info.payload());
-        let message = &crate::memory::explain(message).unwrap_or_else(|| message.to_string());
+        let explained = crate::memory::explain(message).or_else(|| crate::device::numerics::explain(message));
+        let message = &explained.unwrap_or_else(|| message.to_string());
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let mut text = format!("rank {}: {message}{place}\n", mpi::world_rank());
         let backtrace = std::backtrace::Backtrace::capture();

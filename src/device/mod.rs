@@ -4,6 +4,7 @@
 //! `torch_cuda.rs` is libtorch's side of it.
 
 pub mod attention;
+pub mod numerics;
 pub mod parts;
 pub mod stopwatch;
 pub mod threads;

@@ -44,6 +44,7 @@ pub fn load(
         }
     };
     pipeline.vae.decode_batch = settings.decode_batch;
+    pipeline.vae.precision = settings.frozen_compute;
     let digest = digest(&pipeline)?;
     Ok(LoadedModel { pipeline, digest })
 }

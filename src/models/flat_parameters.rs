@@ -80,7 +80,8 @@ pub struct FlatParameters {
 
 impl FlatParameters {
     /// Moves the parameters of one or more networks into one buffer and makes them leaves that require a gradient.
-    /// f32 or bf16, all on one device: the buffer lies there too.
+    /// f32 or bf16, all on one device: the buffer lies there too. It starts from the values that the networks' sources
+    /// gave, not from those of a bf16 network, and the parameters let go of them.
     pub fn new(networks: &[&Parameters]) -> Result<Self> {
         let entries: Vec<&Parameter> = networks.iter().flat_map(|n| &n.entries).collect();
         let device = entries.first().map_or(Device::Cpu, |p| p.tensor.device());
@@ -102,7 +103,8 @@ impl FlatParameters {
         let mut leaves = Vec::new();
         for (entry, p) in layout.iter().zip(&entries) {
             let mut view = entry.of(&flat).detach();
-            tch::no_grad(|| view.copy_(&p.tensor));
+            tch::no_grad(|| view.copy_(&p.exact()));
+            p.forget_given();
             let mut leaf = p.tensor.shallow_clone();
             if leaf.kind() == Kind::Float {
                 leaf.set_data(&view);
@@ -243,6 +245,23 @@ mod tests {
         assert_eq!(flat.unflatten(flat.buffer())["a.weight"], before);
     }
 
+    /// Masters that begin as rounded weights lose up to 2^-9 of each: dozens of steps at the paper's learning rate.
+    #[test]
+    fn the_masters_of_a_bf16_network_start_from_the_weights_before_rounding() {
+        let given = Tensor::from_slice(&[0.020_123_4f32, -1.000_9, -0.0]);
+        let source = || Source::Tensors(BTreeMap::from([("weight".to_string(), given.copy())]));
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let builder = Builder::new(source(), kind, Device::Cpu);
+            let w = builder.parameter("weight", &[3], Init::Ones).unwrap();
+            let (parameters, _) = builder.finish();
+            let flat = FlatParameters::new(&[&parameters]).unwrap();
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&flat.buffer().slice()[..3]), bits(&Vec::<f32>::try_from(&given).unwrap()), "{kind:?}");
+            flat.publish();
+            assert_eq!(w, given.to_kind(kind));
+        }
+    }
+
     #[test]
     fn a_bf16_network_follows_its_f32_buffer() {
         let builder = Builder::new(Source::Seeded(1), Kind::BFloat16, Device::Cpu);
@@ -266,12 +285,7 @@ mod tests {
             let numbered = Tensor::arange(2 * 3 * 2 * 2, (Kind::Float, Device::Cpu)).view([2, 3, 2, 2]);
             let kernel = channels_last(&numbered).to_kind(kind);
             let bias = Tensor::from_slice(&[7f32, 8.0]).to_kind(kind);
-            let parameter = |name: &str, tensor: &Tensor| Parameter {
-                name: name.into(),
-                shape: tensor.size(),
-                tensor: tensor.shallow_clone(),
-            };
-            let entries = vec![parameter("kernel", &kernel), parameter("bias", &bias)];
+            let entries = vec![Parameter::new("kernel", &kernel), Parameter::new("bias", &bias)];
             let mut flat = FlatParameters::new(&[&Parameters { entries }]).unwrap();
             assert_eq!(flat.leaves()[0].stride(), [12, 1, 6, 3], "{kind:?}");
             // the channels of the first pixel, then those of the next

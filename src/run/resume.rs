@@ -51,10 +51,13 @@ pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
+    wanted.run.deterministic = config.run.deterministic;
     wanted.stop = stored.stop.clone();
     // what a run that is out of memory changes; another decode_batch may change last bits
     wanted.model.gradient_checkpointing = stored.model.gradient_checkpointing;
     wanted.model.decode_batch = stored.model.decode_batch;
+    // the same results
+    wanted.rollout.cuda_graph = stored.rollout.cuda_graph;
     wanted.comm.bucket_mb = stored.comm.bucket_mb;
     wanted.trajectories = stored.trajectories.clone();
     wanted.evaluation = stored.evaluation.clone();

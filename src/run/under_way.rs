@@ -53,6 +53,7 @@ impl Run<'_> {
             return Ok(());
         }
         signals::stop_here(comm)?;
+        self.trainer.chosen.tell();
         let config_toml = toml::to_string_pretty(config)?;
         let begun = if first { self.begin(&config_toml).map(Some) } else { Ok(None) };
         let (recorder, begun) = match begun {

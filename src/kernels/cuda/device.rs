@@ -107,30 +107,7 @@ impl Machine for Gpu {
         Arc::new(Gpu { stream, ..self.clone() })
     }
 
-    fn owns(&self, device: tch::Device) -> bool {
-        device == tch::Device::Cuda(self.context.ordinal())
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<u64> {
-        self.context.bind_to_thread()?;
-        // SAFETY: the context is current
-        unsafe { result::malloc_sync(bytes) }.with_context(|| format!("{bytes} bytes of device memory"))
-    }
-
-    unsafe fn free(&self, address: u64) {
-        // a destructor cannot report; the error of a failed kernel comes out at the next call that can
-        let _ = self.context.synchronize();
-        let _ = result::free_sync(address);
-    }
-
-    unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.context.bind_to_thread()?;
-        result::memcpy_htod_sync(address, bytes).context("copying to the device")
-    }
-
-    unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        self.context.bind_to_thread()?;
-        self.context.synchronize().context("a kernel failed")?;
-        result::memcpy_dtoh_sync(bytes, address).context("copying from the device")
+    fn device(&self) -> tch::Device {
+        tch::Device::Cuda(self.context.ordinal())
     }
 }
