@@ -31,6 +31,7 @@ fn rank_body() {
         "abort" => one_aborts(comm),
         "save" => save(comm),
         "load" => load(comm),
+        "load what not all see" => load_what_not_all_see(comm),
         "failing save" => failing_save(comm),
         "one is late" => one_is_late(comm),
         "kernels" => kernels(comm),
@@ -254,6 +255,32 @@ fn load(comm: &dyn Communicator) {
     }
 }
 
+/// One rank does not see the checkpoint: it receives what the others read. What one of them finds wrong is the same on all.
+fn load_what_not_all_see(comm: &dyn Communicator) {
+    let (folder, last) = (folder(), comm.size() - 1);
+    let newest = folder.join("iteration-000002");
+    let mine = if comm.rank() == last { folder.join("elsewhere") } else { newest.clone() };
+    let loaded = store::load(&mine, comm).unwrap().checkpoint;
+    assert_same_bits(loaded.vector("exp_avg").unwrap(), &leaf(2, ELEMENTS[2]), "seen by some");
+    comm.barrier().unwrap();
+    if comm.rank() == 0 {
+        for shard in ["shard-002.h5", "shard-001.h5"] {
+            let path = newest.join(shard);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+    comm.barrier().unwrap();
+    let error = store::load(&newest, comm).unwrap_err().to_string();
+    let file = newest.join("shard-001.h5");
+    assert_eq!(error, format!("{} (rank 1) is damaged: its SHA-256 differs", file.display()));
+    let before = store::load_latest(&folder, comm).unwrap().expect("the one before is sound");
+    let why = format!("checkpoint {} cannot be used: {error}", newest.display());
+    assert_eq!((before.checkpoint.iteration, before.warnings), (1, vec![why]));
+}
+
 /// The last rank's vectors do not fit together: all ranks get its error, and the checkpoint before stays the newest.
 fn failing_save(comm: &dyn Communicator) {
     let (folder, last) = (folder(), comm.size() - 1);
@@ -284,6 +311,15 @@ fn checkpoints_are_loaded_bit_for_bit_by_any_number_of_ranks() {
     let digests = (1..=4).map(|ranks| store::digest(&folder.join(format!("ranks-{ranks}"))).unwrap());
     let digests: Vec<String> = digests.collect();
     assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+}
+
+#[test]
+fn ranks_read_by_turns_and_find_the_same() {
+    for ranks in [2, 3, 4] {
+        let folder = empty_folder("mpi-turns");
+        succeeds(3, "save", &[(FOLDER, folder.clone().into())]);
+        succeeds(ranks, "load what not all see", &[(FOLDER, folder.into())]);
+    }
 }
 
 #[test]

@@ -138,6 +138,9 @@ const CANNOT_WRITE: u8 = 74;
 /// What rank 0 has to report that a file cannot be written.
 const AFTER_RANK_0: Duration = Duration::from_secs(2);
 
+/// What NCCL has to leave after a mistake, which nothing in it waits for.
+const AFTER_A_MISTAKE: Duration = Duration::from_secs(5);
+
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     start_up::begin();
@@ -179,6 +182,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             if first {
                 complain(&format!("error: {e:#}\n"));
             }
+            comm::nccl::settle(AFTER_A_MISTAKE);
             ExitCode::from(if CannotWrite::caused(&e) { CANNOT_WRITE } else { 2 })
         }
         Err(Failure::AtWork(e)) => {

@@ -45,7 +45,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         plan.lacks.iter().for_each(|lack| log::warn!("{lack}"));
     }
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, plan.members[0].config.nccl_terms()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     use_threads(plan.members[0].config.run.threads, comm).or_mistake()?;
     let ended = go(&plan, comm, device);

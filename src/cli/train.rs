@@ -50,7 +50,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     // before NCCL starts
     numerics::set_deterministic(config.run.deterministic);
     let device = start_up::phase("device", || args.device.choose(comm)).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.nccl_terms()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     use_threads(config.run.threads, comm).or_mistake()?;
     let ended = train(&args.config, &config, comm, device, files, &resume);

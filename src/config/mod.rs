@@ -20,7 +20,7 @@ mod testing;
 pub mod validate;
 
 use crate::{
-    comm::Wire,
+    comm::{nccl, Wire},
     device::numerics::Precision,
     miniature::Edition,
     policy::{
@@ -365,5 +365,11 @@ impl Config {
     /// Tasks that are trained on, with their index in the config (which random numbers depend on).
     pub fn trained_tasks(&self) -> impl Iterator<Item = (usize, &TaskConfig)> {
         self.tasks.iter().enumerate().filter(|(_, task)| task.train)
+    }
+
+    /// What NCCL will sum for this run, and for how long a rank waits.
+    pub fn nccl_terms(&self) -> nccl::Terms {
+        let Transport { bucket_bytes, wire } = self.comm.transport();
+        nccl::Terms { patience: self.run.patience(), bucket_bytes, wire }
     }
 }

@@ -1,6 +1,6 @@
 //! The trainable parameters of a network as one flat f32 buffer: what the optimizer, the ranks and the checkpoints see.
 
-use std::{borrow::Cow, collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range};
 
 use anyhow::{ensure, Result};
 use tch::{Device, Kind, Tensor};
@@ -49,6 +49,11 @@ impl LayoutEntry {
     /// Its scalars in the flat buffer.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.shape.iter().product::<i64>() as usize
+    }
+
+    /// Whether its scalars lie in another order than row-major.
+    pub(super) fn is_permuted(&self) -> bool {
+        self.order != Order::RowMajor
     }
 
     /// Its part of `flat`, of its shape; shares the memory.
@@ -159,41 +164,6 @@ impl FlatParameters {
         let pairs = self.layout.iter().zip(&self.leaves);
         let rounded = pairs.filter(|(_, leaf)| is_rounded(leaf)).map(|(entry, leaf)| (entry.range(), leaf));
         (&mut self.flat, rounded.collect())
-    }
-
-    /// A vector like the buffer on the host, every parameter in row-major order: what checkpoints hold and ranks compare.
-    /// Borrowed where it lies there so.
-    pub fn row_major<'a>(&self, vector: &'a FlatBuffer) -> Cow<'a, [f32]> {
-        if !self.is_permuted() {
-            return vector.host();
-        }
-        let host = FlatBuffer::zeros(vector.len(), Device::Cpu);
-        for entry in &self.layout {
-            let values = entry.of(vector).contiguous().view([-1]);
-            tch::no_grad(|| host.part(entry.range()).copy_(&values));
-        }
-        Cow::Owned(host.host().into_owned())
-    }
-
-    /// The reverse of [`FlatParameters::row_major`]: a vector like the buffer, on its device.
-    ///
-    /// # Panics
-    /// `values` are not as many as the buffer's.
-    pub fn with_row_major(&self, values: &[f32]) -> FlatBuffer {
-        assert_eq!(values.len(), self.len(), "a vector of another length");
-        if !self.is_permuted() {
-            return FlatBuffer::from_slice(values, self.device());
-        }
-        let vector = FlatBuffer::zeros(values.len(), self.device());
-        for entry in &self.layout {
-            let of_entry = Tensor::from_slice(&values[entry.range()]).view(&entry.shape[..]);
-            tch::no_grad(|| entry.of(&vector).copy_(&of_entry));
-        }
-        vector
-    }
-
-    fn is_permuted(&self) -> bool {
-        self.layout.iter().any(|entry| entry.order != Order::RowMajor)
     }
 
     /// Every parameter as a tensor of its own on the host, with the values of `vector` (weights or an average of them).

@@ -175,27 +175,27 @@ impl<'a> Run<'a> {
         agree(comm, if comm.rank() == 0 { overlap::warn_of_tasks(config, &trainer.tasks) } else { Ok(()) })?;
         signals::stop_here(comm)?;
         let (mut done, mut origin, mut stop) = (0, None, Stop::new(config));
-        if let Some(loaded) = resume::find(resume, &files, comm)? {
-            let checkpoint = &loaded.checkpoint;
+        if let Some(stored) = resume::find(resume, &files, comm)? {
+            let checkpoint = &stored.head;
             if comm.rank() == 0 {
-                loaded.warnings.iter().for_each(|warning| log::warn!("{warning}"));
+                stored.warnings.iter().for_each(|warning| log::warn!("{warning}"));
             }
             resume::check_config(config, checkpoint)?;
             trainer
                 .learner
-                .restore(checkpoint)
-                .with_context(|| format!("cannot resume from {}", loaded.path.display()))?;
-            stop = Stop::resumed(config, comm, &loaded.path, checkpoint)?;
+                .restore(&stored, comm)
+                .with_context(|| format!("cannot resume from {}", stored.path.display()))?;
+            stop = Stop::resumed(config, comm, &stored.path, checkpoint)?;
             done = checkpoint.iteration;
-            origin = Some(loaded.path.clone());
+            origin = Some(stored.path.clone());
             ensure!(
                 done <= config.run.iterations,
                 "{} has {done} iterations, run.iterations is {}",
-                loaded.path.display(),
+                stored.path.display(),
                 config.run.iterations
             );
             if comm.rank() == 0 {
-                log::info!("resuming {} after iteration {done}", loaded.path.display());
+                log::info!("resuming {} after iteration {done}", stored.path.display());
                 if checkpoint.code_version != crate::CODE_VERSION {
                     let (theirs, ours) = (&checkpoint.code_version, crate::CODE_VERSION);
                     log::info!("it was written by rldiff {theirs}; this is {ours}");

@@ -21,7 +21,11 @@ use serde::{Deserialize, Serialize};
 
 pub use dog::{Limits, Watchdog};
 
-use crate::{cannot_write::make_folder, comm::Communicator, faults, host};
+use crate::{
+    cannot_write::make_folder,
+    comm::{self, Communicator},
+    faults, host,
+};
 
 /// The stage that `run.reward_limit` is about.
 pub const REWARD: &str = "reward";
@@ -107,9 +111,10 @@ impl Drop for Collective {
     }
 }
 
-/// Time this rank has spent in collectives so far: to tell its own work from waiting for others.
+/// Time this rank has spent in collectives so far, and its GPU in waiting for sums over ranks: to tell its own work from
+/// waiting for others. Whoever asks for a stage waits for the GPU's part of it first.
 pub fn waited() -> Duration {
-    record().waited
+    record().waited + comm::nccl::waited()
 }
 
 /// A rank's record at one moment, as its watchdog puts it down.
