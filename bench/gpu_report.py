@@ -158,7 +158,7 @@ def lines_of(rows):
                 remarks.append(f"{result['seconds']:.1f} s, first second {first:.4g}, last {last:.4g} TFLOP/s")
             elif result.get("what") == "iteration":
                 line["ms"], line["per"] = 1e3 * result["median_seconds"], "iteration"
-                stages = (f"{stage} {statistics.median(s):.3g} s" for stage, s in result["seconds"].items() if s)
+                stages = (f"{stage} {statistics.median(s):.3g} s" for stage, s in result["seconds"].items() if s and stage != "iteration")
                 remarks.append(f"{result['samples_per_second_and_rank']:.3g} samples/s with decoding; " + ", ".join(stages))
                 if result.get("leaves_out"):
                     remarks.append("without the paper's " + " and ".join(result["leaves_out"]))

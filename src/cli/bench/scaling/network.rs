@@ -6,13 +6,14 @@
 //! | operation | t(n, B) |
 //! |---|---|
 //! | sum by recursive halving and doubling (`comm`, n a power of two) | 2·log₂n·α + 2·(1 − 1/n)·B/β |
-//! | sum by one ring through all ranks | 2·(n − 1)·α + 2·(1 − 1/n)·B/β |
+//! | sum by one ring through all ranks of N nodes | 2·(n − N)·α_i + 2·(N − 1)·α + 2·(1 − 1/n)·B/β |
 //! | sum in two levels (k ranks per node, N = n/k nodes) | 2·(k − 1)·α_i + 2·(1 − 1/k)·B/β_i + 2·(N − 1)·α + 2·(1 − 1/N)·(B/k)/β |
 //! | gather | log₂n·α + (n − 1)·B/β |
 //! | broadcast | log₂n·(α + B/β) |
 //! | barrier | log₂n·α |
 //!
-//! On the ranks of one node α_i and β_i stand for α and β. In two levels each rank of a node sums its k-th of the vector
+//! On the ranks of one node α_i and β_i stand for α and β; without nodes n is N. (That the latencies of a ring add up by the
+//! nodes it passes is NCCL's own model, src/graph/tuning.cc.) In two levels each rank of a node sums its k-th of the vector
 //! with the same k-th of the other nodes, so that all ways between nodes are used at once; a bucket goes through one level
 //! after the other, and buckets are not pipelined. Between these two lies what NCCL does: its rings use all ways of a node,
 //! which the first ring formula does not.
@@ -82,6 +83,10 @@ impl Network {
             (Operation::Sum, Sum::TwoLevels, Some(node)) if ranks > node.ranks => {
                 let (k, nodes) = (node.ranks as f64, (n / node.ranks as f64).ceil());
                 ring(k, bytes, node.latency, node.bandwidth) + ring(nodes, bytes / k, latency, bandwidth)
+            }
+            (Operation::Sum, _, Some(node)) if ranks > node.ranks => {
+                let nodes = (n / node.ranks as f64).ceil();
+                2.0 * (n - nodes) * node.latency + ring(nodes, 0.0, latency, bandwidth) + ring(n, bytes, 0.0, bandwidth)
             }
             (Operation::Sum, ..) => ring(n, bytes, latency, bandwidth),
         }
@@ -158,11 +163,13 @@ mod tests {
             near(SLOW.seconds(Operation::Sum, 16.0, sum, 2), 1.0 + 2.0);
         }
         near(SLOW.seconds(Operation::Sum, 16.0, Sum::Halving, 2), 1.0 + 2.0);
-        // one ring is paced by its slowest way
-        near(SLOW.seconds(Operation::Sum, 16.0, Sum::Ring, 4), FLAT.seconds(Operation::Sum, 16.0, Sum::Ring, 4));
+        // one ring sends all it sends on the slower way: 4 messages in the nodes, 2 between them, 24 bytes at 4 a second
+        near(SLOW.seconds(Operation::Sum, 16.0, Sum::Ring, 4), 2.0 + 2.0 + 6.0);
         // nodes of one rank are a flat network
         let single = Network { node: Some(Node { ranks: 1, latency: 9.0, bandwidth: 1.0 }), ..FLAT };
-        near(single.seconds(Operation::Sum, 16.0, Sum::TwoLevels, 4), FLAT.seconds(Operation::Sum, 16.0, Sum::Ring, 4));
+        for sum in [Sum::Ring, Sum::TwoLevels] {
+            near(single.seconds(Operation::Sum, 16.0, sum, 4), FLAT.seconds(Operation::Sum, 16.0, Sum::Ring, 4));
+        }
     }
 
     #[test]
