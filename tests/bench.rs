@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use common::{empty_folder, run_within, say, Finished};
+use common::{empty_folder, rldiff, run_within, say, Finished};
 use serde_json::Value;
 
 /// A program of this text in `folder`.
@@ -236,6 +236,36 @@ fn a_peer_that_fails_or_compiles_for_ever_is_a_row_and_the_part_ends_in_time() {
     let both = self::lines(&folder);
     assert_eq!(named(&both, 1, "peer rollout, eager, channels-last, bf16")["outcome"], "done");
     assert_eq!(outcome(named(&both, 1, "peer eager")), ("failed", "exit code 4: nothing on stderr"));
+}
+
+/// Scaling of GPUs is measured on GPUs or not at all.
+#[test]
+fn scaling_on_gpus_that_are_not_there_is_refused_before_any_work() {
+    if rldiff::device::parts::gpus().is_ok() {
+        say("SKIPPED: there is a GPU");
+        return;
+    }
+    let folder = empty_folder("bench-scaling-cuda");
+    for ranks in [1, 2] {
+        let mut command = rldiff(ranks, &folder);
+        command.args(["bench", "scaling", "--device", "cuda", "--out", "measured"]);
+        let done = run_within(command, Duration::from_secs(60));
+        assert_eq!(done.status.code(), Some(2), "{}", done.stderr);
+        assert!(done.stderr.contains("error: --device cuda: no NVIDIA driver"), "{}", done.stderr);
+        assert!(!folder.join("measured").exists());
+    }
+}
+
+/// The committed prediction is what the program makes of the committed model.
+#[test]
+fn the_prediction_for_h200s_is_what_its_model_gives() {
+    let folder = empty_folder("bench-scaling-h200");
+    let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/runs/2026-11-29-2-cores/scaling");
+    fs::copy(runs.join("paper-h200.json"), folder.join("paper-h200.json")).unwrap();
+    let mut command = rldiff(1, &folder);
+    command.args(["bench", "scaling", "--report", ".", "--model", "paper-h200.json"]);
+    let done = run_within(command, Duration::from_secs(60)).expect_success("bench scaling --report");
+    assert_eq!(done.stdout, fs::read_to_string(runs.join("report.txt")).unwrap());
 }
 
 #[test]
