@@ -10,6 +10,7 @@ mod revision;
 
 const SOURCES: &[&str] = &[
     "csrc/allocations.cpp",
+    "csrc/bench.cpp",
     "csrc/cuda.cpp",
     "csrc/geglu.cpp",
     "csrc/gradient_hooks.cpp",

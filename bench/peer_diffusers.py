@@ -1,17 +1,29 @@
 #!/usr/bin/env python3
 """The work of `rldiff bench rollout` and `rldiff bench update`, done by PyTorch with diffusers' U-Net: what rldiff is
-compared with. `bench/compare.sh` runs both in turn.
+compared with. `bench/gpu.sh` and `bench/compare.sh` run both in turn.
 
 roll-out: classifier-free guidance with both halves in one call, DDIM transition (eta 1), log-probability of each step.
 update:   the same call with gradients, clipped surrogate, backward pass, one fused AdamW step.
 
-Weights are random (the time does not depend on them). On a GPU in bf16 with scaled dot-product attention, on a CPU in f32;
-eager, or compiled and channels-last (--compile: torch.compile). The first call compiles, in the warm-up; its seconds are
-printed too.
+Weights are random (the time does not depend on them), with scaled dot-product attention. Three choices:
+
+--memory-format  contiguous (NCHW, as diffusers builds it) or channels-last
+--weights        bf16: weights, moments and everything else in bf16; masters: f32 weights and moments, the network under
+                 autocast in bf16 (what a training at small learning rates needs); f32. By default bf16 on a GPU, f32 on a
+                 CPU
+--compile        torch.compile, in a mode of its own (default, max-autotune, max-autotune-no-cudagraphs, ...); else eager.
+                 The first call compiles, in the warm-up, whose seconds are printed too
+
+What, memory format and weights may be lists (rollout,update): every combination is measured, a line of JSON for each as
+soon as it is known.
 """
 import argparse
+import contextlib
+import gc
+import itertools
 import json
 import math
+import resource
 import statistics
 import time
 
@@ -22,10 +34,19 @@ GUIDANCE = 7.0
 CLIP_RANGE = 1e-4
 
 
+def listed(*known):
+    def parse(text):
+        values = text.split(",")
+        if not set(values) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text} is not of {', '.join(known)}")
+        return values
+    return parse
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="unet/config.json of a diffusers folder")
-    parser.add_argument("--what", choices=["rollout", "update"], required=True)
+    parser.add_argument("--what", type=listed("rollout", "update"), required=True)
     parser.add_argument("--batch", type=int, default=16, help="samples; each is two rows")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps of the roll-out")
     parser.add_argument("--tokens", type=int, default=77)
@@ -33,9 +54,15 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-format", type=listed("contiguous", "channels-last"))
+    parser.add_argument("--weights", type=listed("bf16", "masters", "f32"))
     parser.add_argument("--compile", nargs="?", const="max-autotune", metavar="MODE", help="torch.compile's mode")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.weights = args.weights or ["bf16" if args.device == "cuda" else "f32"]
+    # a compiled network is measured in its best layout
+    args.memory_format = args.memory_format or ["channels-last" if args.compile else "contiguous"]
+    return args
 
 
 def schedule(steps):
@@ -48,9 +75,10 @@ def schedule(steps):
 
 
 class Work:
-    def __init__(self, args):
-        self.args = args
-        self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    def __init__(self, args, memory_format, weights):
+        self.args, self.weights = args, weights
+        # inputs of the network; autocast takes any
+        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32
         with open(args.config) as file:
             config = json.load(file)
         torch.manual_seed(1)
@@ -58,16 +86,21 @@ class Work:
             self.unet = UNet2DConditionModel.from_config(config).to(self.dtype)
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.call = self.unet
-        if args.compile:
+        if memory_format == "channels-last":
             self.unet.to(memory_format=torch.channels_last)
-            self.call = torch.compile(self.unet, mode=args.compile)
+        self.call = torch.compile(self.unet, mode=args.compile) if args.compile else self.unet
         size, width = config["sample_size"], config["cross_attention_dim"]
         shape = (args.batch, config["in_channels"], size, size)
         self.shape, self.steps = shape, schedule(args.steps)
         self.text = torch.randn(2 * args.batch, args.tokens, width, device=args.device, dtype=self.dtype)
         self.advantage = torch.randn(args.batch, device=args.device)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=2e-6, fused=True)
+
+    def numbers(self):
+        """Autocast keeps the weights that it has cast until its end, so that a roll-out casts them once."""
+        if self.weights == "masters":
+            return torch.autocast(self.args.device, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
 
     def transition(self, x_t, step):
         """Mean and standard deviation of x_prev."""
@@ -87,16 +120,18 @@ class Work:
 
     @torch.no_grad()
     def rollout(self):
-        x = torch.randn(self.shape, device=self.args.device)
-        for step in self.steps:
-            mean, sigma = self.transition(x, step)
-            x = mean + sigma * torch.randn_like(x)
-            self.log_prob(x, mean, sigma)
+        with self.numbers():
+            x = torch.randn(self.shape, device=self.args.device)
+            for step in self.steps:
+                mean, sigma = self.transition(x, step)
+                x = mean + sigma * torch.randn_like(x)
+                self.log_prob(x, mean, sigma)
 
     def update(self):
         step = self.steps[len(self.steps) // 2]
         x_t, x_prev = (torch.randn(self.shape, device=self.args.device) for _ in range(2))
-        mean, sigma = self.transition(x_t, step)
+        with self.numbers():
+            mean, sigma = self.transition(x_t, step)
         log_prob = self.log_prob(x_prev, mean, sigma)
         ratio = torch.exp(log_prob - log_prob.detach())
         clipped = torch.clamp(ratio, 1 - CLIP_RANGE, 1 + CLIP_RANGE)
@@ -105,11 +140,23 @@ class Work:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def main():
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    work = Work(args)
-    run = {"rollout": work.rollout, "update": work.update}[args.what]
+def memory(device):
+    """GB, by the names of `rldiff bench`."""
+    seen = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        seen["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        seen["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        seen["card_used_gb"] = (total - free) / 1e9
+        seen["card_gb"] = total / 1e9
+    return seen
+
+
+def measure(args, what, memory_format, weights):
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    work = Work(args, memory_format, weights)
+    run = {"rollout": work.rollout, "update": work.update}[what]
     seconds, warm_up = [], []
     for i in range(args.warm_up + args.repeats):
         if args.device == "cuda":
@@ -120,10 +167,22 @@ def main():
             torch.cuda.synchronize()
         (warm_up if i < args.warm_up else seconds).append(time.perf_counter() - started)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(json.dumps({
-        "what": args.what, "device": name, "batch": args.batch, "steps": args.steps, "compiled": args.compile,
-        "warm_up_seconds": warm_up, "seconds": seconds, "median_seconds": statistics.median(seconds), "torch": torch.__version__,
-    }))
+    return {
+        "what": what, "device": name, "batch": args.batch, "steps": args.steps, "compiled": args.compile,
+        "memory_format": memory_format, "weights": weights, "gradient_checkpointing": args.gradient_checkpointing,
+        "warm_up_seconds": warm_up, "seconds": seconds, "median_seconds": statistics.median(seconds),
+        "memory": memory(args.device), "torch": torch.__version__,
+    }
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    for combination in itertools.product(args.what, args.memory_format, args.weights):
+        print(json.dumps(measure(args, *combination)), flush=True)
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ out=${RLDIFF_OUT:-$RLDIFF_RUNS/scaling-$(basename "$config" .toml)}
 for ((ranks = 1; ranks <= SLURM_NTASKS; ranks *= 2)); do
     say "$config on $ranks ranks"
     # shellcheck disable=SC2086
-    launch "$ranks" bench scaling "$config" --out "$out" $RLDIFF_ARGS
+    launch "$ranks" bench scaling "$config" ${device:+--device "$device"} --out "$out" $RLDIFF_ARGS
     [ "$code" = 0 ] || exit "$code"
 done
 # shellcheck disable=SC2086

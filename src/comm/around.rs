@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use super::{Communicator, DeviceVector};
 
 /// A kind of collective operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
+    #[default]
     Barrier,
     Broadcast,
     Gather,

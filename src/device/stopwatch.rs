@@ -30,7 +30,11 @@ struct Event(sys::CUevent);
 
 impl Event {
     fn now(index: usize) -> Result<Self> {
-        let stream = current_stream(index)? as sys::CUstream;
+        Event::on(current_stream(index)?)
+    }
+
+    fn on(stream: usize) -> Result<Self> {
+        let stream = stream as sys::CUstream;
         // SAFETY: libtorch's context is current after its first work; the stream is libtorch's and lives for ever.
         unsafe {
             let event = Event(described(driver::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?);
@@ -47,6 +51,46 @@ impl Event {
             described(driver::event::elapsed(earlier.0, self.0))?
         };
         Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Event {}
+
+/// Points of streams, and the seconds between them.
+pub trait Points: Send {
+    /// What `stream` has been given so far; the point's number, from 0.
+    ///
+    /// # Errors
+    /// A GPU that failed.
+    fn point(&mut self, stream: usize) -> Result<usize>;
+
+    /// Seconds from one point to a later one, both reached: waits for the later one.
+    ///
+    /// # Errors
+    /// A GPU that failed.
+    fn seconds(&self, from: usize, to: usize) -> Result<f64>;
+
+    /// The points so far are needed no more.
+    fn forget(&mut self);
+}
+
+/// Events of this process's GPU.
+#[derive(Default)]
+pub struct Events(Vec<Event>);
+
+impl Points for Events {
+    fn point(&mut self, stream: usize) -> Result<usize> {
+        self.0.push(Event::on(stream)?);
+        Ok(self.0.len() - 1)
+    }
+
+    fn seconds(&self, from: usize, to: usize) -> Result<f64> {
+        self.0[to].seconds_since(&self.0[from])
+    }
+
+    fn forget(&mut self) {
+        self.0.clear();
     }
 }
 

@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1, 1 << 36))]
     parameters: Option<usize>,
     /// Sizes of a bucket in MiB of f32.
-    #[arg(long, value_delimiter = ',', default_values_t = [4, 25, 100], value_name = "MIB")]
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 25, 100, 400], value_name = "MIB")]
     #[arg(value_parser = whole::<usize>(1, 65_536))]
     bucket_mib: Vec<usize>,
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = whole::<usize>(1, 1_000_000))]
@@ -123,7 +123,10 @@ fn report(args: &Args, device: Device, ranks: usize, lines: &[Line]) {
             json!({"wire": wire, "bucket_mib": bucket_mib, "bytes": bytes, "seconds": seconds})
         };
         let all: Vec<Value> = lines.iter().map(of).collect();
-        say!("{}", json!({"device": format!("{device:?}"), "ranks": ranks, "sums": all}));
+        let fastest: serde_json::Map<_, _> =
+            fastest(lines).map(|line| (line.wire.to_string(), json!(line.bucket_mib))).collect();
+        let device = format!("{device:?}");
+        say!("{}", json!({"device": device, "ranks": ranks, "sums": all, "fastest_bucket_mib": fastest}));
         return;
     }
     say!("sum of a gradient over {ranks} ranks on {device:?}; bus rate: 2(n − 1)/n times its bytes per second");
@@ -133,6 +136,21 @@ fn report(args: &Args, device: Device, ranks: usize, lines: &[Line]) {
         let bus = 2.0 * (ranks - 1) as f64 / ranks as f64 * line.bytes as f64 / m;
         say!("{:<6} {:>11} {:>12} {m:>10.5} {:>10.2}", line.wire, line.bucket_mib, line.bytes, bus / 1e9);
     }
+    let best: Vec<_> =
+        fastest(lines).map(|line| format!("{} with comm.bucket_mb = {}", line.wire, line.bucket_mib)).collect();
+    say!("fastest: {}", best.join(", "));
+}
+
+/// The line of each number type that took least time; of equals the smallest bucket, which leaves less to wait for after
+/// a backward pass.
+fn fastest(lines: &[Line]) -> impl Iterator<Item = &Line> {
+    ["f32", "bf16"].into_iter().filter_map(|wire| {
+        let of_wire = lines.iter().filter(|line| line.wire == wire);
+        of_wire.min_by(|a, b| {
+            let seconds = median(a.seconds.clone()).total_cmp(&median(b.seconds.clone()));
+            seconds.then(a.bucket_mib.cmp(&b.bucket_mib))
+        })
+    })
 }
 
 #[cfg(test)]
@@ -144,5 +162,18 @@ mod tests {
         let ranges: Vec<_> = buckets((2 << 18) + 5, 1).collect();
         assert_eq!(ranges, [0..1 << 18, 1 << 18..2 << 18, 2 << 18..(2 << 18) + 5]);
         assert_eq!(buckets(3, 1).next(), Some(0..3));
+    }
+
+    #[test]
+    fn the_fastest_bucket_is_named_for_each_number_type() {
+        let line = |wire, bucket_mib, seconds: &[f64]| Line { wire, bucket_mib, bytes: 8, seconds: seconds.to_vec() };
+        let lines = [
+            line("f32", 4, &[3.0]),
+            line("f32", 25, &[2.0, 9.0, 2.0]),
+            line("f32", 100, &[2.0]),
+            line("bf16", 4, &[1.5]),
+            line("bf16", 25, &[1.0]),
+        ];
+        assert_eq!(fastest(&lines).map(|l| (l.wire, l.bucket_mib)).collect::<Vec<_>>(), [("f32", 25), ("bf16", 25)]);
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{json, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::{median, rates::Rates};
+use super::{libtorch, median, rates::Rates};
 use crate::{
     cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::Communicator,
@@ -19,6 +19,7 @@ use crate::{
         ddim_step::{launch_draw, launch_score, DeviceInputs, StepScalars},
         geglu::geglu,
         group_norm_silu::group_norm_silu,
+        layer_norm::layer_norm,
         normal_rows::Rows,
         on_device::{self, Stepped, Stepper},
         FlatBuffer,
@@ -77,13 +78,18 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         lines.extend(bench.references()?);
     }
     lines.extend(bench.normalisation()?);
+    lines.extend(bench.rows()?);
     lines.extend(bench.activation()?);
-    bench.report(&lines);
+    bench.report(&lines)?;
     Ok(())
 }
 
 /// Sets of inputs that a measurement goes through in turn: together more than a GPU's cache holds.
 const SETS: usize = 8;
+
+/// Bytes that are used again and again and may stay in a GPU's cache (the largest have 50 to 126 MB): "of copy" means
+/// nothing for them.
+const IN_CACHE: i64 = 256 << 20;
 
 const STEP: StepScalars = StepScalars { c_x: 1.013, c_eps: -0.0831, sigma: 0.112, guidance_scale: 7.0 };
 const OBJECTIVE: Objective = Objective { clip_range: 1e-4, weight: 1.0, samples: 16 };
@@ -193,12 +199,13 @@ impl Bench<'_> {
             copy: Some(Slice::of(&copy, machine.as_ref())?),
         };
         let table = Table::new(machine, &[piece])?;
-        let (settings, millions) = (AdamW::default(), n / 1_000_000);
-        let step = self.time(format!("adamw with bf16 copy, {millions} M parameters"), 30 * n, |_| {
-            table.step(&settings, 1, 1.0)
-        })?;
-        let norm =
-            self.time(format!("gradient norm, {millions} M parameters"), 4 * n, |_| table.sum_of_squares().map(drop))?;
+        let settings = AdamW::default();
+        let name = |what: &str, bytes: i64| {
+            let place = if bytes < IN_CACHE { ", within the cache" } else { "" };
+            format!("{what}, {} M parameters{place}", n / 1_000_000)
+        };
+        let step = self.time(name("adamw with bf16 copy", 18 * n), 30 * n, |_| table.step(&settings, 1, 1.0))?;
+        let norm = self.time(name("gradient norm", 4 * n), 4 * n, |_| table.sum_of_squares().map(drop))?;
         Ok(vec![step, norm])
     }
 
@@ -289,6 +296,31 @@ impl Bench<'_> {
         Ok(lines)
     }
 
+    /// Layer normalisation at three of the U-Net's sizes: ours beside libtorch's.
+    fn rows(&self) -> Result<Vec<Line>> {
+        let on_gpu = self.device != Device::Cpu;
+        let kind = if on_gpu { Kind::BFloat16 } else { Kind::Float };
+        let width = if on_gpu { 2 } else { 4 };
+        let shapes = if on_gpu { [[4096, 320], [1024, 640], [256, 1280]] } else { [[256, 32]; 3] };
+        let mut lines = Vec::new();
+        for [tokens, channels] in shapes.into_iter().take(if on_gpu { 3 } else { 1 }) {
+            let size = [2 * self.samples * tokens, channels];
+            let bytes = 2 * width * size[0] * size[1];
+            let rows: Vec<Tensor> = (0..SETS).map(|_| self.normals(&size).to_kind(kind)).collect();
+            let [weight, bias] = [0, 1].map(|_| self.normals(&[channels]).to_kind(kind));
+            let name = |what: &str| format!("{what}, {}x{channels}", size[0]);
+            let of_libtorch = |x: &Tensor| Ok(x.layer_norm([channels], Some(&weight), Some(&bias), 1e-5, true));
+            let ours = |x: &Tensor| layer_norm(x, &weight, &bias, 1e-5);
+            lines.push(self.time(name("layer_norm of libtorch"), bytes, |set| of_libtorch(&rows[set]).map(drop))?);
+            lines.push(self.both_passes(name("layer_norm of libtorch, both passes"), &rows, of_libtorch)?);
+            if on_gpu {
+                lines.push(self.time(name("layer_norm"), bytes, |set| ours(&rows[set]).map(drop))?);
+                lines.push(self.both_passes(name("layer_norm, both passes"), &rows, ours)?);
+            }
+        }
+        Ok(lines)
+    }
+
     /// The gated activation at the U-Net's largest size: ours beside libtorch's two operations.
     fn activation(&self) -> Result<Vec<Line>> {
         if self.device == Device::Cpu {
@@ -310,30 +342,28 @@ impl Bench<'_> {
         ])
     }
 
-    /// Forward and backward of the sum: x, y, dy and dx move, x twice; a pass over y and one over dy are for the sum.
+    /// Forward, and backward from a given gradient: x, y, dy and dx move, x twice. Gradients of weights are not asked for.
     fn both_passes(&self, what: String, inputs: &[Tensor], f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Line> {
-        let leaves: Vec<Tensor> = inputs.iter().map(|x| x.detach().set_requires_grad(true)).collect();
-        let outputs = f(&inputs[0])?.numel();
-        let bytes = 2 * (3 * inputs[0].numel() + 2 * outputs) as i64;
+        let dy: Vec<Tensor> = inputs.iter().take(2).map(|x| Ok(f(x)?.randn_like())).collect::<Result<_>>()?;
+        let width = inputs[0].kind().elt_size_in_bytes();
+        let bytes = (width * (3 * inputs[0].numel() + 2 * dy[0].numel())) as i64;
         self.time(what, bytes, |set| {
-            let leaf = &leaves[set % leaves.len()];
-            tch::with_grad(|| {
-                let value = f(leaf)?.sum(Kind::Float);
-                drop(Tensor::run_backward(&[value], &[leaf], false, false));
-                Ok(())
-            })
+            let leaf = inputs[set % inputs.len()].detach().set_requires_grad(true);
+            tch::with_grad(|| libtorch::backward(&f(&leaf)?, &dy[set % dy.len()], &leaf).map(drop))
         })
     }
 
-    fn report(&self, lines: &[Line]) {
+    fn report(&self, lines: &[Line]) -> Result<()> {
+        let memory = libtorch::memory(self.device)?;
         if self.args.json {
             let all: Vec<Value> = lines
                 .iter()
                 .map(|line| json!({"what": line.what, "bytes": line.bytes, "seconds": line.seconds}))
                 .collect();
             let device = format!("{:?}", self.device);
-            say!("{}", json!({"device": device, "rates": self.rates.to_json(), "kernels": all}));
-            return;
+            let rates = self.rates.to_json();
+            say!("{}", json!({"device": device, "rates": rates, "kernels": all, "memory": memory}));
+            return Ok(());
         }
         say!("{}", self.rates.describe());
         say!("{:<64} {:>10} {:>9} {:>8}", "operation", "µs", "GB/s", "of copy");
@@ -342,5 +372,7 @@ impl Bench<'_> {
             let rate = line.bytes / m;
             say!("{:<64} {:>10.1} {:>9.1} {:>6.1} %", line.what, m * 1e6, rate / 1e9, 100.0 * rate / self.rates.copy);
         }
+        say!("{}", libtorch::describe(&memory));
+        Ok(())
     }
 }

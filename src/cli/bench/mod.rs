@@ -3,10 +3,13 @@
 mod allreduce;
 mod iteration;
 mod kernels;
+mod libtorch;
 mod model;
 mod passes;
+mod product;
 mod rates;
 mod scaling;
+mod unet_config;
 
 use super::{config_args::ConfigArgs, Failure, OrMistake};
 use crate::comm::Communicator;
@@ -31,6 +34,10 @@ enum What {
     Rollout(passes::Args),
     /// Policy updates: gradient, sum over ranks, optimizer step.
     Update(passes::Args),
+    /// A matrix product that goes on for seconds: what the device sustains.
+    Product(product::Args),
+    /// The measured U-Net's config.json, for another program that is to measure the same network.
+    UnetConfig(unet_config::Args),
     /// A full-size model of random weights: build, save, load, one guided step, one training step.
     Model(model::Args),
     /// Weak and strong scaling over ranks: measured on the ranks there are, predicted for more.
@@ -45,6 +52,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         What::Unet(args) => passes::run(passes::Pass::Unet, args, comm),
         What::Rollout(args) => passes::run(passes::Pass::Rollout, args, comm),
         What::Update(args) => passes::run(passes::Pass::Update, args, comm),
+        What::Product(args) => product::run(args, comm),
+        What::UnetConfig(args) => unet_config::run(args, comm),
         What::Model(args) => model::run(args, comm),
         What::Scaling(args) => scaling::run(args, comm),
     }

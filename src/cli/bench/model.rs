@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
+use super::libtorch;
 use crate::{
     cli::{numbers::whole, Failure, OrMistake},
     comm::{Communicator, Local},
@@ -132,9 +133,9 @@ fn measure(args: &Args) -> Result<Value> {
     };
     let files = ModelFiles::read(&ModelLocation::Disk(args.out.clone()))?;
     let pipeline = Pipeline::with(files, Device::Cpu, how)?;
-    note("memory_loaded_gb", json!(memory_gb("VmRSS")?));
+    note("memory_loaded_gb", json!(libtorch::host_gb("VmRSS")?));
     steps(&pipeline, args, &mut note)?;
-    note("peak_memory_gb", json!(memory_gb("VmHWM")?));
+    note("peak_memory_gb", json!(libtorch::host_gb("VmHWM")?));
     Ok(report)
 }
 
@@ -220,12 +221,4 @@ fn weights_digest(pipeline: &Pipeline) -> Result<Vec<u8>> {
         }
     }
     Ok(hash.finalize().to_vec())
-}
-
-/// A figure of this process's memory, in GB: `VmRSS` now, `VmHWM` at most (mapped files included).
-fn memory_gb(figure: &str) -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("cannot read /proc/self/status")?;
-    let line = status.lines().find_map(|l| l.strip_prefix(figure)?.strip_prefix(':'));
-    let kb: f64 = line.and_then(|l| l.split_whitespace().next()?.parse().ok()).context("no such figure")?;
-    Ok(kb * 1024.0 / 1e9)
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::{median, rates::Rates};
+use super::{libtorch, median, rates::Rates};
 use crate::{
     cli::{device_args::DeviceArgs, numbers::whole, Failure, OrMistake},
     comm::{nccl, Communicator},
@@ -115,6 +115,8 @@ pub fn run(pass: Pass, args: Args, comm: &dyn Communicator) -> Result<(), Failur
 struct Measured {
     /// Of every repeat.
     seconds: Vec<f64>,
+    /// Of those before, which are not counted: kernels are compiled and graphs recorded in the first.
+    warm_up: Vec<f64>,
     /// Operations of one.
     flop: f64,
     /// max |w − 1| before the first optimizer step, of updates.
@@ -228,20 +230,19 @@ impl<'a> Bench<'a> {
 
     /// Seconds of every repeat after the warm-up; the operations are `factor` times those of the forward passes.
     fn measure(&self, factor: f64, mut work: impl FnMut(usize) -> Result<()>) -> Result<Measured> {
-        let (mut seconds, mut flop) = (Vec::new(), 0.0);
+        let (mut seconds, mut warm_up, mut flop) = (Vec::new(), Vec::new(), 0.0);
         for repeat in 0..self.args.warm_up + self.args.repeats {
             let before = flops::counted();
             let took = stopwatch::seconds(self.device, || work(repeat))?;
             flop = factor * (flops::counted() - before) as f64;
-            if repeat >= self.args.warm_up {
-                seconds.push(took);
-            }
+            if repeat < self.args.warm_up { &mut warm_up } else { &mut seconds }.push(took);
         }
-        Ok(Measured { seconds, flop, drift: None })
+        Ok(Measured { seconds, warm_up, flop, drift: None })
     }
 
     fn report(&self, pass: Pass, ranks: usize, measured: Measured) -> Result<()> {
-        let Measured { seconds, flop, drift } = measured;
+        let Measured { seconds, warm_up, flop, drift } = measured;
+        let memory = libtorch::memory(self.device)?;
         let m = median(seconds.clone());
         let (samples, what) = (self.args.samples, format!("{pass:?}").to_lowercase());
         let (tflops, rate) = (flop / m / 1e12, samples as f64 / m);
@@ -254,7 +255,7 @@ impl<'a> Bench<'a> {
                 "steps": self.args.steps, "bf16": self.args.bf16, "threads": self.args.threads, "seconds": seconds,
                 "median_seconds": m, "tflop": flop / 1e12, "tflops": tflops, "samples_per_second": rate, "rates": rates.to_json(),
                 "utilisation": utilisation, "ratio_drift": drift, "cuda_graph": self.args.cuda_graph,
-                "gradient_checkpointing": self.args.gradient_checkpointing,
+                "gradient_checkpointing": self.args.gradient_checkpointing, "warm_up_seconds": warm_up, "memory": memory,
             });
             say!("{all}");
             return Ok(());
@@ -262,9 +263,13 @@ impl<'a> Bench<'a> {
         say!("{}", rates.describe());
         say!(
             "{what}: {m:.4} s for {samples} samples on each of {ranks} ranks, {rate:.2} samples/s, {tflops:.3} TFLOP/s per \
-             rank, {:.1} % of the matrix product",
-            100.0 * utilisation
+             rank, {}",
+            rates.shares(flop / m)
         );
+        if let Some(first) = warm_up.first() {
+            say!("first: {first:.4} s");
+        }
+        say!("{}", libtorch::describe(&memory));
         if let Some(drift) = drift {
             say!("ratio drift before the first step: {drift:.1e}");
         }

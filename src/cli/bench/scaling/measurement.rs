@@ -6,10 +6,12 @@ use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use super::sums::{BucketSum, Sums};
 use crate::{
-    cli::bench::median,
+    cli::bench::{median, rates},
     comm::{Communicator, Operation, Timed, Visit},
     config::Config,
+    models::pipeline::Pipeline,
     run::load_for_training,
     train::Trainer,
 };
@@ -19,6 +21,12 @@ use crate::{
 pub struct Measurement {
     pub config: String,
     pub ranks: usize,
+    /// Of a node, at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks_per_node: Option<usize>,
+    /// The GPU's name; absent on CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
     pub threads: usize,
     /// The config as it is: the same batch, shared by the ranks. Absent where the ranks cannot share its lanes evenly.
     pub strong: Option<Iterations>,
@@ -28,6 +36,9 @@ pub struct Measurement {
     pub empty_sum_seconds: f64,
     pub gradient_sum_seconds: f64,
     pub gradient_bytes: usize,
+    /// The gradient's sum in buckets of several sizes, nothing else going on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bucket_sums: Vec<BucketSum>,
     /// From the start of the process until model and optimizer stand, by rank.
     pub start_up_seconds: Vec<f64>,
     /// Memory that no other process shares, after the last iteration, bytes, by rank.
@@ -55,6 +66,12 @@ pub struct MeasuredSection {
     pub work_deviation: f64,
     /// Seconds in the operation of the rank that came last: the operation without the waiting.
     pub operation_seconds: f64,
+    /// Seconds of the work during which the operation could go on already; mean over ranks and iterations.
+    #[serde(default)]
+    pub window_seconds: f64,
+    /// Pieces of the operation.
+    #[serde(default)]
+    pub vectors: usize,
 }
 
 /// How much is measured.
@@ -65,36 +82,58 @@ pub struct Plan {
     pub measured: u64,
 }
 
-/// A collective call; the result is rank 0's.
-pub fn measure(config: &Config, plan: Plan, comm: &dyn Communicator) -> Result<Measurement> {
+/// Trains `pipeline`, the config's model, where it lies; on GPUs a communicator of several ranks reaches their memory. A
+/// collective call; the result is rank 0's.
+pub fn measure(config: &Config, plan: Plan, comm: &dyn Communicator, pipeline: Pipeline) -> Result<Measurement> {
+    let device = pipeline.device;
     let ranks = comm.size();
     let weak_config = with_lanes(config, ranks * plan.lanes_per_rank)?;
     let timed = Timed::new(comm);
-    let mut trainer = Trainer::new(&weak_config, &timed, load_for_training(&weak_config, comm, Device::Cpu)?)?;
+    let mut trainer = Trainer::new(&weak_config, &timed, pipeline)?;
     let start_up_seconds = gather(comm, since_process_start()?)?;
     let weak = iterations(&weak_config, &mut trainer, &timed, plan)?;
     let gradient_bytes = 4 * trainer.learner.params.len();
     drop(trainer);
     let strong = match config.run.lanes % ranks {
         0 => {
-            let mut trainer = Trainer::new(config, &timed, load_for_training(config, comm, Device::Cpu)?)?;
+            let mut trainer = Trainer::new(config, &timed, load_for_training(config, comm, device)?)?;
             Some(iterations(config, &mut trainer, &timed, plan)?)
         }
         _ => None,
     };
-    let mut gradient = vec![1.0; gradient_bytes / 4];
+    let ranks_per_node = gather(comm, comm.local_rank().1)?.into_iter().max();
+    let sums = Sums { comm, device, length: gradient_bytes / 4 };
     Ok(Measurement {
         config: config.run.name.clone(),
         ranks,
+        ranks_per_node,
+        gpu: rates::gpu(device)?.map(|gpu| gpu.0),
         threads: config.run.threads,
         strong,
         weak,
-        empty_sum_seconds: sum_seconds(&mut [0.0], &timed)?,
-        gradient_sum_seconds: sum_seconds(&mut gradient, &timed)?,
+        empty_sum_seconds: sums.seconds(1, 1)?,
+        gradient_sum_seconds: sums.seconds(sums.length, sums.length)?,
         gradient_bytes,
+        bucket_sums: sums.in_buckets()?,
         start_up_seconds,
         private_bytes: gather(comm, private_bytes()?)?,
     })
+}
+
+/// Scalars of a U-Net that a CPU still trains in seconds or minutes.
+const MOST_ON_A_CPU: u64 = 200_000_000;
+
+/// # Errors
+/// A model of full size on a CPU: one iteration would take a day.
+pub fn ensure_feasible(pipeline: &Pipeline) -> Result<()> {
+    let parameters = pipeline.unet_parameters.count();
+    ensure!(
+        pipeline.device != Device::Cpu || parameters <= MOST_ON_A_CPU,
+        "an iteration of a U-Net of {} M parameters takes a CPU core a day or more: bench scaling measures it on GPUs \
+         (--device cuda)",
+        parameters / 1_000_000
+    );
+    Ok(())
 }
 
 /// The config with another number of lanes of the same size.
@@ -158,19 +197,9 @@ fn section(of_ranks: &[Vec<Vec<Visit>>], index: usize) -> MeasuredSection {
         work_seconds: mean(&work.concat()),
         work_deviation,
         operation_seconds: median((0..iterations).map(shortest).collect()),
+        window_seconds: mean(&(0..iterations).flat_map(&of_iteration).map(|v| v.window).collect::<Vec<_>>()),
+        vectors: first.vectors,
     }
-}
-
-/// Median seconds of a sum over ranks, ten times.
-fn sum_seconds(data: &mut [f32], timed: &Timed) -> Result<f64> {
-    let mut seconds = Vec::new();
-    for _ in 0..10 {
-        timed.barrier()?;
-        timed.take();
-        timed.all_reduce_sum_f32(data)?;
-        seconds.push(timed.take()[0].inside);
-    }
-    Ok(median(seconds))
 }
 
 /// Every rank's value, in rank order, on every rank.
@@ -203,9 +232,26 @@ fn private_bytes() -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        miniature::MINIATURE_MODEL,
+        models::{
+            architectures::Architecture,
+            folder::{ModelFiles, ModelLocation},
+            pipeline::Build,
+        },
+    };
+
+    #[test]
+    fn a_model_of_full_size_is_not_measured_on_a_cpu() {
+        let sized = |files| Pipeline::shapes_only(files, Device::Cpu, Build::default()).unwrap();
+        ensure_feasible(&sized(ModelFiles::read(&ModelLocation::Embedded(MINIATURE_MODEL)).unwrap())).unwrap();
+        let error = ensure_feasible(&sized(Architecture::Sd2Base.files())).unwrap_err().to_string();
+        assert!(error.contains("866 M parameters") || error.contains("865 M parameters"), "{error}");
+        assert!(error.contains("--device cuda"), "{error}");
+    }
 
     fn visit(work: f64, inside: f64) -> Visit {
-        Visit { operation: Operation::Sum, bytes: 8, work, inside }
+        Visit { operation: Operation::Sum, bytes: 8, work, inside, window: 0.25 * work, vectors: 1 }
     }
 
     #[test]
@@ -218,6 +264,7 @@ mod tests {
         // variances 0.08 and 0.02
         assert!((s.work_deviation - 0.05f64.sqrt()).abs() < 1e-12);
         assert!((s.operation_seconds - 0.15).abs() < 1e-12);
+        assert!((s.window_seconds - 0.25 * 1.65).abs() < 1e-12 && s.vectors == 1);
         let alone = section(&of_ranks[..1], 0);
         assert!((alone.work_deviation - 0.5f64.sqrt()).abs() < 1e-12, "over iterations: {}", alone.work_deviation);
     }

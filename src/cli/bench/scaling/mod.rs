@@ -3,19 +3,24 @@
 //! Started on n ranks it writes what it measures to `DIR/ranks-n.json`; `--report DIR` compares what lies there with
 //! the [`model`] and predicts the efficiency on more ranks.
 
+mod fitted;
 mod measurement;
 mod model;
+mod network;
+mod prediction;
 mod report;
+mod sums;
 
 use std::path::PathBuf;
 
 use super::{ConfigArgs, Failure, OrMistake};
 use crate::{
     cannot_write::make_folder,
-    cli::numbers::whole,
-    comm::{agree, Communicator},
+    cli::{device_args::DeviceArgs, numbers::whole},
+    comm::{agree, nccl, Communicator},
     device::threads::use_threads,
     folders::{can_be_folder, outputs},
+    run::load_for_training,
     streams,
     telemetry::write_atomic,
 };
@@ -24,6 +29,8 @@ use crate::{
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Folder for the measurement of this number of ranks.
     #[arg(long, value_name = "DIR", required_unless_present = "report")]
     out: Option<PathBuf>,
@@ -53,6 +60,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     }
     let folder = args.out.expect("clap demands it");
     let config = args.config.load(comm).or_mistake()?;
+    let device = args.device.choose(comm).or_mistake()?;
     use_threads(config.run.threads, comm).or_mistake()?;
     let plan = measurement::Plan {
         lanes_per_rank: usize::from(args.lanes_per_rank),
@@ -65,7 +73,13 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         outputs::may_replace(&path, outputs::is_json_with(&["ranks", "weak", "gradient_bytes"]))
     };
     agree(comm, if comm.rank() == 0 { check() } else { Ok(()) }).or_mistake()?;
-    let measured = measurement::measure(&config, plan, comm)?;
+    let pipeline = load_for_training(&config, comm, device).or_mistake()?;
+    measurement::ensure_feasible(&pipeline).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    let measured = measurement::measure(&config, plan, nccl.as_ref().map_or(comm, |nccl| nccl), pipeline)?;
+    if let Some(nccl) = nccl {
+        nccl.close();
+    }
     let write = || {
         make_folder(&folder)?;
         write_atomic(&path, &serde_json::to_vec_pretty(&measured)?)?;

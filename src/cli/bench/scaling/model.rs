@@ -6,22 +6,17 @@
 //!
 //! T(n, ℓ) = Σ_s w_s(ℓ)·(1 + c_s·E_n) + t_s(n),
 //!
-//! where E_n is the expected maximum of n draws from N(0, 1). With latency α and bandwidth β of one rank's way to the
-//! others, an operation to which each rank brings B bytes takes
+//! where E_n is the expected maximum of n draws from N(0, 1) and t_s is what is seen of the operation: all of it (see
+//! [`super::network`]), or where it goes on beside the last W seconds of the work, what is left after them, and the
+//! slowing of the work meanwhile (the sums' kernels take a part of the GPU):
 //!
-//! | operation | t(n) |
-//! |---|---|
-//! | sum by recursive halving and doubling (`comm`, n a power of two) | 2·log₂n·α + 2·(1 − 1/n)·B/β |
-//! | sum by a ring (NCCL's large sums) | 2·(n − 1)·α + 2·(1 − 1/n)·B/β |
-//! | gather | log₂n·α + (n − 1)·B/β |
-//! | broadcast | log₂n·(α + B/β) |
-//! | barrier | log₂n·α |
+//! t_s(n) = exposed(n) + slowdown·min(W, all of the sum).
 //!
-//! Left out: operations that overlap with work (there are none), and ways of different speed within and between hosts
-//! (β is the slower one).
+//! Where ranks always differ in the same way (a slow GPU is slow in every section) T is the same in expectation.
 
 use serde::{Deserialize, Serialize};
 
+use super::network::{Network, Sum};
 use crate::comm::Operation;
 
 /// Work up to a collective operation, and the operation.
@@ -37,59 +32,41 @@ pub struct Section {
     pub seconds_per_lane: f64,
     /// c: standard deviation of the work over ranks, as a part of the work.
     pub spread: f64,
+    /// Of a sum that goes on while its gradients are made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<Overlap>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Network {
-    /// α, seconds.
-    pub latency: f64,
-    /// β, bytes per second.
-    pub bandwidth: f64,
+pub struct Overlap {
+    /// W: seconds at the end of the work, one lane's backward pass, in which gradients come evenly.
+    pub window_seconds: f64,
+    /// Bytes of a bucket on the wire.
+    pub bucket_bytes: f64,
+    /// By how much the work is slower while sums go on, as a part of it.
+    pub slowdown: f64,
 }
 
-/// How sums over ranks are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sum {
-    Halving,
-    Ring,
+impl Section {
+    /// t_s(n), seconds.
+    fn seen(&self, network: &Network, sum: Sum, ranks: usize) -> f64 {
+        let Some(Overlap { window_seconds: window, bucket_bytes, slowdown }) = self.overlap else {
+            return network.seconds(self.operation, self.bytes, sum, ranks);
+        };
+        let all = network.exposed(self.bytes, bucket_bytes, 0.0, sum, ranks);
+        network.exposed(self.bytes, bucket_bytes, window, sum, ranks) + slowdown * window.min(all)
+    }
 }
 
 /// T(n, ℓ), seconds.
-pub fn iteration_seconds(sections: &[Section], network: Network, sum: Sum, ranks: usize, lanes_per_rank: f64) -> f64 {
+pub fn iteration_seconds(sections: &[Section], network: &Network, sum: Sum, ranks: usize, lanes_per_rank: f64) -> f64 {
     let slowest = expected_maximum(ranks);
     let of = |s: &Section| {
         let work = s.fixed_seconds + s.seconds_per_lane * lanes_per_rank;
-        work * (1.0 + s.spread * slowest) + operation_seconds(s.operation, s.bytes, network, sum, ranks)
+        work * (1.0 + s.spread * slowest) + s.seen(network, sum, ranks)
     };
     sections.iter().map(of).sum()
-}
-
-/// t(n), seconds.
-pub fn operation_seconds(operation: Operation, bytes: f64, network: Network, sum: Sum, ranks: usize) -> f64 {
-    let (n, rounds) = (ranks as f64, (ranks as f64).log2());
-    let Network { latency, bandwidth } = network;
-    match operation {
-        Operation::Barrier => rounds * latency,
-        Operation::Broadcast => rounds * (latency + bytes / bandwidth),
-        Operation::Gather => rounds * latency + (n - 1.0) * bytes / bandwidth,
-        Operation::Sum => {
-            let messages = match sum {
-                Sum::Halving => 2.0 * rounds,
-                Sum::Ring => 2.0 * (n - 1.0),
-            };
-            messages * latency + 2.0 * (1.0 - 1.0 / n) * bytes / bandwidth
-        }
-    }
-}
-
-/// α and β from the seconds of an empty and of a large sum (`bytes`) on `ranks` ranks, at least two.
-pub fn fit_network(ranks: usize, empty_seconds: f64, bytes: f64, seconds: f64) -> Network {
-    let n = ranks as f64;
-    Network {
-        latency: empty_seconds / (2.0 * n.log2()),
-        bandwidth: 2.0 * (1.0 - 1.0 / n) * bytes / (seconds - empty_seconds).max(f64::MIN_POSITIVE),
-    }
 }
 
 /// E_n, the expected maximum of `n` draws from N(0, 1): ∫ x dΦ(x)^n.
@@ -126,14 +103,14 @@ mod tests {
     }
 
     fn section(operation: Operation, bytes: f64, fixed: f64, per_lane: f64, spread: f64) -> Section {
-        Section { operation, bytes, fixed_seconds: fixed, seconds_per_lane: per_lane, spread }
+        Section { operation, bytes, fixed_seconds: fixed, seconds_per_lane: per_lane, spread, overlap: None }
     }
 
     /// Every rank of a simulated machine draws its work; the mean over iterations of the slowest ranks' sum meets T.
     #[test]
     fn stragglers_cost_what_a_simulation_costs() {
         let sections = [section(Operation::Sum, 1e6, 0.1, 0.2, 0.1), section(Operation::Gather, 100.0, 0.0, 0.3, 0.05)];
-        let network = Network { latency: 1e-5, bandwidth: 1e9 };
+        let network = Network { latency: 1e-5, bandwidth: 1e9, node: None };
         let mut draws = Coordinates::new(1, Purpose::RandomReward).stream();
         for ranks in [2usize, 8, 64] {
             let repeats = 400;
@@ -145,32 +122,49 @@ mod tests {
                 let slowest = works.iter().fold(f64::MIN, |a, &z| a.max(1.0 + s.spread * f64::from(z)));
                 simulated += slowest * (s.fixed_seconds + 2.0 * s.seconds_per_lane);
             }
-            let alone: f64 =
-                sections.iter().map(|s| operation_seconds(s.operation, s.bytes, network, Sum::Halving, ranks)).sum();
+            let alone: f64 = sections.iter().map(|s| network.seconds(s.operation, s.bytes, Sum::Halving, ranks)).sum();
             let expected = simulated / repeats as f64 + alone;
-            let predicted = iteration_seconds(&sections, network, Sum::Halving, ranks, 2.0);
+            let predicted = iteration_seconds(&sections, &network, Sum::Halving, ranks, 2.0);
             // 400 repeats leave a standard error of about 0.2 %
             assert!((predicted / expected - 1.0).abs() < 0.01, "{ranks} ranks: {predicted} against {expected}");
         }
     }
 
     #[test]
-    fn a_fitted_network_gives_back_what_was_measured() {
-        let network = Network { latency: 3e-6, bandwidth: 5e9 };
-        for ranks in [2, 4, 16] {
-            let seconds = |bytes| operation_seconds(Operation::Sum, bytes, network, Sum::Halving, ranks);
-            let fitted = fit_network(ranks, seconds(0.0), 1e8, seconds(1e8));
-            assert!((fitted.latency / network.latency - 1.0).abs() < 1e-9, "{fitted:?}");
-            assert!((fitted.bandwidth / network.bandwidth - 1.0).abs() < 1e-9, "{fitted:?}");
+    fn one_rank_pays_for_nothing_but_work() {
+        let mut sections = [section(Operation::Sum, 1e9, 0.5, 1.0, 0.3)];
+        let network = Network { latency: 1.0, bandwidth: 1.0, node: None };
+        for overlap in [None, Some(Overlap { window_seconds: 0.4, bucket_bytes: 1e6, slowdown: 0.5 })] {
+            sections[0].overlap = overlap;
+            for sum in [Sum::Halving, Sum::Ring, Sum::TwoLevels] {
+                assert!((iteration_seconds(&sections, &network, sum, 1, 4.0) - 4.5).abs() < 1e-6);
+            }
         }
     }
 
     #[test]
-    fn one_rank_pays_for_nothing_but_work() {
-        let sections = [section(Operation::Sum, 1e9, 0.5, 1.0, 0.3)];
-        let network = Network { latency: 1.0, bandwidth: 1.0 };
-        for sum in [Sum::Halving, Sum::Ring] {
-            assert!((iteration_seconds(&sections, network, sum, 1, 4.0) - 4.5).abs() < 1e-6);
-        }
+    fn a_sum_beside_the_work_costs_what_is_left_of_it_and_what_it_takes_from_the_work() {
+        // two ranks, ring: 2·1 s of latency and B/β a bucket; 4 buckets of 1 byte at 1 byte a second: 3 s each
+        let network = Network { latency: 1.0, bandwidth: 1.0, node: None };
+        let mut s = section(Operation::Sum, 4.0, 20.0, 0.0, 0.0);
+        let seconds = |s: &Section| iteration_seconds(std::slice::from_ref(s), &network, Sum::Ring, 2, 1.0);
+        // in one piece: 2 + 4
+        assert!((seconds(&s) - 26.0).abs() < 1e-9);
+        let overlap = |window_seconds, slowdown| Some(Overlap { window_seconds, bucket_bytes: 1.0, slowdown });
+        s.overlap = overlap(0.0, 0.1);
+        assert!((seconds(&s) - (20.0 + 12.0)).abs() < 1e-9, "{}", seconds(&s));
+        // hidden but for the last bucket; 12 s of the work are a tenth slower
+        s.overlap = overlap(16.0, 0.1);
+        assert!((seconds(&s) - (20.0 + 3.0 + 1.2)).abs() < 1e-9, "{}", seconds(&s));
+        // the sums begin after 2 of 8 s, and end at 14; the whole window is slower
+        s.overlap = overlap(8.0, 0.1);
+        assert!((seconds(&s) - (20.0 + 6.0 + 0.8)).abs() < 1e-9, "{}", seconds(&s));
+    }
+
+    #[test]
+    fn a_model_without_overlap_is_read_as_before() {
+        let text = r#"{"operation": "sum", "bytes": 8, "fixed_seconds": 0.1, "seconds_per_lane": 0.2, "spread": 0.0}"#;
+        let old: Section = serde_json::from_str(text).unwrap();
+        assert_eq!(old, section(Operation::Sum, 8.0, 0.1, 0.2, 0.0));
     }
 }

@@ -3,20 +3,19 @@
 use std::{fmt::Write, fs, path::Path};
 
 use anyhow::{ensure, Context, Result};
-use serde::{Deserialize, Serialize};
 
 use super::{
-    measurement::{Iterations, MeasuredSection, Measurement},
-    model::{fit_network, iteration_seconds, Network, Section, Sum},
+    fitted::{model_of, Model},
+    measurement::{Iterations, Measurement},
+    model::iteration_seconds,
+    network::Sum,
+    prediction::{self, strong_efficiency, sums, weak_efficiency},
 };
 use crate::{
     cli::bench::median,
     folders::outputs,
     telemetry::{plot_series, write_atomic, Series},
 };
-
-/// Numbers of ranks that are predicted.
-const PREDICTED: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 512, 1024];
 
 #[derive(clap::Args)]
 pub struct Machine {
@@ -25,23 +24,13 @@ pub struct Machine {
     model: Option<std::path::PathBuf>,
 }
 
-/// A machine and a recipe: all that a prediction needs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Model {
-    /// Where the numbers are from.
-    pub origin: String,
-    /// Lanes of the batch that ranks share (strong scaling).
-    pub lanes: usize,
-    /// Lanes of each rank where the batch grows (weak scaling).
-    pub lanes_per_rank: usize,
-    pub network: Network,
-    pub sections: Vec<Section>,
-}
-
 /// Writes plot and model to `folder`; the text for the screen.
 pub fn write(folder: &Path, machine: &Machine) -> Result<String> {
+    let given = machine.model.as_ref().map(|path| read_model(path)).transpose()?;
     let measured = read(folder)?;
+    let same = measured.iter().all(|m| m.config == measured[0].config);
+    ensure!(same, "{} holds measurements of several configs", folder.display());
+    ensure!(given.is_some() || !measured.is_empty(), "{} holds no ranks-N.json", folder.display());
     let own = measured.iter().any(|m| m.ranks > 1).then(|| model_of(&measured)).transpose()?;
     // none of these names is a user's by chance, but a file may be
     let is_plot = |bytes: &[u8]| outputs::png_has(bytes, "Title", |_| true);
@@ -52,10 +41,12 @@ pub fn write(folder: &Path, machine: &Machine) -> Result<String> {
     if let Some(model) = &own {
         write_atomic(&folder.join("model.json"), &serde_json::to_vec_pretty(model)?)?;
     }
-    let mut text = measured_table(&measured, own.as_ref())?;
-    let given = machine.model.as_ref().map(|path| read_model(path)).transpose()?;
+    let mut text = match measured.is_empty() {
+        true => String::new(),
+        false => measured_table(&measured, own.as_ref())?,
+    };
     if let Some(model) = given.as_ref().or(own.as_ref()) {
-        text.push_str(&predicted_table(model)?);
+        text.push_str(&prediction::table(model)?);
         // measured points belong into the plot of this machine only
         let shown = if given.is_some() { &[][..] } else { &measured[..] };
         let name = if given.is_some() { "scaling-predicted.png" } else { "scaling.png" };
@@ -79,52 +70,12 @@ fn read(folder: &Path) -> Result<Vec<Measurement>> {
         }
     }
     measured.sort_by_key(|m| m.ranks);
-    ensure!(!measured.is_empty(), "{} holds no ranks-N.json", folder.display());
-    let same = measured.iter().all(|m| m.config == measured[0].config);
-    ensure!(same, "{} holds measurements of several configs", folder.display());
     Ok(measured)
 }
 
 fn read_model(path: &Path) -> Result<Model> {
     let text = fs::read(path).with_context(|| path.display().to_string())?;
     serde_json::from_slice(&text).with_context(|| path.display().to_string())
-}
-
-/// Work from one rank, which no other disturbs; spread and network from the smallest number of ranks above one.
-fn model_of(measured: &[Measurement]) -> Result<Model> {
-    let alone = measured.iter().find(|m| m.ranks == 1).context("there is no measurement on one rank")?;
-    let strong = alone.strong.as_ref().context("one rank shares every batch")?;
-    let several = measured.iter().find(|m| m.ranks > 1).context("there is no measurement on several ranks")?;
-    let counts = [strong.sections.len(), alone.weak.sections.len(), several.weak.sections.len()];
-    ensure!(counts.iter().all(|&c| c == counts[0]), "the measurements differ in their collective operations");
-    let sections = strong.sections.iter().zip(&alone.weak.sections).zip(&several.weak.sections);
-    let lanes = (alone.weak.lanes_per_rank as f64, strong.lanes_per_rank as f64);
-    Ok(Model {
-        origin: format!("{}: work measured on 1 rank, spread and network on {} ranks", alone.config, several.ranks),
-        lanes: strong.lanes_per_rank,
-        lanes_per_rank: alone.weak.lanes_per_rank,
-        network: fit_network(
-            several.ranks,
-            several.empty_sum_seconds,
-            several.gradient_bytes as f64,
-            several.gradient_sum_seconds,
-        ),
-        sections: sections.map(|((whole, one), among)| section(whole, one, among, lanes)).collect(),
-    })
-}
-
-/// The straight line through the work at two numbers of lanes; both its parts are at least 0.
-fn section(whole: &MeasuredSection, one: &MeasuredSection, among: &MeasuredSection, lanes: (f64, f64)) -> Section {
-    let (few, many) = lanes;
-    let slope = if many > few { (whole.work_seconds - one.work_seconds) / (many - few) } else { f64::INFINITY };
-    let seconds_per_lane = slope.clamp(0.0, whole.work_seconds / many);
-    Section {
-        operation: whole.operation,
-        bytes: one.bytes,
-        fixed_seconds: whole.work_seconds - seconds_per_lane * many,
-        seconds_per_lane,
-        spread: among.work_deviation / among.work_seconds.max(f64::MIN_POSITIVE),
-    }
 }
 
 pub fn one_line(m: &Measurement) -> String {
@@ -157,9 +108,14 @@ fn measured_table(measured: &[Measurement], model: Option<&Model>) -> Result<Str
             let seconds = median(i.seconds.clone());
             let efficiency = base.map_or("-".into(), |base| format!("{:.3}", rate(i) / (base * m.ranks as f64)));
             let prediction = model.filter(|_| m.ranks.is_power_of_two());
+            // as the network was fitted
+            let sum = match m.gpu {
+                None => Sum::Halving,
+                Some(_) => Sum::TwoLevels,
+            };
             let predicted = prediction.map(|model| {
                 let lanes = i.lanes_per_rank as f64;
-                iteration_seconds(&model.sections, model.network, Sum::Halving, m.ranks, lanes)
+                iteration_seconds(&model.sections, &model.network, sum, m.ranks, lanes)
             });
             writeln!(
                 text,
@@ -183,60 +139,6 @@ fn rate(iterations: &Iterations) -> f64 {
     iterations.samples as f64 / median(iterations.seconds.clone())
 }
 
-/// Weak: the same work per rank. Strong: the whole batch shared, up to one lane per rank.
-fn weak_efficiency(model: &Model, sum: Sum, ranks: usize) -> f64 {
-    let seconds = |n| iteration_seconds(&model.sections, model.network, sum, n, model.lanes_per_rank as f64);
-    seconds(1) / seconds(ranks)
-}
-
-fn strong_efficiency(model: &Model, sum: Sum, ranks: usize) -> Option<f64> {
-    let seconds = |n| iteration_seconds(&model.sections, model.network, sum, n, model.lanes as f64 / n as f64);
-    (model.lanes % ranks == 0).then(|| seconds(1) / (ranks as f64 * seconds(ranks)))
-}
-
-fn predicted_table(model: &Model) -> Result<String> {
-    let mut text = String::new();
-    let Network { latency, bandwidth } = model.network;
-    let bytes = model.sections.iter().map(|s| s.bytes).fold(0.0, f64::max);
-    writeln!(text, "\npredicted: {}", model.origin)?;
-    writeln!(
-        text,
-        "latency {:.1} µs, bandwidth {:.2} GB/s, largest sum {:.1} MB, {} meetings of all ranks per iteration",
-        latency * 1e6,
-        bandwidth / 1e9,
-        bytes / 1e6,
-        model.sections.len()
-    )?;
-    writeln!(
-        text,
-        "{:>6}  {:>12} {:>10} {:>10}   {:>16} {:>10}",
-        "ranks",
-        format!("weak ({}/rank)", model.lanes_per_rank),
-        "halving",
-        "ring",
-        format!("strong ({} lanes)", model.lanes),
-        "halving"
-    )?;
-    for ranks in PREDICTED {
-        let lanes = model.lanes_per_rank as f64;
-        let seconds = iteration_seconds(&model.sections, model.network, Sum::Halving, ranks, lanes);
-        let shared = model.lanes as f64 / ranks as f64;
-        let strong = strong_efficiency(model, Sum::Halving, ranks);
-        let strong_seconds =
-            strong.map(|_| iteration_seconds(&model.sections, model.network, Sum::Halving, ranks, shared));
-        writeln!(
-            text,
-            "{ranks:>6}  {:>12} {:>10.3} {:>10.3}   {:>16} {:>10}",
-            format!("{seconds:.3} s"),
-            weak_efficiency(model, Sum::Halving, ranks),
-            weak_efficiency(model, Sum::Ring, ranks),
-            strong_seconds.map_or("-".into(), |s| format!("{s:.3} s")),
-            strong.map_or("-".into(), |e| format!("{e:.3}")),
-        )?;
-    }
-    Ok(text)
-}
-
 fn plot(path: &Path, model: &Model, measured: &[Measurement]) -> Result<()> {
     let x = |ranks: usize| (ranks as f64).log2();
     let powers = || (0..=10).map(|k| 1usize << k);
@@ -245,10 +147,11 @@ fn plot(path: &Path, model: &Model, measured: &[Measurement]) -> Result<()> {
         points: powers().filter_map(|ranks| Some((x(ranks), efficiency(ranks)?))).collect(),
         dashed,
     };
+    let [(first, sum), (second, other)] = sums(model);
     let mut series = vec![
-        predicted("weak", false, &|n| Some(weak_efficiency(model, Sum::Halving, n))),
-        predicted("weak, ring", true, &|n| Some(weak_efficiency(model, Sum::Ring, n))),
-        predicted("strong", false, &|n| strong_efficiency(model, Sum::Halving, n)),
+        predicted(&format!("weak, {first}"), false, &|n| Some(weak_efficiency(model, sum, n))),
+        predicted(&format!("weak, {second}"), true, &|n| Some(weak_efficiency(model, other, n))),
+        predicted(&format!("strong, {first}"), false, &|n| strong_efficiency(model, sum, n)),
     ];
     let (strong, weak): (Select, Select) = (|m| m.strong.as_ref(), |m| Some(&m.weak));
     for (label, select) in [("weak, measured", weak), ("strong, measured", strong)] {
@@ -264,56 +167,7 @@ fn plot(path: &Path, model: &Model, measured: &[Measurement]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::comm::Operation;
-
-    fn measured(work_seconds: f64) -> MeasuredSection {
-        MeasuredSection {
-            operation: Operation::Sum,
-            bytes: 8e6,
-            work_seconds,
-            work_deviation: 0.1 * work_seconds,
-            operation_seconds: 0.0,
-        }
-    }
-
-    /// A machine of known parts: 0.2 s + 0.5 s per lane, α = 10 µs, β = 1 GB/s.
-    fn measurement(ranks: usize) -> Measurement {
-        let network = Network { latency: 1e-5, bandwidth: 1e9 };
-        let sum = |bytes| super::super::model::operation_seconds(Operation::Sum, bytes, network, Sum::Halving, ranks);
-        let iterations = |lanes: usize| Iterations {
-            lanes_per_rank: lanes,
-            samples: 16 * lanes * ranks,
-            seconds: vec![0.2 + 0.5 * lanes as f64 + sum(8e6)],
-            sections: vec![measured(0.2 + 0.5 * lanes as f64)],
-        };
-        Measurement {
-            config: "test".into(),
-            ranks,
-            threads: 1,
-            strong: Some(iterations(8 / ranks)),
-            weak: iterations(1),
-            empty_sum_seconds: sum(0.0),
-            gradient_sum_seconds: sum(8e6),
-            gradient_bytes: 8_000_000,
-            start_up_seconds: vec![1.0; ranks],
-            private_bytes: vec![70_000_000; ranks],
-        }
-    }
-
-    #[test]
-    fn the_parts_of_the_work_and_the_network_are_found_again() {
-        let model = model_of(&[measurement(1), measurement(2)]).unwrap();
-        let s = &model.sections[0];
-        assert!((s.fixed_seconds - 0.2).abs() < 1e-12 && (s.seconds_per_lane - 0.5).abs() < 1e-12, "{s:?}");
-        assert!((s.spread - 0.1).abs() < 1e-12);
-        assert!((model.network.bandwidth / 1e9 - 1.0).abs() < 1e-9 && (model.network.latency - 1e-5).abs() < 1e-12);
-        assert_eq!((model.lanes, model.lanes_per_rank), (8, 1));
-        // 0.2 s of 4.2 s are not shared: 8 ranks × 0.7 s, and stragglers on top
-        let strong = strong_efficiency(&model, Sum::Halving, 8).unwrap();
-        assert!(strong < 4.2 / (8.0 * 0.7) && strong > 0.6, "{strong}");
-        assert!(strong_efficiency(&model, Sum::Halving, 16).is_none());
-    }
+    use super::{super::fitted::tests::measurement, *};
 
     #[test]
     fn the_report_holds_both_tables_and_draws() {
@@ -329,6 +183,11 @@ mod tests {
         assert!(folder.path().join("scaling.png").is_file() && model.is_file());
         let again = write(folder.path(), &Machine { model: Some(model) }).unwrap();
         assert_eq!(text.replace("scaling.png", "scaling-predicted.png"), again);
+        // a machine alone, where nothing was measured
+        let empty = tempfile::tempdir().unwrap();
+        fs::copy(folder.path().join("model.json"), empty.path().join("other.json")).unwrap();
+        let alone = write(empty.path(), &Machine { model: Some(empty.path().join("other.json")) }).unwrap();
+        assert!(alone.starts_with("\npredicted: ") && empty.path().join("scaling-predicted.png").is_file(), "{alone}");
 
         fs::remove_file(folder.path().join("ranks-0002.json")).unwrap();
         assert!(write(folder.path(), &Machine { model: None }).unwrap().contains("no prediction"));
