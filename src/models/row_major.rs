@@ -201,7 +201,7 @@ mod tests {
             let count: i64 = shape.iter().product();
             let tensor = Tensor::arange(count, (Kind::Float, Device::Cpu)).view(shape) + 0.5;
             let tensor = if permuted { channels_last(&tensor) } else { tensor };
-            Parameter { name: name.into(), shape: shape.to_vec(), tensor }
+            Parameter::new(name, &tensor)
         };
         let entries = vec![
             entry("linear", &[3, 5], false),
