@@ -8,10 +8,11 @@ use common::{
     ranks::{launch, rank, succeeds, CASE, RANK_BODY},
     run_within, Finished,
 };
-use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
+use rldiff::comm::{self, tree_sum, Around, Communicator, Operation, TreeSum};
 use rldiff::kernels::cuda::{share_with, shared_bytes, Architecture, Source, SOURCES};
 use rldiff::store::{self, CheckpointRef, ParameterEntry};
 use serde_json::json;
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +34,7 @@ fn rank_body() {
         "load" => load(comm),
         "failing save" => failing_save(comm),
         "one is late" => one_is_late(comm),
+        "items" => items(comm),
         "kernels" => kernels(comm),
         "broken kernels" => broken_kernels(comm),
         other => panic!("unknown case {other}"),
@@ -143,6 +145,54 @@ fn one_is_late(comm: &dyn Communicator) {
             assert!(waited > LATE / 2, "{name}: nobody was late, {waited:?}");
             assert!(used < 0.1, "rank {} used {used:.3} s of a core in a {name} of {waited:?}", comm.rank());
         }
+    }
+}
+
+/// Small things go together, one that is larger than a message by itself, and nothing is something too.
+fn items(comm: &dyn Communicator) {
+    let lengths = [0, 3, 7, 20_000_000, 1, 0, 16_000_000, 2_000_000, 5];
+    let content = |item: usize| -> Vec<u8> { (0..lengths[item]).map(|i| (i % 251 + item) as u8).collect() };
+    let counted = Counted { inner: comm, broadcasts: Cell::new(0) };
+    let mut taken = Vec::new();
+    comm::broadcast_items(
+        &counted,
+        &lengths,
+        |item| {
+            assert_eq!(comm.rank(), 0);
+            Ok(content(item))
+        },
+        |item, bytes| {
+            assert!(bytes == content(item), "item {item}");
+            taken.push(item);
+            Ok(())
+        },
+    )
+    .unwrap();
+    let all: Vec<usize> = if comm.rank() == 0 { Vec::new() } else { (0..lengths.len()).collect() };
+    assert_eq!(taken, all);
+    assert_eq!(counted.broadcasts.get(), 4, "three small ones, the large one, two small and a large one, the rest");
+    comm::broadcast_items(comm, &[], |_| panic!("nothing to give"), |_, _| panic!("nothing to take")).unwrap();
+}
+
+/// Counts broadcasts.
+struct Counted<'a> {
+    inner: &'a dyn Communicator,
+    broadcasts: Cell<usize>,
+}
+
+impl Around for Counted<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.inner
+    }
+
+    fn during<T>(
+        &self,
+        operation: Operation,
+        _bytes: usize,
+        act: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        self.broadcasts.set(self.broadcasts.get() + usize::from(operation == Operation::Broadcast));
+        act()
     }
 }
 
@@ -331,6 +381,13 @@ fn ranks_that_sleep_and_ranks_that_ask_compute_the_same() {
 fn waiting_ranks_leave_the_cores_to_the_late_one() {
     for ranks in [3, 4] {
         succeeds(ranks, "one is late", &[("RLDIFF_WAIT", "sleep".into())]);
+    }
+}
+
+#[test]
+fn hundreds_of_tensors_go_to_the_ranks_in_few_messages() {
+    for ranks in [2, 3] {
+        succeeds(ranks, "items", &[]);
     }
 }
 

@@ -4,6 +4,7 @@
 //! That makes the weights the same bits at 1, 2, 4, … ranks.
 
 mod around;
+mod items;
 mod launcher;
 mod local;
 mod mpi;
@@ -14,6 +15,7 @@ mod waiting;
 mod watched;
 
 pub use self::around::{Around, Operation};
+pub use self::items::broadcast_items;
 pub use self::local::Local;
 pub use self::mpi::Mpi;
 pub(crate) use self::mpi::{end_world, ring};
