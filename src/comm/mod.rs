@@ -9,6 +9,7 @@ mod launcher;
 mod local;
 mod mpi;
 pub mod nccl;
+mod relay;
 mod timed;
 mod tree;
 mod waiting;
