@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use common::{empty_folder, mpirun, run_within, runs::TINY, say, set, Finished, SMALL};
+use common::{empty_folder, mpirun, one_at_a_time, run_within, runs::TINY, say, set, Finished, SMALL};
 use rldiff::{device::parts, host};
 
 /// The folder of the double, compiled once per process.
@@ -36,6 +36,7 @@ fn two_ranks(with: [bool; 2], device: &str) -> Option<Finished> {
         say("SKIPPED: this machine has a GPU of its own");
         return None;
     }
+    let _alone = one_at_a_time();
     let folder = empty_folder("devices");
     let mut command = mpirun(1);
     command.current_dir(&folder);

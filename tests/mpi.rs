@@ -8,10 +8,11 @@ use common::{
     ranks::{launch, rank, succeeds, CASE, RANK_BODY},
     run_within, Finished,
 };
-use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
+use rldiff::comm::{self, tree_sum, Around, Communicator, Operation, TreeSum};
 use rldiff::kernels::cuda::{share_with, shared_bytes, Architecture, Source, SOURCES};
 use rldiff::store::{self, CheckpointRef, ParameterEntry};
 use serde_json::json;
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ fn rank_body() {
         "load what not all see" => load_what_not_all_see(comm),
         "failing save" => failing_save(comm),
         "one is late" => one_is_late(comm),
+        "items" => items(comm),
         "kernels" => kernels(comm),
         "broken kernels" => broken_kernels(comm),
         other => panic!("unknown case {other}"),
@@ -144,6 +146,54 @@ fn one_is_late(comm: &dyn Communicator) {
             assert!(waited > LATE / 2, "{name}: nobody was late, {waited:?}");
             assert!(used < 0.1, "rank {} used {used:.3} s of a core in a {name} of {waited:?}", comm.rank());
         }
+    }
+}
+
+/// Small things go together, one that is larger than a message by itself, and nothing is something too.
+fn items(comm: &dyn Communicator) {
+    let lengths = [0, 3, 7, 20_000_000, 1, 0, 16_000_000, 2_000_000, 5];
+    let content = |item: usize| -> Vec<u8> { (0..lengths[item]).map(|i| (i % 251 + item) as u8).collect() };
+    let counted = Counted { inner: comm, broadcasts: Cell::new(0) };
+    let mut taken = Vec::new();
+    comm::broadcast_items(
+        &counted,
+        &lengths,
+        |item| {
+            assert_eq!(comm.rank(), 0);
+            Ok(content(item))
+        },
+        |item, bytes| {
+            assert!(bytes == content(item), "item {item}");
+            taken.push(item);
+            Ok(())
+        },
+    )
+    .unwrap();
+    let all: Vec<usize> = if comm.rank() == 0 { Vec::new() } else { (0..lengths.len()).collect() };
+    assert_eq!(taken, all);
+    assert_eq!(counted.broadcasts.get(), 4, "three small ones, the large one, two small and a large one, the rest");
+    comm::broadcast_items(comm, &[], |_| panic!("nothing to give"), |_, _| panic!("nothing to take")).unwrap();
+}
+
+/// Counts broadcasts.
+struct Counted<'a> {
+    inner: &'a dyn Communicator,
+    broadcasts: Cell<usize>,
+}
+
+impl Around for Counted<'_> {
+    fn inner(&self) -> &dyn Communicator {
+        self.inner
+    }
+
+    fn during<T>(
+        &self,
+        operation: Operation,
+        _bytes: usize,
+        act: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        self.broadcasts.set(self.broadcasts.get() + usize::from(operation == Operation::Broadcast));
+        act()
     }
 }
 
@@ -354,19 +404,25 @@ fn broadcasts_and_gathers() {
 /// Both ways to wait, whatever the number of cores.
 #[test]
 fn ranks_that_sleep_and_ranks_that_ask_compute_the_same() {
-    for wait in ["sleep", "spin"] {
-        for ranks in [2, 3, 4] {
-            for case in ["sums", "messages", "agreement"] {
-                succeeds(ranks, case, &[("RLDIFF_WAIT", wait.into())]);
-            }
+    for (wait, ranks) in [("sleep", 2), ("sleep", 3), ("sleep", 4), ("spin", 4)] {
+        for case in ["sums", "agreement"] {
+            succeeds(ranks, case, &[("RLDIFF_WAIT", wait.into())]);
         }
     }
+    succeeds(3, "messages", &[("RLDIFF_WAIT", "sleep".into())]);
 }
 
 #[test]
 fn waiting_ranks_leave_the_cores_to_the_late_one() {
     for ranks in [3, 4] {
         succeeds(ranks, "one is late", &[("RLDIFF_WAIT", "sleep".into())]);
+    }
+}
+
+#[test]
+fn hundreds_of_tensors_go_to_the_ranks_in_few_messages() {
+    for ranks in [2, 3] {
+        succeeds(ranks, "items", &[]);
     }
 }
 

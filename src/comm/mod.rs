@@ -4,17 +4,20 @@
 //! That makes the weights the same bits at 1, 2, 4, … ranks.
 
 mod around;
+mod items;
 mod last_words;
 mod launcher;
 mod local;
 mod mpi;
 pub mod nccl;
+mod relay;
 mod timed;
 mod tree;
 mod waiting;
 mod watched;
 
 pub use self::around::{Around, Operation};
+pub use self::items::broadcast_items;
 pub use self::last_words::last_words;
 pub use self::local::Local;
 pub use self::mpi::Mpi;

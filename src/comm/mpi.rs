@@ -1,9 +1,10 @@
-//! Many ranks: the communicator over MPI. The only file that names the crate `mpi`.
+//! Many ranks: the communicator over MPI. With waiting.rs and relay.rs, its waits where a host has more ranks than cores, all
+//! that names the crate `mpi`.
 //!
 //! Messages go in pieces, because MPI counts in 32-bit integers and because a piece that fits in cache is summed
-//! while it is still there. Where a host has more ranks than cores every wait gives way (see waiting.rs): the same
-//! operations without blocking, and a piece is small enough to be done between two pauses. rsmpi discards MPI's return codes: an error inside MPI ends the run (MPI's default).
+//! while it is still there. rsmpi discards MPI's return codes: an error inside MPI ends the run (MPI's default).
 
+use super::relay::Relay;
 use super::tree::add_right;
 use super::waiting::{self, until_done};
 use super::Communicator;
@@ -25,8 +26,6 @@ use std::time::Duration;
 const SUM_PIECE: usize = 1 << 18;
 /// Elements per message of a broadcast.
 const BROADCAST_PIECE: usize = 1 << 24;
-/// The same where ranks sleep while they wait: between two looks MPI moves no more than about a megabyte.
-const SMALL_BROADCAST_PIECE: usize = 1 << 18;
 /// Bytes up to which an all-gather is one call; beyond it each rank broadcasts its share in pieces.
 const GATHER_LIMIT: usize = 1 << 26;
 
@@ -257,13 +256,11 @@ impl Mpi {
     }
 
     fn broadcast<T: Equivalence>(&self, data: &mut [T], root: usize) {
-        let root = self.world.process_at_rank(root as i32);
-        match self.sleeps {
-            true => data
-                .chunks_mut(SMALL_BROADCAST_PIECE)
-                .for_each(|piece| scope(|scope| until_done(root.immediate_broadcast_into(scope, piece)))),
-            false => data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece)),
+        if self.sleeps {
+            return Relay::of(&self.world).broadcast(data, root);
         }
+        let root = self.world.process_at_rank(root as i32);
+        data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece));
     }
 }
 
@@ -318,7 +315,11 @@ impl Communicator for Mpi {
         let mut lengths = vec![0u64; self.size];
         let mine = data.len() as u64;
         match self.sleeps {
-            true => scope(|scope| until_done(self.world.immediate_all_gather_into(scope, &mine, &mut lengths[..]))),
+            true => {
+                lengths[self.rank] = mine;
+                let starts: Vec<usize> = (0..=self.size).collect();
+                Relay::of(&self.world).all_gather(&mut lengths, &starts);
+            }
             false => self.world.all_gather_into(&mine, &mut lengths[..]),
         }
         let total: u64 = lengths.iter().sum();
@@ -335,14 +336,18 @@ impl Communicator for Mpi {
         let counts: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
         let starts: Vec<i32> = counts.iter().scan(0, |at, count| Some(std::mem::replace(at, *at + count))).collect();
         let mut joined = vec![0u8; (total as usize).max(1)];
-        let mut parts = PartitionMut::new(&mut joined[..total as usize], &counts[..], &starts[..]);
+        let received = &mut joined[..total as usize];
         match self.sleeps {
-            true => scope(|scope| {
-                until_done(self.world.immediate_all_gather_varcount_into(scope, data, &mut parts));
-            }),
-            false => self.world.all_gather_varcount_into(data, &mut parts),
+            true => {
+                let starts: Vec<usize> = starts.iter().map(|&at| at as usize).chain([total as usize]).collect();
+                received[starts[self.rank]..starts[self.rank + 1]].copy_from_slice(data);
+                Relay::of(&self.world).all_gather(received, &starts);
+            }
+            false => {
+                let mut parts = PartitionMut::new(received, &counts[..], &starts[..]);
+                self.world.all_gather_varcount_into(data, &mut parts);
+            }
         }
-        drop(parts);
         Ok(starts.iter().zip(&counts).map(|(&at, &n)| joined[at as usize..(at + n) as usize].to_vec()).collect())
     }
 

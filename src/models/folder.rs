@@ -17,7 +17,7 @@ use super::{
     weights::{ensure_no_pointer, modernise_text_names, modernise_vae_names, tensor_bytes},
 };
 use crate::{
-    comm::Communicator,
+    comm::{broadcast_items, Communicator},
     python_json,
     signals::{self, Interrupted},
 };
@@ -147,21 +147,33 @@ impl ModelFiles {
             Some(files) => files?,
             None => ModelFiles { origin: header.origin.clone(), ..Default::default() },
         };
-        for path in header.texts {
-            let mut bytes = files.texts.remove(&path).unwrap_or_default();
-            comm.broadcast_bytes(&mut bytes, 0)?;
-            files.texts.insert(path, bytes);
-        }
-        for entry in header.tensors {
-            let mut bytes = match files.weights.get(&entry.component).and_then(|w| w.get(&entry.name)) {
-                Some(tensor) => tensor_bytes(tensor)?,
-                None => Vec::new(),
-            };
-            comm.broadcast_bytes(&mut bytes, 0)?;
-            if comm.rank() != 0 {
-                let tensor = Tensor::f_from_data_size(&bytes, &entry.shape, kind_from_code(entry.kind)?)?;
-                files.weights.entry(entry.component).or_default().insert(entry.name, tensor);
-            }
+        let Header { texts, tensors, .. } = header;
+        let lengths: Vec<usize> = texts.iter().map(|(_, length)| *length).collect();
+        let mut received = Vec::new();
+        broadcast_items(
+            comm,
+            &lengths,
+            |item| Ok(files.texts[&texts[item].0].clone()),
+            |item, bytes| {
+                received.push((texts[item].0.clone(), bytes.to_vec()));
+                Ok(())
+            },
+        )?;
+        files.texts.extend(received);
+        let lengths: Vec<usize> = tensors.iter().map(TensorHeader::bytes).collect::<Result<_>>()?;
+        let mut received = Vec::new();
+        broadcast_items(
+            comm,
+            &lengths,
+            |item| tensor_bytes(&files.weights[&tensors[item].component][&tensors[item].name]),
+            |item, bytes| {
+                let entry = &tensors[item];
+                received.push(Tensor::f_from_data_size(bytes, &entry.shape, kind_from_code(entry.kind)?)?);
+                Ok(())
+            },
+        )?;
+        for (entry, tensor) in tensors.into_iter().zip(received) {
+            files.weights.entry(entry.component).or_default().insert(entry.name, tensor);
         }
         Ok(files)
     }
@@ -260,7 +272,8 @@ pub(crate) fn map_file(path: &Path) -> Result<Option<Bytes>> {
 struct Header {
     error: Option<String>,
     origin: String,
-    texts: Vec<String>,
+    /// Names and bytes.
+    texts: Vec<(String, usize)>,
     tensors: Vec<TensorHeader>,
 }
 
@@ -270,6 +283,13 @@ struct TensorHeader {
     name: String,
     shape: Vec<i64>,
     kind: u8,
+}
+
+impl TensorHeader {
+    fn bytes(&self) -> Result<usize> {
+        let count: i64 = self.shape.iter().product();
+        Ok(usize::try_from(count)? * kind_from_code(self.kind)?.elt_size_in_bytes())
+    }
 }
 
 const KINDS: [Kind; 8] =
@@ -294,6 +314,7 @@ impl Header {
                 });
             }
         }
-        Header { error: None, origin: files.origin.clone(), texts: files.texts.keys().cloned().collect(), tensors }
+        let texts = files.texts.iter().map(|(name, bytes)| (name.clone(), bytes.len())).collect();
+        Header { error: None, origin: files.origin.clone(), texts, tensors }
     }
 }
