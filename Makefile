@@ -10,6 +10,7 @@
 #   make bundle    what another host needs, as target/bundle/rldiff-VERSION-ARCHITECTURE.tar.gz
 #   make setup     only the set-up          eval "$(make -s env)"   the launcher in use on the PATH
 #
+# RLDIFF_CUDA=1 make build installs libtorch with CUDA on a machine without NVIDIA's driver (a login node); 0 without CUDA.
 # A machine's own parts are used where these are set: MPICC (an MPI compiler wrapper), LIBTORCH (libtorch 2.11.0),
 # HDF5_DIR (HDF5 1.10.7 or later). What is not set comes from a venv in this folder, installed without root.
 

@@ -16,6 +16,7 @@ const SOURCES: &[&str] = &[
     "csrc/gradient_hooks.cpp",
     "csrc/group_norm_silu.cpp",
     "csrc/layer_norm.cpp",
+    "csrc/numerics.cpp",
     "csrc/recompute.cpp",
 ];
 

@@ -16,7 +16,7 @@ constexpr u32 CHUNK = 4096;  // elements per block
 // One tensor, or one piece of the flat buffer; as `DeviceRange` in src/kernels/adamw.rs.
 struct Range {
   float *param;
-  const void *grad;
+  u64 grad;           // bytes from the address that a launch gives, which is all that changes between steps
   float *exp_avg;     // m
   float *exp_avg_sq;  // v
   bf16 *copy;         // null: none
@@ -43,9 +43,14 @@ __device__ __forceinline__ const Range &range_of_block(const Range *table, u32 r
 }
 
 template <class T>
-__device__ __forceinline__ void adamw(const Range *table, u32 ranges, const Scalars &s) {
+__device__ __forceinline__ const T *gradient(const Range &r, u64 grads) {
+  return reinterpret_cast<const T *>(grads + r.grad);
+}
+
+template <class T>
+__device__ __forceinline__ void adamw(const Range *table, u32 ranges, u64 grads, const Scalars &s) {
   const Range r = range_of_block(table, ranges);
-  const T *grad = static_cast<const T *>(r.grad);
+  const T *grad = gradient<T>(r, grads);
   const u64 begin = (blockIdx.x - r.first_block) * CHUNK;
   const u32 length = static_cast<u32>(min(static_cast<u64>(CHUNK), r.length - begin));
   const bool vector = aligned(r.param) && aligned(grad) && aligned(r.exp_avg) && aligned(r.exp_avg_sq) && aligned(r.copy);
@@ -72,9 +77,9 @@ __device__ __forceinline__ void adamw(const Range *table, u32 ranges, const Scal
 
 // Sum of g^2 of each block's elements in f64: partial[block].
 template <class T>
-__device__ __forceinline__ void sum_of_squares(const Range *table, u32 ranges, double *partial) {
+__device__ __forceinline__ void sum_of_squares(const Range *table, u32 ranges, u64 grads, double *partial) {
   const Range r = range_of_block(table, ranges);
-  const T *grad = static_cast<const T *>(r.grad);
+  const T *grad = gradient<T>(r, grads);
   const u64 begin = (blockIdx.x - r.first_block) * CHUNK;
   const u32 length = static_cast<u32>(min(static_cast<u64>(CHUNK), r.length - begin));
   double sum = 0.0;
@@ -98,12 +103,12 @@ extern "C" __global__ void __launch_bounds__(1024)
 
 #define ADAMW(NAME, T)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS)                                             \
-      adamw_##NAME(const Range *__restrict__ table, u32 ranges, Scalars scalars) {                  \
-    adamw<T>(table, ranges, scalars);                                                               \
+      adamw_##NAME(const Range *__restrict__ table, u32 ranges, u64 grads, Scalars scalars) {       \
+    adamw<T>(table, ranges, grads, scalars);                                                        \
   }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                             \
-      sum_of_squares_##NAME(const Range *__restrict__ table, u32 ranges, double *__restrict__ partial) { \
-    sum_of_squares<T>(table, ranges, partial);                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS) sum_of_squares_##NAME(                      \
+      const Range *__restrict__ table, u32 ranges, u64 grads, double *__restrict__ partial) {       \
+    sum_of_squares<T>(table, ranges, grads, partial);                                               \
   }
 
 ADAMW(f32, float)

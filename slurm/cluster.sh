@@ -24,6 +24,10 @@
 : "${RLDIFF_MPIRUN:=mpirun}"
 : "${RLDIFF_MPIRUN_FLAGS:=}"
 
+# What the ranks compute on: "cuda", "cpu" or "auto". Empty: cuda where Slurm has given the job GPUs, so that a node whose
+# GPUs do not work ends the job with a message instead of letting all ranks crawl on CPUs; else auto.
+: "${RLDIFF_DEVICE:=}"
+
 # Folder of the model to fine-tune (diffusers layout); empty: what the experiment's TOML says.
 : "${RLDIFF_MODEL:=}"
 

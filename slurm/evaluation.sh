@@ -21,5 +21,5 @@ fi
 mkdir -p "$out" || exit 2
 say "$config: ${models[*]:-its models}"
 # shellcheck disable=SC2086
-launch "$SLURM_NTASKS" eval "$config" ${models[@]+"${models[@]}"} --out "$out" --json "$out/evaluation.json" $RLDIFF_ARGS
+launch "$SLURM_NTASKS" eval "$config" --device "$device" ${models[@]+"${models[@]}"} --out "$out" --json "$out/evaluation.json" $RLDIFF_ARGS
 exit "$code"

@@ -9,6 +9,12 @@ cd "${RLDIFF_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}" || exit
 source slurm/cluster.sh
 set -u
 
+# what Slurm says of the job's GPUs on a node: a number ("8", "h200:8"), a list of them, or nothing
+gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_JOB_GPUS:+1}}}
+[ "${gpus##*:}" != 0 ] || gpus=''
+device=${RLDIFF_DEVICE:-${gpus:+cuda}}
+device=${device:-auto}
+
 say() { echo "[$(date '+%F %T')] $*"; }
 
 # may this script put its job back into the queue? Not where somebody has cancelled it (that would bring it back) or
@@ -107,11 +113,11 @@ train() {
     mkdir -p "$(dirname "$out")" || exit 2
     started_from=$(newest_checkpoint)
     # shellcheck disable=SC2206
-    arguments=(train "$config" --resume auto --out "$out" $RLDIFF_ARGS)
+    arguments=(train "$config" --device "$device" --resume auto --out "$out" $RLDIFF_ARGS)
     [ -z "$RLDIFF_MODEL" ] || arguments+=(--set "model.path=$RLDIFF_MODEL")
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
-    say "$config on $SLURM_NTASKS ranks, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID"
+    say "$config on $SLURM_NTASKS ranks (--device $device), start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID"
     launch "$SLURM_NTASKS" "${arguments[@]}"
     go_on_or_leave "$code"
 }

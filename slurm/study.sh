@@ -20,7 +20,7 @@ mkdir -p "$(dirname "$out")" || exit 2
 started_from=$(newest_checkpoint)
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
-say "$config on $SLURM_NTASKS ranks, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID"
+say "$config on $SLURM_NTASKS ranks (--device $device), start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID"
 # shellcheck disable=SC2086
-launch "$SLURM_NTASKS" study "$config" --out "$out" $RLDIFF_ARGS
+launch "$SLURM_NTASKS" study "$config" --device "$device" --out "$out" $RLDIFF_ARGS
 go_on_or_leave "$code"

@@ -26,6 +26,7 @@
 //! What all of them print goes through [`streams`].
 //! A folder that is written has one owner, and keeps what is not ours: [`folders`].
 //! When a run may end before its last iteration, and what counts as diverged: [`convergence`].
+//! Where the time of a start goes: [`start_up`]. The machine's name: [`host`].
 //! Beside it: [`watch`] (a rank that hangs), [`stragglers`] (one that is slow), [`replicas`] (one with other weights).
 //! A user's own files come in through [`user_file`], [`text_file`], [`image_file`], [`parquet_file`], [`python_json`] and
 //! [`word_list`]; [`excerpt`] is what messages, pages and sheets show of them.
@@ -83,6 +84,7 @@ pub mod evaluation;
 pub mod excerpt;
 pub mod faults;
 pub mod folders;
+pub mod host;
 pub mod human_eval;
 pub mod image_file;
 pub mod image_statistics;
@@ -110,6 +112,7 @@ mod revision;
 pub mod rewards;
 pub mod run;
 pub mod signals;
+pub mod start_up;
 pub mod store;
 pub mod stragglers;
 pub mod study;

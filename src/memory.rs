@@ -43,9 +43,11 @@ pub fn explain(message: &str) -> Option<String> {
 }
 
 fn explain_at(stage: Option<&Stage>, message: &str) -> Option<String> {
-    const SIGNS: [&str; 5] = [
+    const SIGNS: [&str; 6] = [
         "CUDA out of memory",
         "CUDA error: out of memory",
+        // the driver's own, of what does not go through libtorch
+        "CUDA_ERROR_OUT_OF_MEMORY",
         "can't allocate memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
@@ -92,6 +94,10 @@ mod tests {
              run.lanes"
         );
         assert!(explain_at(None, "CUDA error: out of memory").unwrap().starts_with("out of GPU memory: "));
+        // the driver's word, as cudarc gives it, of an allocation beside libtorch's
+        let text = "1769472 bytes of device memory: DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let told = explain_at(Some(&at()), text).expect("known");
+        assert_eq!(told, "out of GPU memory in the update of task parity (16 samples at once): raise run.lanes");
         assert!(explain_at(Some(&at()), "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`").is_some());
     }
 

@@ -41,5 +41,5 @@ pub fn of_model(path: &str) -> Option<Result<Origin>> {
     };
     let folder = [Some(path), parents()].into_iter().flatten().find(is_run)?;
     let file = RunFiles::new(folder).config();
-    Some(load::load(Some(&file), &[]).map(|config| Origin { folder: folder.to_path_buf(), config }))
+    Some(load::load(load::Experiment::File(&file), &[]).map(|config| Origin { folder: folder.to_path_buf(), config }))
 }

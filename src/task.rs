@@ -13,7 +13,7 @@ use crate::{
         schedule::Step,
     },
     faults, methods,
-    models::{pipeline::Pipeline, unet::UNet},
+    models::{pipeline::Pipeline, unet::UNet, vae::Vae},
     prompts::{self, Prompt, PromptSource},
     random::{self, Coordinates, Purpose},
     rewards::{self, registry::Place, Pending, Reward, Scores},
@@ -107,11 +107,12 @@ impl Task {
         let _stage = watch::stage(watch::REWARD, task);
         signals::check()?;
         let _no_grad = tch::no_grad_guard();
-        // rewards judge on the host
-        let images = pipeline.vae.decode_scaled(x_0).to_device(Device::Cpu);
+        let _precision = pipeline.enter_precision();
         let ids: Vec<String> = (first..first + prompts.len()).map(|i| format!("{task}-{when}-{i:06}")).collect();
-        let pending = self.reward.begin(&images, prompts, &ids).with_context(|| format!("reward of task {task}"))?;
-        Ok(Begun { images, pending })
+        let mut pictures = Decoding::new(&pipeline.vae, x_0, Decoding::part(pipeline, x_0.size()[0]));
+        let begun = self.reward.begin_in_parts(&mut pictures, prompts, &ids);
+        let pending = begun.with_context(|| format!("reward of task {task}"))?;
+        Ok(Begun { images: pictures.all(), pending })
     }
 
     /// The scores of what was begun.
@@ -129,6 +130,55 @@ impl Task {
         );
         faults::spoil("rewards", &mut scores.rewards);
         Ok(Scored { images, scores })
+    }
+}
+
+/// The pictures of a batch, part after part, on the host, where rewards judge. A GPU decodes the next part meanwhile.
+struct Decoding<'v> {
+    vae: &'v Vae,
+    parts: std::vec::IntoIter<Tensor>,
+    /// Given to the device, and not waited for.
+    ahead: Option<Tensor>,
+    done: Vec<Tensor>,
+}
+
+impl<'v> Decoding<'v> {
+    fn new(vae: &'v Vae, x_0: &Tensor, part: i64) -> Self {
+        let mut parts = x_0.split(part, 0).into_iter();
+        let ahead = parts.next().map(|first| vae.decode_scaled(&first));
+        Decoding { vae, parts, ahead, done: Vec::new() }
+    }
+
+    /// Pictures of a part. A CPU does one thing after the other: all at once, cut by the VAE alone. A GPU has what the VAE
+    /// decodes at once anyway, or half of what there is.
+    fn part(pipeline: &Pipeline, pictures: i64) -> i64 {
+        let at_once = pipeline.vae.decode_batch as i64;
+        match pipeline.device {
+            Device::Cpu => pictures,
+            _ if at_once == 0 || at_once >= pictures => (pictures + 1) / 2,
+            _ => at_once,
+        }
+        .max(1)
+    }
+
+    /// Those that were given so far.
+    fn all(self) -> Tensor {
+        match &self.done[..] {
+            [whole] => whole.shallow_clone(),
+            parts => Tensor::cat(parts, 0),
+        }
+    }
+}
+
+impl Iterator for Decoding<'_> {
+    type Item = Tensor;
+
+    fn next(&mut self) -> Option<Tensor> {
+        // waits for this part; only then the next is begun, or this copy would wait for it too
+        let images = self.ahead.take()?.to_device(Device::Cpu);
+        self.ahead = self.parts.next().map(|next| self.vae.decode_scaled(&next));
+        self.done.push(images.shallow_clone());
+        Some(images)
     }
 }
 
@@ -202,4 +252,62 @@ pub struct NoiseOf {
     pub seed: u64,
     pub iteration: u32,
     pub task: u8,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        comm::Local,
+        config::load::{parse, EMBEDDED_JOINT},
+        run::load_for_training,
+    };
+
+    /// What a GPU does while a reward judges on the host, here one after the other.
+    #[test]
+    fn pictures_judged_part_by_part_have_the_scores_of_the_whole() {
+        let config = parse(EMBEDDED_JOINT, "joint", &["model.decode_batch=3".to_string()]).unwrap();
+        let pipeline = load_for_training(&config, &Local, Device::Cpu).unwrap();
+        let [c, h, w] = pipeline.latent_shape();
+        let _no_grad = tch::no_grad_guard();
+        for index in 0..config.tasks.len() {
+            let mut task = Task::ready(&config, index, &pipeline, &Local).unwrap();
+            let pictures = 2 * task.config.images_per_prompt.max(4);
+            let x_0 = random::normal_rows(Coordinates::new(5, Purpose::Sample), 0, pictures, &[c, h, w]);
+            let prompts = task.draw_prompts(1, 0, 0, pictures);
+            let ids: Vec<String> = (0..pictures).map(|i| i.to_string()).collect();
+            task.reward.set_group(task.config.images_per_prompt);
+            let mut judged = |part: i64| {
+                let mut decoding = Decoding::new(&pipeline.vae, &x_0, part);
+                let pending = task.reward.begin_in_parts(&mut decoding, &prompts, &ids).unwrap();
+                (task.reward.collect(pending).unwrap(), decoding.all())
+            };
+            let (scores, images) = judged(pictures as i64);
+            assert_eq!(images.size()[0], pictures as i64);
+            assert!(
+                scores.rewards.len() == pictures && scores.rewards.iter().any(|r| *r != scores.rewards[0])
+                    || index == 1
+            );
+            // the VAE decodes three at once in any case
+            for part in [3, 6] {
+                let (in_parts, same) = judged(part);
+                assert_eq!(same, images, "{}: parts of {part}", config.tasks[index].name);
+                assert_eq!(in_parts, scores, "{}: parts of {part}", config.tasks[index].name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_cpu_decodes_at_once_what_a_gpu_decodes_in_parts() {
+        let config = parse(EMBEDDED_JOINT, "joint", &[]).unwrap();
+        let mut pipeline = load_for_training(&config, &Local, Device::Cpu).unwrap();
+        let mut part = |device: Device, decode_batch: usize, pictures: i64| {
+            pipeline.device = device;
+            pipeline.vae.decode_batch = decode_batch;
+            Decoding::part(&pipeline, pictures)
+        };
+        assert_eq!([part(Device::Cpu, 4, 16), part(Device::Cpu, 0, 16)], [16, 16]);
+        let gpu = Device::Cuda(0);
+        assert_eq!([part(gpu, 4, 16), part(gpu, 0, 16), part(gpu, 16, 16), part(gpu, 0, 1)], [4, 8, 8, 1]);
+    }
 }

@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 use crate::{
     comm::{agree, all_made, Communicator},
     config::{Config, PretrainMode},
+    device::numerics,
     diffusion::{
         recorded::RecordedUNet,
         sampler::{Conditioning, Trajectory},
@@ -27,6 +28,7 @@ use crate::{
     },
     prompts::Prompt,
     rewards::{self, Part},
+    run::fit::{self, Chosen},
     signals::{self, Scope},
     stragglers::StageSeconds,
     task::{Begun, NoiseOf, Roller, Task},
@@ -44,6 +46,8 @@ pub struct Trainer<'a> {
     pub steps: Vec<Step>,
     pub tasks: Vec<Task>,
     pub learner: Learner,
+    /// What was left to the program.
+    pub chosen: Chosen,
     /// Own work of all ranks in the last iteration.
     pub stage_seconds: Vec<StageSeconds>,
     pub(crate) lanes: Lanes,
@@ -135,7 +139,8 @@ pub(crate) struct LaneWork<'w> {
 }
 
 impl<'a> Trainer<'a> {
-    pub fn new(config: &'a Config, comm: &'a dyn Communicator, pipeline: Pipeline) -> Result<Self> {
+    pub fn new(config: &'a Config, comm: &'a dyn Communicator, mut pipeline: Pipeline) -> Result<Self> {
+        numerics::set_deterministic(config.run.deterministic);
         let lanes = Lanes::new(config.run.lanes, comm)?;
         let schedule = Schedule::of_model(&pipeline.scheduler)?;
         let steps = schedule.steps(config.rollout.steps, config.rollout.eta)?;
@@ -144,13 +149,20 @@ impl<'a> Trainer<'a> {
         signals::stop_here(comm)?;
         let first = comm.rank() == 0;
         agree(comm, tasks.iter().filter(|_| first).try_for_each(|task| task.warn_of_cut_prompts(&pipeline)))?;
+        let of_rewards = tasks.iter().map(|task| task.reward.weight_bytes()).sum();
+        let chosen = fit::choose(config, &pipeline, of_rewards, lanes.mine().len(), comm)?;
+        pipeline.unet.recomputed = chosen.choice.recomputed;
         // before training can change a weight: a method may keep the model as it is now
         let method = all_made(comm, methods::build(config, &pipeline, &steps))?;
         let learner = Learner::new(&pipeline, config)?;
+        if !first {
+            // rank 0 writes the model
+            pipeline.forget_given();
+        }
         Ok(Trainer {
             sum: GradientSum::new(&learner.params, config.comm.transport())?,
             empty_prompt: pipeline.embed(&[""])?,
-            recorded: (config.rollout.cuda_graph && pipeline.device != Device::Cpu).then(RecordedUNet::default),
+            recorded: (chosen.choice.graphs && pipeline.device != Device::Cpu).then(RecordedUNet::default),
             pairs: PairSource::new(config, comm, &pipeline, lanes.mine())?,
             config,
             comm,
@@ -159,6 +171,7 @@ impl<'a> Trainer<'a> {
             steps,
             tasks,
             learner,
+            chosen,
             stage_seconds: Vec::new(),
             lanes,
             method,
@@ -344,7 +357,7 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         let mut broken = Vec::new();
         let _memory = {
-            let more = "set model.gradient_checkpointing = true";
+            let more = "set model.gradient_checkpointing = true and rollout.cuda_graph = false";
             memory::stage(format!("update of task {name}"), at.per_lane, format!("{more}, {}", advice(&name)))
         };
         let gradient = self.lanes.sum_gradients(&mut self.sum, self.comm, |lane| {

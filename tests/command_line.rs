@@ -185,6 +185,9 @@ fn check_prints_the_batch_arithmetic_and_writes_nothing() {
         "weights                    6.476 MB",
         "optimizer                  8.621 MB",
         "fits in 80.00 GB",
+        // on the GPU that it is reckoned for
+        "chosen by \"auto\": gradient checkpointing: off, CUDA graphs: on",
+        "recorded steps ",
     ] {
         assert!(done.stdout.contains(wanted), "no {wanted:?} in\n{}", done.stdout);
     }

@@ -14,7 +14,7 @@ use rldiff::{
         Communicator as _, DeviceVector, Local, Wire,
     },
     config::{load, Config},
-    device::{self, Wanted},
+    device::{self, numerics, Wanted},
     diffusion::{
         recorded::RecordedUNet,
         sampler::Trajectory,
@@ -75,6 +75,11 @@ impl Setting {
 
     /// A lane of eight samples.
     fn roll_out(&self, recorded: Option<&RecordedUNet>) -> LaneBatch {
+        self.roll_out_some(8, recorded)
+    }
+
+    /// At most eight.
+    fn roll_out_some(&self, samples: usize, recorded: Option<&RecordedUNet>) -> LaneBatch {
         let empty_prompt = self.pipeline.embed(&[""]).unwrap();
         let roller = Roller {
             pipeline: &self.pipeline,
@@ -87,12 +92,12 @@ impl Setting {
         };
         let texts = ["a carrot next to a book", "a portrait of a nurse", "a kite at the beach", "a red apple"];
         let prompts: Vec<Prompt> =
-            (0..8).map(|i| Prompt { text: texts[i % 4].to_string(), objects: Vec::new() }).collect();
+            (0..samples).map(|i| Prompt { text: texts[i % 4].to_string(), objects: Vec::new() }).collect();
         let conditioning = roller.conditioning(&prompts).unwrap();
         let noise = NoiseOf { seed: 5, iteration: 0, task: 0 };
-        let trajectory = roller.roll_out(&conditioning, noise, 0, 8).unwrap();
-        let advantage =
-            Tensor::from_slice(&[1.0f32, -1.0, 0.5, 2.0, -0.3, 0.1, -2.0, 0.7]).to_device(self.pipeline.device);
+        let trajectory = roller.roll_out(&conditioning, noise, 0, samples).unwrap();
+        let advantage = Tensor::from_slice(&[1.0f32, -1.0, 0.5, 2.0, -0.3, 0.1, -2.0, 0.7][..samples])
+            .to_device(self.pipeline.device);
         LaneBatch { conditioning, trajectory, advantage }
     }
 }
@@ -102,7 +107,13 @@ fn relative(a: &Tensor, b: &Tensor) -> f64 {
     ((&a - &b).norm() / b.norm()).double_value(&[])
 }
 
-const GUIDANCE_7: [&str; 3] = ["rollout.guidance_scale=7.0", "rollout.steps=10", "method.max_sensitivity=0.0"];
+const GUIDANCE_7: [&str; 4] = [
+    "rollout.guidance_scale=7.0",
+    "rollout.steps=10",
+    "method.max_sensitivity=0.0",
+    // the text in f32, as on the CPU
+    "model.frozen_compute=f32",
+];
 
 /// Rounding errors of the U-Net's output are about 1e-6 of it in f32 (2^-24 times the root of the depth of its sums);
 /// guidance 7 multiplies those of the difference by up to 13, and the ten steps multiply an error in x_t by at most 2 to
@@ -168,6 +179,71 @@ fn replayed_graphs_give_the_same_trajectory() {
     }
 }
 
+/// Recordings of other shapes and of another network work in the same pool, in turns.
+#[test]
+fn recordings_that_share_a_pool_do_not_spoil_each_other() {
+    let Some((device, _alone)) = gpu() else { return };
+    let settings = [1, 2].map(|_| Setting::new(device, &GUIDANCE_7));
+    for parameter in &settings[1].pipeline.unet_parameters.entries {
+        let _ = parameter.tensor.shallow_clone().g_mul_scalar_(0.99);
+    }
+    let recorded = RecordedUNet::default();
+    for round in 0..2 {
+        for setting in &settings {
+            for samples in [8, 3, 5] {
+                let plain = setting.roll_out_some(samples, None).trajectory;
+                let replayed = setting.roll_out_some(samples, Some(&recorded)).trajectory;
+                assert!(replayed.x_0().equal(plain.x_0()), "round {round}, {samples} samples");
+            }
+        }
+    }
+}
+
+/// A product in TF32 has factors of 10 bits. Nothing outside the decoder may see it.
+#[test]
+fn a_vae_in_tf32_draws_nearly_what_it_draws_in_f32() {
+    let Some((device, _alone)) = gpu() else { return };
+    let drawn = |precision: &str| {
+        let setting = Setting::new(device, &[&format!("model.frozen_compute={precision}"), "rollout.steps=2"]);
+        let [c, h, w] = setting.pipeline.latent_shape();
+        let x_0 = (Tensor::arange(4 * c * h * w, (Kind::Float, device)) * 0.37).sin().view([4, c, h, w]);
+        let t = Tensor::from_slice(&[1i64, 200, 500, 901]).to_device(device);
+        let text = Tensor::zeros([4, 77, setting.pipeline.embed(&[""]).unwrap().size()[2]], (Kind::Float, device));
+        let eps = || tch::no_grad(|| setting.pipeline.unet.forward(&x_0, &t, &text));
+        let before = eps();
+        let pictures = tch::no_grad(|| setting.pipeline.vae.decode_scaled(&x_0));
+        assert!(eps().equal(&before), "the U-Net computes otherwise after decoding in {precision}");
+        pictures
+    };
+    let (exact, tf32, bf16) = (drawn("f32"), drawn("tf32"), drawn("bf16"));
+    let gaps = [relative(&tf32, &exact), relative(&bf16, &exact)];
+    println!("pictures: {gaps:?} of those in f32");
+    assert!(gaps[0] < 5e-3 && gaps[1] < 5e-2, "{gaps:?}");
+}
+
+/// The backward pass of attention, which libtorch's choice sums in no fixed order.
+#[test]
+fn deterministic_kernels_give_the_same_gradient_every_time() {
+    let Some((device, _alone)) = gpu() else { return };
+    let setting = Setting::new(device, &[&GUIDANCE_7[..], &["model.compute=bf16"]].concat());
+    let params = FlatParameters::new(&[setting.pipeline.trainable()]).unwrap();
+    let batch = setting.roll_out(None);
+    let objective = Objective { clip_range: 1e-4, weight: 1.0, samples: 8 };
+    let gradient = || {
+        let (value, _) = lane_objective(&setting.pipeline.unet, &setting.steps[4], &batch, &objective).unwrap();
+        let gradients = Tensor::run_backward(&[value], params.leaves(), false, false);
+        let flat: Vec<Tensor> = gradients.iter().map(|g| g.flatten(0, -1)).collect();
+        Tensor::cat(&flat, 0)
+    };
+    let (first, second) = (gradient(), gradient());
+    println!("as libtorch chooses: {:.1e} apart", relative(&first, &second));
+    numerics::set_deterministic(true);
+    let first = gradient();
+    let same = (0..5).all(|_| gradient().equal(&first));
+    numerics::set_deterministic(false);
+    assert!(same, "gradients differ");
+}
+
 /// Sums over lanes on the GPU against the CPU's; the backward pass of f32 rounds as its forward pass does (see above).
 /// Observed: 2.3e-7.
 #[test]
@@ -226,7 +302,7 @@ fn nccl_sums_what_a_stream_is_still_making() {
 #[test]
 fn a_joint_run_follows_the_reward_curve_of_the_cpu() {
     let Some((device, _alone)) = gpu() else { return };
-    let config = config(&["run.iterations=4", "task.parity.samples=128"]);
+    let config = config(&["run.iterations=4", "task.parity.samples=128", "model.frozen_compute=f32"]);
     let curve = |device: Device| {
         let pipeline = load_for_training(&config, &Local, device).unwrap();
         let mut trainer = Trainer::new(&config, &Local, pipeline).unwrap();

@@ -9,6 +9,7 @@ use common::{
     run_within, Finished,
 };
 use rldiff::comm::{self, tree_sum, Communicator, TreeSum};
+use rldiff::kernels::cuda::{share_with, shared_bytes, Architecture, Source, SOURCES};
 use rldiff::store::{self, CheckpointRef, ParameterEntry};
 use serde_json::json;
 use std::path::PathBuf;
@@ -30,7 +31,11 @@ fn rank_body() {
         "abort" => one_aborts(comm),
         "save" => save(comm),
         "load" => load(comm),
+        "load what not all see" => load_what_not_all_see(comm),
         "failing save" => failing_save(comm),
+        "one is late" => one_is_late(comm),
+        "kernels" => kernels(comm),
+        "broken kernels" => broken_kernels(comm),
         other => panic!("unknown case {other}"),
     });
 }
@@ -100,6 +105,77 @@ fn messages(comm: &dyn Communicator) {
     comm.broadcast_f32(&mut large, size - 1).unwrap();
     assert!(large.iter().all(|&v| v == size as f32));
     assert_eq!(comm.local_rank(), (rank, size), "all ranks of this test share a host");
+    comm.barrier().unwrap();
+}
+
+/// Seconds of a core that this process has used.
+fn cpu_seconds() -> f64 {
+    let mut used = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one time.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut used) }, 0);
+    used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
+}
+
+/// The last rank comes late to one operation after the other; what do the others use meanwhile?
+fn one_is_late(comm: &dyn Communicator) {
+    const LATE: Duration = Duration::from_millis(1500);
+    let last = comm.size() - 1;
+    assert!(comm.sleeps());
+    let mut bytes = vec![1u8; 100];
+    let mut values = vec![1f32; 3000];
+    let mut narrow = vec![half::bf16::ONE; 3000];
+    let mut operations: Vec<(&str, Box<dyn FnMut() + '_>)> = vec![
+        ("barrier", Box::new(|| comm.barrier().unwrap())),
+        ("broadcast of bytes", Box::new(|| comm.broadcast_bytes(&mut bytes, last).unwrap())),
+        ("gather", Box::new(|| assert_eq!(comm.all_gather_bytes(b"me").unwrap().len(), last + 1))),
+        ("agreement", Box::new(|| comm::agree(comm, Ok(())).unwrap())),
+        ("sum", Box::new(|| comm.all_reduce_sum_f32(&mut values).unwrap())),
+        ("sum of bf16", Box::new(|| comm.all_reduce_sum_bf16(&mut narrow).unwrap())),
+    ];
+    for (name, operation) in &mut operations {
+        comm.barrier().unwrap();
+        if comm.rank() == last {
+            std::thread::sleep(LATE);
+        }
+        let (begun, used) = (std::time::Instant::now(), cpu_seconds());
+        operation();
+        let (waited, used) = (begun.elapsed(), cpu_seconds() - used);
+        if comm.rank() != last {
+            assert!(waited > LATE / 2, "{name}: nobody was late, {waited:?}");
+            assert!(used < 0.1, "rank {} used {used:.3} s of a core in a {name} of {waited:?}", comm.rank());
+        }
+    }
+}
+
+/// Of two kinds of GPU; only rank 0 compiles.
+fn kernels(comm: &dyn Communicator) {
+    let mine = Architecture { major: 9 + u32::from(comm.rank() % 2 == 1), minor: 0 };
+    let mut compiled = 0;
+    let cubin = |source: &Source, architecture: Architecture| {
+        vec![architecture.major as u8; source.name.len() * 1000 + architecture.major as usize]
+    };
+    share_with(mine, comm, |source, architecture| {
+        assert_eq!(comm.rank(), 0, "another rank compiles");
+        compiled += 1;
+        Ok(cubin(source, architecture))
+    })
+    .unwrap();
+    assert_eq!(compiled, if comm.rank() == 0 { 2 * SOURCES.len() } else { 0 });
+    let bytes: usize = SOURCES.iter().map(|source| cubin(source, mine).len()).sum();
+    assert_eq!(shared_bytes(mine), Some(bytes));
+    assert_eq!(shared_bytes(Architecture { major: 8, minor: 0 }), None);
+}
+
+fn broken_kernels(comm: &dyn Communicator) {
+    let architecture = Architecture { major: 9, minor: 0 };
+    let broken = |source: &Source, _| match source.name {
+        "geglu" => Err(anyhow::anyhow!("line 3: expected a ;")),
+        _ => Ok(vec![1; 10]),
+    };
+    let error = share_with(architecture, comm, broken).unwrap_err().to_string();
+    assert_eq!(error, "rank 0 cannot compile the kernels: line 3: expected a ;");
+    assert_eq!(shared_bytes(architecture), None);
+    // all go on together
     comm.barrier().unwrap();
 }
 
@@ -179,6 +255,32 @@ fn load(comm: &dyn Communicator) {
     }
 }
 
+/// One rank does not see the checkpoint: it receives what the others read. What one of them finds wrong is the same on all.
+fn load_what_not_all_see(comm: &dyn Communicator) {
+    let (folder, last) = (folder(), comm.size() - 1);
+    let newest = folder.join("iteration-000002");
+    let mine = if comm.rank() == last { folder.join("elsewhere") } else { newest.clone() };
+    let loaded = store::load(&mine, comm).unwrap().checkpoint;
+    assert_same_bits(loaded.vector("exp_avg").unwrap(), &leaf(2, ELEMENTS[2]), "seen by some");
+    comm.barrier().unwrap();
+    if comm.rank() == 0 {
+        for shard in ["shard-002.h5", "shard-001.h5"] {
+            let path = newest.join(shard);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+    comm.barrier().unwrap();
+    let error = store::load(&newest, comm).unwrap_err().to_string();
+    let file = newest.join("shard-001.h5");
+    assert_eq!(error, format!("{} (rank 1) is damaged: its SHA-256 differs", file.display()));
+    let before = store::load_latest(&folder, comm).unwrap().expect("the one before is sound");
+    let why = format!("checkpoint {} cannot be used: {error}", newest.display());
+    assert_eq!((before.checkpoint.iteration, before.warnings), (1, vec![why]));
+}
+
 /// The last rank's vectors do not fit together: all ranks get its error, and the checkpoint before stays the newest.
 fn failing_save(comm: &dyn Communicator) {
     let (folder, last) = (folder(), comm.size() - 1);
@@ -212,6 +314,15 @@ fn checkpoints_are_loaded_bit_for_bit_by_any_number_of_ranks() {
 }
 
 #[test]
+fn ranks_read_by_turns_and_find_the_same() {
+    for ranks in [2, 3, 4] {
+        let folder = empty_folder("mpi-turns");
+        succeeds(3, "save", &[(FOLDER, folder.clone().into())]);
+        succeeds(ranks, "load what not all see", &[(FOLDER, folder.into())]);
+    }
+}
+
+#[test]
 fn an_error_of_one_rank_during_a_save_is_an_error_on_all() {
     for ranks in [1, 2, 3] {
         let folder = empty_folder("mpi-failing-save");
@@ -237,6 +348,33 @@ fn sums_over_lanes_do_not_depend_on_the_number_of_ranks() {
 fn broadcasts_and_gathers() {
     for ranks in [1, 2, 3, 4] {
         succeeds(ranks, "messages", &[]);
+    }
+}
+
+/// Both ways to wait, whatever the number of cores.
+#[test]
+fn ranks_that_sleep_and_ranks_that_ask_compute_the_same() {
+    for wait in ["sleep", "spin"] {
+        for ranks in [2, 3, 4] {
+            for case in ["sums", "messages", "agreement"] {
+                succeeds(ranks, case, &[("RLDIFF_WAIT", wait.into())]);
+            }
+        }
+    }
+}
+
+#[test]
+fn waiting_ranks_leave_the_cores_to_the_late_one() {
+    for ranks in [3, 4] {
+        succeeds(ranks, "one is late", &[("RLDIFF_WAIT", "sleep".into())]);
+    }
+}
+
+#[test]
+fn rank_0_compiles_kernels_once_for_all() {
+    for ranks in [2, 3] {
+        succeeds(ranks, "kernels", &[]);
+        succeeds(ranks, "broken kernels", &[]);
     }
 }
 

@@ -14,11 +14,18 @@ use common::{
 use cudarc::driver::{result as driver, sys};
 use half::bf16;
 use rldiff::{
-    comm::{self, nccl::Nccl, tree_sum, Around, Communicator, DeviceVector, Operation, Wire},
+    comm::{
+        self,
+        nccl::{settle, waited, Nccl, Terms},
+        tree_sum, Around, Communicator, DeviceVector, Operation, Wire,
+    },
+    config::load,
+    iteration_log::IterationLog,
     policy::{
         gradient_sum::{GradientSum, Transport},
         lanes::Lanes,
     },
+    stragglers::Stragglers,
 };
 use std::{
     ffi::{c_void, OsString},
@@ -28,7 +35,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
         OnceLock,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tch::Device;
@@ -36,9 +43,14 @@ use tch::Device;
 /// What the double of NCCL is asked to do wrong.
 const FAULT: &str = "RLDIFF_NCCL_DOUBLE";
 /// Long enough for two busy cores, where nothing is to fail.
-const LONG: Option<Duration> = Some(Duration::from_secs(120));
+const LONG: Terms = terms(Some(Duration::from_secs(120)));
 /// Where a sum is to be given up.
-const SHORT: Option<Duration> = Some(Duration::from_secs(2));
+const SHORT: Terms = terms(Some(Duration::from_secs(3)));
+
+/// Small buckets: the double sums slowly.
+const fn terms(patience: Option<Duration>) -> Terms {
+    Terms { patience, bucket_bytes: 1 << 18, wire: Wire::Bf16 }
+}
 
 /// The folder of the doubles, compiled once per process.
 fn doubles() -> &'static Path {
@@ -87,6 +99,11 @@ fn rank_body() {
             "one sum too few" => one_sum_too_few(comm),
             "a broken network" => a_broken_network(comm),
             "one panics" => one_panics(comm),
+            "the first sums" => the_first_sums(comm),
+            "a call that blocks" => a_call_that_blocks(comm),
+            "an error while others wait" => an_error_while_others_wait(comm),
+            "an error that cannot leave" => an_error_that_cannot_leave(comm),
+            "a late rank" => a_late_rank(comm),
             other => panic!("unknown case {other}"),
         }
     });
@@ -219,6 +236,7 @@ fn sums(comm: &dyn Communicator) {
 
     // a second world, left as after a failure
     drop(Nccl::start(comm, 0, LONG).unwrap());
+    settle(Duration::from_secs(60));
     assert_eq!(live_handles(), 0, "after a drop");
 }
 
@@ -330,10 +348,104 @@ fn a_broken_network(comm: &dyn Communicator) {
 
 /// The last rank panics while the others wait in a sum.
 fn one_panics(comm: &dyn Communicator) {
-    let nccl = Nccl::start(comm, 0, None).unwrap();
+    let nccl = Nccl::start(comm, 0, terms(None)).unwrap();
     assert!(comm.rank() + 1 < comm.size(), "this rank breaks");
     start_a_sum(&nccl);
     nccl.barrier().unwrap();
+}
+
+/// All but one rank wait in the first of the first sums: in the call, as NCCL does, where no event tells of it.
+fn the_first_sums(comm: &dyn Communicator) {
+    let _ = Nccl::start(comm, 0, SHORT);
+    panic!("the ranks met");
+}
+
+/// The double's call after the first sums does not return.
+fn a_call_that_blocks(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, SHORT).unwrap();
+    start_a_sum(&nccl);
+    panic!("the call returned");
+}
+
+/// As `cli::train` does it: what the failing rank holds is dropped, then the message is printed and the world ended.
+fn an_error_while_others_wait(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, terms(None)).unwrap();
+    if comm.rank() > 0 {
+        start_a_sum(&nccl);
+        std::thread::sleep(Duration::from_secs(600));
+    }
+    start_a_sum(&nccl);
+    let fails = |_nccl: Nccl| -> Result<()> { Err(anyhow::anyhow!("the picture broke")) };
+    let error = fails(nccl).unwrap_err();
+    eprintln!("error: rank 0: {error:#}");
+    comm.abort(1);
+}
+
+/// What is dropped on the way to the message waits for a sum that never ends.
+fn an_error_that_cannot_leave(comm: &dyn Communicator) {
+    let nccl = Nccl::start(comm, 0, terms(None)).unwrap();
+    if comm.rank() + 1 < comm.size() {
+        start_a_sum(&nccl);
+    }
+    if comm.rank() == 0 {
+        let error = anyhow::anyhow!("the reward broke").context("task parity");
+        comm::last_words(0, &error, Duration::from_secs(2)).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+/// The last rank comes to the sum two seconds after the others, whose GPUs wait that long for it.
+fn a_late_rank(comm: &dyn Communicator) {
+    let late = Duration::from_secs(2);
+    let config = load::parse(load::EMBEDDED_JOINT, "joint", &[]).unwrap();
+    let nccl = Nccl::start(comm, 0, LONG).unwrap();
+    let stream = new_stream();
+    let mut values = vec![1f32; 1000];
+    let hosts: Vec<String> = (0..comm.size()).map(|rank| format!("n{rank}")).collect();
+    let mut stragglers = Stragglers::default();
+    let mut lines = Vec::new();
+    for iteration in 0..2 {
+        let mut log = IterationLog::new(iteration, Device::Cpu);
+        comm.barrier().unwrap();
+        let (started, before) = (Instant::now(), waited());
+        if comm.rank() + 1 == comm.size() {
+            std::thread::sleep(late);
+        }
+        let vector = DeviceVector {
+            address: values.as_mut_ptr() as u64,
+            length: values.len(),
+            wire: Wire::F32,
+            stream: stream as usize,
+        };
+        nccl.start_device_sum(vector).unwrap();
+        nccl.finish_device_sums(stream as usize).unwrap();
+        // as the end of a stage does on a GPU
+        // SAFETY: a live stream.
+        unsafe { driver::stream::synchronize(stream).unwrap() };
+        log.spent("update", started);
+        let in_nccl = waited() - before;
+        assert!(started.elapsed() >= late);
+        match comm.rank() + 1 == comm.size() {
+            true => assert!(in_nccl < late / 2, "the late rank waited for {in_nccl:?}"),
+            false => assert!(in_nccl > late / 2, "rank {} waited for {in_nccl:?}", comm.rank()),
+        }
+        let (_, seconds) = log.finish(comm, &config).unwrap();
+        lines = stragglers.note(&seconds, 3.0, &hosts);
+    }
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let last = comm.size() - 1;
+    assert!(lines[0].starts_with(&format!("rank {last} on n{last} is slow: update took 2.")), "{lines:?}");
+    // SAFETY: a live stream, used no more.
+    unsafe { driver::stream::destroy(stream).unwrap() };
+    nccl.close();
+    assert_eq!(live_handles(), 0);
+}
+
+#[test]
+fn waiting_inside_nccl_is_no_work_of_the_rank_that_waits() {
+    for ranks in [2, 3] {
+        succeeds(ranks, "a late rank", &with_doubles(""));
+    }
 }
 
 #[test]
@@ -361,15 +473,40 @@ fn what_fails_on_one_rank_at_the_start_is_the_error_of_all() {
 fn a_rank_that_fails_ends_all_with_a_message() {
     for (case, fault, wanted) in [
         ("no start", "joining@1", "rank 1: NCCL: joining the ranks: unhandled system error"),
-        ("one stays away", "", "NCCL: the ranks did not meet within 2 s"),
-        ("one sum too few", "", "NCCL: a sum of gradients did not end within 2 s"),
+        ("one stays away", "", "NCCL: the ranks did not meet within 3 s (joining the ranks)"),
+        ("one sum too few", "", "NCCL: a sum of gradients did not end within 3 s"),
         ("a broken network", "network@1", "rank 1: NCCL: remote process exited or there was a network error"),
         ("one panics", "", "rank 2: this rank breaks"),
+        // NCCL connects in the first call, which waits for the rank that blocks
+        ("the first sums", "call 1@2", "NCCL: the ranks did not meet within 3 s (the first sum of 8 F32)"),
+        ("the first sums", "call 6@1", "NCCL: the ranks did not meet within 3 s (the first sum of 65536 Bf16)"),
+        // the message does not wait for NCCL to leave
+        ("one sum too few", "abort@0", "NCCL: a sum of gradients did not end within 3 s"),
+        ("an error while others wait", "abort@0", "error: rank 0: the picture broke"),
+        ("an error that cannot leave", "abort@0", "error: rank 0: task parity: the reward broke"),
     ] {
         let done = launch(3, case, &with_doubles(fault));
         assert!(!done.status.success(), "{case}: {}\n{}", done.stdout, done.stderr);
         assert!(done.stderr.contains(wanted), "{case}: {}\n{}", done.stdout, done.stderr);
-        // two seconds of patience, a start and an end on two busy cores; without the watcher it would be ten minutes
+        // three seconds of patience, a start and an end on two busy cores; without the watcher it would be ten minutes
+        assert!(done.took < Duration::from_secs(60), "{case}: {:?}", done.took);
+    }
+}
+
+/// On one rank, where nobody else could say it.
+#[test]
+fn a_call_that_blocks_in_the_host_is_given_up() {
+    for (case, fault, wanted) in [
+        ("the first sums", "call 1@0", "NCCL: the ranks did not meet within 3 s (the first sum of 8 F32)"),
+        (
+            "a call that blocks",
+            "call 7@0",
+            "NCCL: a sum of gradients did not end within 3 s (the call that starts it has not returned)",
+        ),
+    ] {
+        let done = launch(1, case, &with_doubles(fault));
+        assert!(!done.status.success(), "{case}: {}\n{}", done.stdout, done.stderr);
+        assert!(done.stderr.contains(wanted), "{case}: {}\n{}", done.stdout, done.stderr);
         assert!(done.took < Duration::from_secs(60), "{case}: {:?}", done.took);
     }
 }

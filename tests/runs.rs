@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::Path,
     process::Command,
@@ -17,9 +18,12 @@ use common::{
     set, SMALL,
 };
 use rldiff::{
+    device::numerics,
+    models::folder::{ModelFiles, ModelLocation},
     store,
     telemetry::{read_metrics, read_png, RunFiles, Summary},
 };
+use tch::{Device, Kind, Tensor};
 
 const TASKS: [&str; 3] = ["composition", "parity", "preference"];
 const FOUR: [&str; 2] = ["run.iterations=4", "trajectories.every=1"];
@@ -106,6 +110,64 @@ fn a_run_leaves_everything_it_promises() {
     assert_eq!(summary["ratio_drift"].as_f64(), Some(0.0));
     for stage in ["rollout", "reward", "advantage", "update", "pretrain"] {
         assert!(summary["seconds_per_stage"][stage].is_number(), "{stage}");
+    }
+}
+
+/// On a CPU: kernels that repeat, the f32 of a frozen network, and what "auto" decides. Only the log says that they are there.
+#[test]
+fn settings_of_a_gpu_change_no_bit_on_a_cpu() {
+    let _alone = one_at_a_time();
+    let out = empty_folder("runs-gpu-settings").join("run");
+    let settings = [
+        "run.deterministic=true",
+        "model.frozen_compute=f32",
+        "model.gradient_checkpointing=level_0",
+        "rollout.cuda_graph=auto",
+    ];
+    let done = train(1, &out, &[&FOUR[..], &settings].concat(), &[]);
+    assert!(done.stderr.contains("chosen by \"auto\": CUDA graphs: off"), "{}", done.stderr);
+    assert_same_run(straight(), &RunFiles::new(out), 4);
+}
+
+/// In this process, which trains nothing itself.
+#[test]
+fn an_operation_whose_results_cannot_repeat_is_refused_with_its_name() {
+    let put = || {
+        Tensor::zeros([4], (Kind::Float, Device::Cpu)).f_put_(
+            &Tensor::from_slice(&[1i64, 1]),
+            &Tensor::from_slice(&[1f32, 2.0]),
+            false,
+        )
+    };
+    put().unwrap();
+    numerics::set_deterministic(true);
+    let refused = put();
+    numerics::set_deterministic(false);
+    let told = numerics::explain(&refused.unwrap_err().to_string()).unwrap();
+    assert!(told.starts_with("libtorch's put_ has no kernel whose results repeat"), "{told}");
+}
+
+/// f32 masters that begin as rounded weights would change a model by up to 2^-9 of each weight before it is trained.
+#[test]
+fn a_run_of_no_iterations_in_bf16_writes_the_model_it_was_given() {
+    let _alone = one_at_a_time();
+    let folder = empty_folder("runs-no-iterations");
+    let weights = |model: &Path| -> BTreeMap<String, Vec<f32>> {
+        let files = ModelFiles::read(&ModelLocation::Disk(model.to_path_buf())).unwrap();
+        let unet = files.weights["unet"].iter();
+        unet.map(|(name, t)| (name.clone(), Vec::try_from(t.to_kind(Kind::Float).contiguous().view([-1])).unwrap()))
+            .collect()
+    };
+    // a model in f32 whose weights bf16 does not hold
+    let trained = folder.join("trained");
+    train(1, &trained, &["run.iterations=1", "update.learning_rate=1e-3"], &[]);
+    let given = RunFiles::new(&trained).model();
+    for (name, more) in [("plain", &["ema.decay=0.9"][..]), ("adapters", &["lora.rank=2"])] {
+        let out = folder.join(name);
+        let model = format!("model.path={}", given.display());
+        let settings = ["run.iterations=0", "evaluation.every=0", "model.compute=bf16", model.as_str()];
+        train(2, &out, &[&settings[..], more].concat(), &[]);
+        assert!(weights(&RunFiles::new(out).model()) == weights(&given), "{name}");
     }
 }
 

@@ -16,6 +16,7 @@ use common::{
     SMALL,
 };
 use rldiff::{
+    device::parts,
     store,
     telemetry::{read_metrics, RunFiles},
 };
@@ -91,6 +92,19 @@ impl Cluster {
 
     /// The same with another script and its arguments.
     fn submit_script(&self, script: &[&str], name: &str, launcher: &str, iterations: u64, options: &[&str]) -> Job<'_> {
+        self.submit_with(script, name, launcher, iterations, options, &[])
+    }
+
+    /// The same with `more` variables, which win.
+    fn submit_with(
+        &self,
+        script: &[&str],
+        name: &str,
+        launcher: &str,
+        iterations: u64,
+        options: &[&str],
+        more: &[(&'static str, String)],
+    ) -> Job<'_> {
         let settings = [&SMALL[..], &SETTINGS].concat();
         let iterations_setting = format!("run.iterations={iterations}");
         let arguments = [set(&settings), set(&[&iterations_setting])].concat().join(" ");
@@ -104,6 +118,8 @@ impl Cluster {
             ("RLDIFF_OUT", out.display().to_string()),
             ("RLDIFF_ARGS", arguments),
             ("RLDIFF_LAUNCHER", launcher.into()),
+            // the nodes only pretend to have GPUs
+            ("RLDIFF_DEVICE", "cpu".into()),
             ("RLDIFF_SRUN_FLAGS", srun.into()),
             ("RLDIFF_MPIRUN", mpirun_path().display().to_string()),
             ("RLDIFF_MPIRUN_FLAGS", mpirun_flags),
@@ -116,6 +132,7 @@ impl Cluster {
             ("OMPI_MCA_btl_tcp_if_include", "lo".into()),
             ("OMPI_MCA_oob_tcp_if_include", "lo".into()),
         ];
+        let environment = [&environment[..], more].concat();
         let output = self.jobs.join(format!("{name}.out"));
         let mut args = vec!["--parsable".to_string(), format!("--job-name={name}")];
         args.extend(["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=8"].map(String::from));
@@ -279,7 +296,10 @@ fn beside_each_other(cluster: &Cluster, straight: &RunFiles) {
             case("rank-killed", "mpirun", 6, &["--nodes=2"], 1, &kill_a_rank);
         });
         scope.spawn(|| case("rank-killed-4", "srun", 6, &[], 1, &kill_a_rank));
-        scope.spawn(|| not_started_again(cluster));
+        scope.spawn(|| {
+            smoke(cluster);
+            not_started_again(cluster)
+        });
     });
 }
 
@@ -309,12 +329,41 @@ fn other_scripts(cluster: &Cluster, tuned: &Path) {
     say("slurm: evaluation.sh and scaling.sh end with their results");
 }
 
+/// `slurm/smoke.sh` on the miniature as it is small.
+fn smoke(cluster: &Cluster) {
+    let job = cluster.submit_script(&["slurm/smoke.sh"], "smoke", "srun", 2, &["--nodes=4"]);
+    job.wait_for_state("COMPLETED");
+    let log = job.log();
+    for part in ["MPI works        yes", "HDF5 works       yes", "on 4 ranks, on the CPU", ": done"] {
+        assert!(log.contains(part), "{part}\n{log}");
+    }
+    assert_eq!(read_metrics(&job.files.metrics()).unwrap().len(), 2, "{log}");
+    say("slurm: smoke.sh ends with its two iterations");
+}
+
 /// A mistake and a cancelled job stay as they are.
 fn not_started_again(cluster: &Cluster) {
     let mistaken = cluster.submit("mistake", "srun", 1 << 33, &["--nodes=1"]);
     mistaken.wait_for("failure", || mistaken.field("JobState") == "FAILED");
     assert_eq!((mistaken.field("Restarts").as_str(), mistaken.field("ExitCode").as_str()), ("0", "2:0"));
     assert!(mistaken.log().contains("run.iterations"), "{}", mistaken.log());
+
+    if parts::gpus().is_err() {
+        // the job was given GPUs, and the nodes have none that work: it ends at once instead of crawling on CPUs
+        let by_default = [("RLDIFF_DEVICE", String::new())];
+        let trapped = cluster.submit_with(&["slurm/joint.sh"], "trapped", "srun", 4, &["--nodes=2"], &by_default);
+        trapped.wait_for("failure", || trapped.field("JobState") == "FAILED");
+        assert_eq!((trapped.field("Restarts").as_str(), trapped.field("ExitCode").as_str()), ("0", "2:0"));
+        let told =
+            trapped.log().contains("error: --device cuda: no NVIDIA driver: libcuda.so.1 was not found (rank 0 on n");
+        assert!(told && !trapped.files.metrics().exists(), "{}", trapped.log());
+        // one without GPUs computes on CPUs
+        let options = ["--nodes=2", "--gpus-per-node=0"];
+        let plain = cluster.submit_with(&["slurm/joint.sh"], "without-gpus", "srun", 1, &options, &by_default);
+        plain.wait_for_state("COMPLETED");
+        assert!(plain.log().contains("on 2 ranks, on the CPU"), "{}", plain.log());
+        say("slurm: a job with GPUs that do not work ends with a message");
+    }
 
     let cancelled = cluster.submit("cancelled", "srun", ITERATIONS, &["--nodes=2"]);
     cancelled.wait_for_iterations(1);

@@ -5,7 +5,10 @@ set -euo pipefail
 
 venv=${RLDIFF_VENV:?the Makefile sets it}
 stamp=$venv/.rldiff-setup
-wanted="$(cksum < "$0") torch=${LIBTORCH:-venv} mpi=${MPICC:-venv} hdf5=${HDF5_DIR:-source} clang=${LIBCLANG_PATH:-venv}"
+# which libtorch: RLDIFF_CUDA=1 or 0 says it; a login node that builds for others has no driver
+cuda=${RLDIFF_CUDA:-}
+[ -n "$cuda" ] || { [ -e /proc/driver/nvidia/version ] && cuda=1 || cuda=0; }
+wanted="$(cksum < "$0") torch=${LIBTORCH:-venv} cuda=$cuda mpi=${MPICC:-venv} hdf5=${HDF5_DIR:-source} clang=${LIBCLANG_PATH:-venv}"
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 
 fail() { # what failed, how to mend it
@@ -17,6 +20,8 @@ say() { printf 'set-up: %s\n' "$1" >&2; }
 command -v cargo >/dev/null || fail "cargo is missing" "install Rust 1.86 or later (rustup, or your distribution's package)"
 command -v g++ >/dev/null || fail "g++ is missing" "install a C++17 compiler (Debian, Ubuntu: apt-get install g++)"
 command -v python3 >/dev/null || fail "python3 is missing" "install Python 3.9 or later with venv (apt-get install python3-venv)"
+[ "$cuda" = 0 ] || [ "$cuda" = 1 ] ||
+    fail "RLDIFF_CUDA=$cuda is neither 0 nor 1" "1 installs libtorch with CUDA, 0 without; unset it to go by the driver"
 [ -z "${LIBTORCH:-}" ] || [ -f "$LIBTORCH/lib/libtorch_cpu.so" ] ||
     fail "LIBTORCH=$LIBTORCH holds no lib/libtorch_cpu.so" "point it at libtorch 2.11.0, or unset it to install one here"
 [ -z "${MPICC:-}" ] || command -v "$MPICC" >/dev/null ||
@@ -35,7 +40,7 @@ install() { # what, pip arguments…
 }
 if [ -z "${LIBTORCH:-}" ]; then
     # Without an NVIDIA driver the CUDA libraries would be 3.5 GB for nothing; these two are what libtorch loads at start.
-    if [ -e /proc/driver/nvidia/version ]; then
+    if [ "$cuda" = 1 ]; then
         install "libtorch 2.11.0 with CUDA (about 5 GB)" torch==2.11.0 numpy
     else
         install "libtorch 2.11.0 for the CPU (1.3 GB)" --no-deps torch==2.11.0 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85

@@ -6,15 +6,20 @@ use tch::Device;
 use super::{check_report::Report, config_args::ConfigArgs, eval, numbers::number, study, Failure, OrMistake};
 use crate::{
     comm::{same_tree, Communicator, Local},
-    config::{eval::is_evaluation, needs::Missing, study::is_study, Config, StopCriterion},
+    config::{eval::is_evaluation, needs::Missing, study::is_study, Config, Graphs, StopCriterion},
     device::parts::gpus,
     diffusion::schedule::{Schedule, Step},
     methods,
-    models::{architectures::Architecture, pipeline::Pipeline},
+    models::{architectures::Architecture, pipeline::Pipeline, recompute::Recomputed},
     pairs,
     policy::lanes::divisors,
     prompts::Split,
-    run::{build_for, footprint, load_for_training, model_location},
+    run::{
+        build_for,
+        fit::{self, Decided, Room},
+        footprint::{self, Setting},
+        load_for_training, model_location,
+    },
     task::Task,
     user_file,
 };
@@ -64,7 +69,7 @@ fn describe(config: &Config, args: &Args) -> Result<Report> {
     let derived = config.validate()?;
     let with_files = !args.without_files;
     let mut report = Report::new(&config.run.name, with_files);
-    if with_files && config.rollout.cuda_graph {
+    if with_files && config.rollout.cuda_graph == Graphs::Fixed(true) {
         if let Err(e) = gpus() {
             let what = format!("true needs a GPU, and there is none here ({e:#})");
             report.missing.push(Missing { key: "rollout.cuda_graph".to_string(), what });
@@ -218,7 +223,8 @@ fn footprint_lines(
     gpu_memory: f64,
     report: &mut Report,
 ) -> Result<()> {
-    let cost = footprint::measure(pipeline.architecture(), config)?;
+    let room = Room { on_gpu: true, in_company: config.run.lanes > 1, bytes: (gpu_memory * 1e9) as u64, lanes: 1 };
+    let Decided { choice, cost, memory: m, .. } = fit::decide(config, pipeline, of_rewards, &room)?;
     let flop = |value: f64| si(value, "FLOP");
     report.line(
         "networks",
@@ -234,20 +240,29 @@ fn footprint_lines(
     report.line("an iteration", format!("{}, {} per sample", flop(iteration), flop(iteration / samples)));
 
     let bytes = |value: u64| si(value as f64, "B");
-    let m = footprint::memory(config, pipeline, &cost, 1);
+    if fit::is_open(config) {
+        report.line("on a GPU", fit::in_words(config, choice));
+    }
     report.line("weights", bytes(m.weights));
     if of_rewards > 0 {
         report.line("weights of rewards", bytes(of_rewards));
     }
     report.line("optimizer", bytes(m.optimizer));
     report.line("gradients", bytes(m.gradients));
-    let checkpointing = if config.model.gradient_checkpointing { "with" } else { "without" };
+    let checkpointing = match choice.recomputed {
+        Recomputed::Nothing => "without gradient checkpointing",
+        Recomputed::Level0 => "with gradient checkpointing of level 0",
+        Recomputed::Everything => "with gradient checkpointing",
+    };
     report.line(
         "activations per lane",
-        format!("update {} ({checkpointing} gradient checkpointing), roll-out {}", bytes(m.update), bytes(m.rollout)),
+        format!("update {} ({checkpointing}), roll-out {}", bytes(m.update), bytes(m.rollout)),
     );
+    let graphs = if choice.graphs { format!("recorded steps {}, ", bytes(m.graphs)) } else { String::new() };
+    report.line("libraries of a GPU", format!("{graphs}CUDA and NCCL about {}", bytes(m.libraries)));
     for (name, lanes) in [("one lane per rank", 1), ("all lanes on one rank", config.run.lanes)] {
-        let total = footprint::memory(config, pipeline, &cost, lanes).total() + of_rewards;
+        let setting = Setting { lanes, on_gpu: true, in_company: lanes < config.run.lanes, graphs: choice.graphs };
+        let total = footprint::memory(config, pipeline, &cost, setting).total() + of_rewards;
         let fits = if total as f64 <= gpu_memory * 1e9 { "fits" } else { "does not fit" };
         report.line(name, format!("{} of memory: {fits} in {}", bytes(total), si(gpu_memory * 1e9, "B")));
     }

@@ -6,12 +6,16 @@ use anyhow::{anyhow, Context, Result};
 
 use crate::{
     comm::Communicator,
-    config::{load, Config},
+    config::{
+        load::{self, Experiment},
+        Config,
+    },
 };
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct ConfigArgs {
-    /// Experiment file; without one, the embedded miniature's joint experiment.
+    /// Experiment file; without one, the embedded miniature's joint experiment (on more than 8 ranks with the paper's 128
+    /// lanes of 16 samples).
     pub config: Option<PathBuf>,
     /// Change one setting: section.key=value, or task.NAME.key=value (in an evaluation set.NAME.key=value). May be given
     /// several times.
@@ -24,8 +28,9 @@ impl ConfigArgs {
     pub fn load(&self, comm: &dyn Communicator) -> Result<Config> {
         let mut message = Vec::new();
         if comm.rank() == 0 {
-            let loaded = load::load(self.config.as_deref(), &self.set).and_then(|config| {
-                config.validate().with_context(|| self.origin())?;
+            let experiment = self.experiment(comm.size());
+            let loaded = load::load(experiment, &self.set).and_then(|config| {
+                config.validate().with_context(|| experiment.origin())?;
                 Ok(toml::to_string(&config)?)
             });
             message = serde_json::to_vec(&loaded.map_err(|e| format!("{e:#}")))?;
@@ -35,7 +40,8 @@ impl ConfigArgs {
         load::parse(&text.map_err(|e| anyhow!(e))?, "config from rank 0", &[])
     }
 
-    fn origin(&self) -> String {
-        self.config.as_ref().map_or("embedded joint experiment".to_string(), |path| path.display().to_string())
+    /// Which experiment the arguments name for so many ranks.
+    pub fn experiment(&self, ranks: usize) -> Experiment<'_> {
+        Experiment::of(self.config.as_deref(), &self.set, ranks)
     }
 }

@@ -9,10 +9,10 @@ use super::{device_args::DeviceArgs, Failure, OrMistake};
 use crate::{
     comm::{agree, nccl, Communicator, DeviceVector, Local, Wire},
     device::{
-        self,
+        self, attention,
         parts::{self, loaded_library},
     },
-    store,
+    host, store,
 };
 
 #[derive(clap::Args)]
@@ -27,6 +27,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     // before the first tensor: it opens libtorch_cuda where there is a GPU
     let chosen = args.device.choose(comm).or_mistake()?;
     report.line("device", &device_name(chosen));
+    report.line("waiting ranks", if comm.sleeps() { "sleep (more ranks than cores)" } else { "ask all the time" });
     report.line("libtorch", &library("libtorch_cpu"));
     report.line("MPI", &crate::comm::library_version());
     report.line("MPI library", &library("libmpi"));
@@ -37,7 +38,8 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     );
     report.line("HDF5", &store::hdf5_version());
     report.line("cores", &std::thread::available_parallelism().map_or("unknown".into(), |n| n.to_string()));
-    gpu_lines(&report);
+    gpu_lines(&report, chosen);
+    attention_line(&report, chosen);
     let mut slurm: Vec<String> =
         std::env::vars_os().map(|(k, v)| format!("{}={}", k.to_string_lossy(), v.to_string_lossy())).collect();
     slurm.retain(|variable| variable.starts_with("SLURM_"));
@@ -104,7 +106,7 @@ fn library(stem: &str) -> String {
 }
 
 /// What a GPU needs: version and path of each part, or what is missing. Opening a part to ask changes nothing.
-fn gpu_lines(report: &Report) {
+fn gpu_lines(report: &Report, chosen: Device) {
     let with_path = |version: Result<String>, stem: &str| match version {
         Ok(version) => format!("{version} ({})", library(stem)),
         Err(e) => format!("{e:#}"),
@@ -123,6 +125,25 @@ fn gpu_lines(report: &Report) {
     report.line("libtorch_cuda", &loaded_library("libtorch_cuda").unwrap_or_else(libtorch_cuda_on_disk));
     report.line("NVRTC", &with_path(parts::nvrtc_version(), "libnvrtc"));
     report.line("NCCL", &with_path(nccl::version(), "libnccl"));
+    if chosen == Device::Cpu {
+        return;
+    }
+    let version = attention::cudnn_version();
+    if let Some(warning) = version.as_ref().ok().and_then(|&version| attention::cudnn_warning(version)) {
+        report.line("", &format!("WARNING: {warning}"));
+    }
+    report.line("cuDNN", &with_path(version.map(attention::cudnn_in_words), "libcudnn"));
+}
+
+/// Which kernels compute attention, in the number types of `model.compute`.
+fn attention_line(report: &Report, device: Device) {
+    let of = |kind| {
+        attention::backend(device, kind).unwrap_or_else(|e| {
+            log::warn!("attention: {e:#}");
+            "unknown"
+        })
+    };
+    report.line("attention", &format!("{} (bf16), {} (f32)", of(Kind::BFloat16), of(Kind::Float)));
 }
 
 /// It is not opened without a GPU; is it there?
@@ -164,7 +185,7 @@ fn nccl_works(comm: nccl::Nccl, device: Device) -> Result<()> {
 }
 
 fn hdf5_works() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("rldiff-doctor-{}", std::process::id()));
+    let folder = std::env::temp_dir().join(format!("rldiff-doctor-{}", host::process_mark()));
     std::fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let worked = store::round_trip(&folder).with_context(|| format!("in {}", folder.display()));
     // best effort: the folder is temporary

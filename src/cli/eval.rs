@@ -9,13 +9,13 @@ use super::{check_report::Report, config_args::ConfigArgs, device_args::DeviceAr
 use crate::{
     comm::{agree, Communicator, Local},
     config::{eval::is_evaluation, EvalConfig, EvalModel},
-    device::threads::use_threads,
+    device::{ranks_and_device, threads::use_threads},
     evaluation::{to_json, to_markdown, Evaluation},
     faults,
     folders::{can_be_file, outputs},
     signals,
     telemetry::write_atomic,
-    user_file,
+    user_file, CODE_VERSION,
 };
 
 /// CONFIG is an evaluation (tables eval, model, set), or a training experiment, whose tasks are then the sets.
@@ -53,6 +53,15 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let json = args.json.as_deref().filter(|_| comm.rank() == 0);
     agree(comm, json.map_or(Ok(()), can_be_file)).or_mistake()?;
     let evaluation = Evaluation::prepare(&config, comm, device, &out).or_mistake()?;
+    if comm.rank() == 0 {
+        let (models, sets) = (config.models.len(), config.sets.len());
+        let on = ranks_and_device(comm, device);
+        log::info!(
+            "rldiff {}: {models} models on {sets} prompt sets on {on}; results in {}",
+            CODE_VERSION,
+            out.display()
+        );
+    }
     let results = evaluation.go(comm, device, &out)?;
     if comm.rank() == 0 {
         say!("{}results in {}", to_markdown(&results), out.display());

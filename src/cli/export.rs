@@ -60,15 +60,16 @@ fn export(args: &Args) -> Result<()> {
     if args.lora {
         can_be_file(&args.out)?;
     }
-    let (path, checkpoint, warnings) = store::find(&args.checkpoint)?;
-    warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    let mut config = load::parse(&checkpoint.config_toml, &format!("{}: its config", path.display()), &[])?;
+    let stored = store::find(&args.checkpoint)?;
+    let path = &stored.path;
+    stored.warnings.iter().for_each(|warning| log::warn!("{warning}"));
+    let mut config = load::parse(&stored.head.config_toml, &format!("{}: its config", path.display()), &[])?;
     if let Some(model) = &args.model {
         config.model.path = model.clone();
     }
     let pipeline = load_for_training(&config, &crate::comm::Local, Device::Cpu)?;
     let mut learner = Learner::new(&pipeline, &config)?;
-    learner.restore(&checkpoint).with_context(|| path.display().to_string())?;
+    learner.restore(&stored, &crate::comm::Local).with_context(|| path.display().to_string())?;
     let kind = match args.r#type {
         Type::F32 => Kind::Float,
         Type::F16 => Kind::Half,

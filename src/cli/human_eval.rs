@@ -10,26 +10,24 @@ use anyhow::{ensure, Context, Result};
 use super::{device_args::DeviceArgs, drawing_args::DrawingArgs, numbers::whole, Failure, OrMistake};
 use crate::{
     comm::{agree, all_made, Communicator},
-    config::{eval::is_evaluation, load, EvalConfig, EvalSet, EvalSplit},
     cut_prompts,
     draw::{Drawing, Painter},
-    evaluation::draw_prompts,
+    evaluation::TrainedOn,
     folders::{can_be_file, outputs, FolderLock},
     human_eval::{
         guidelines,
         pages::{State, StudyFiles},
         places::hand_out_again,
+        prompts::{says_how_many, Asked, Prompts},
         study::{Model, Pairing, Prompt, Study},
         tally::Tally,
         votes,
     },
     memory,
     models::{folder::ModelFiles, pipeline::Pipeline},
-    prompts::{registry, Split},
     run::{load_model, model_location},
     streams,
     telemetry::{save_png, write_atomic},
-    text_file, user_file,
 };
 
 #[derive(clap::Args)]
@@ -147,7 +145,13 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     // tried without the models first: that costs nothing
     let own = args.guidelines.as_deref().map(guidelines::read).transpose();
     let own = all_made(comm, own).or_mistake()?;
-    let [of_pairs, of_groups] = asked(args, comm).or_mistake()?;
+    let [of_pairs, of_groups] = prompts(args, comm).or_mistake()?;
+    let trained_on = args.models.iter().filter(|_| comm.rank() == 0);
+    let trained_on: Vec<TrainedOn> = trained_on.flat_map(|model| TrainedOn::of_files(model, model)).collect();
+    for prompts in [&of_pairs, &of_groups] {
+        prompts.hold_against(&trained_on, comm).or_mistake()?;
+    }
+    let [of_pairs, of_groups] = [of_pairs.all(), of_groups.all()];
     let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, own.as_deref(), digests);
     let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
     if comm.rank() == 0 {
@@ -224,12 +228,11 @@ fn warn_of_no_effect(args: &BuildArgs, own_guidelines: Option<&str>) {
         [("", args.prompt_count, &args.prompt_sets), ("group-", args.group_prompt_count, &args.group_prompt_sets)]
     {
         let Some(count) = count else { continue };
-        let counted = |set: &String| SetName::parse(set).is_ok_and(|set| set.count.is_some());
         if sets.is_empty() {
             log::warn!(
                 "--{group}prompt-count {count} has no effect: it is for the sets of --{group}prompt-set, none is given"
             );
-        } else if sets.iter().all(counted) {
+        } else if sets.iter().all(|set| says_how_many(set)) {
             log::warn!("--{group}prompt-count {count} has no effect: every --{group}prompt-set says how many prompts by itself");
         }
     }
@@ -243,104 +246,21 @@ fn warn_of_no_effect(args: &BuildArgs, own_guidelines: Option<&str>) {
     }
 }
 
-/// Prompts for single pictures and for sets of pictures, from texts, files and sets. A collective call.
-fn asked(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Vec<Prompt>; 2]> {
-    let of_sets = |sets: &[String], count: Option<usize>| -> Result<Vec<Prompt>> {
-        let sets = sets.iter().map(|named| SetName::parse(named)).collect::<Result<Vec<_>>>()?;
-        let prompts = sets.iter().enumerate().map(|(i, set)| {
-            ensure!(!sets[..i].contains(set), "{}:{} is given twice", set.config, set.set);
-            // two configs may have sets of one name
-            let alone = sets.iter().filter(|other| other.set == set.set).count() == 1;
-            let label = if alone { set.set.to_owned() } else { format!("{}:{}", set.config, set.set) };
-            of_set(set, count.unwrap_or(0), &label, comm)
-        });
-        Ok(prompts.collect::<Result<Vec<_>>>()?.concat())
+/// Prompts for single pictures and for sets of pictures. A collective call.
+fn prompts(args: &BuildArgs, comm: &dyn Communicator) -> Result<[Prompts; 2]> {
+    let pairs = Asked {
+        texts: &args.prompts,
+        file: args.prompt_file.as_ref(),
+        sets: &args.prompt_sets,
+        count: args.prompt_count.unwrap_or(0),
     };
-    let pairs = all_made(comm, given_prompts(&args.prompts, args.prompt_file.as_ref()))?;
-    let groups = all_made(comm, given_prompts(&args.group_prompts, args.group_prompt_file.as_ref()))?;
-    Ok([
-        [pairs, of_sets(&args.prompt_sets, args.prompt_count)?].concat(),
-        [groups, of_sets(&args.group_prompt_sets, args.group_prompt_count)?].concat(),
-    ])
-}
-
-/// CONFIG:SET or CONFIG:SET:N, taken apart.
-#[derive(Debug)]
-struct SetName<'a> {
-    config: &'a str,
-    set: &'a str,
-    /// Prompts of it, where it says so.
-    count: Option<usize>,
-}
-
-impl PartialEq for SetName<'_> {
-    fn eq(&self, other: &Self) -> bool {
-        (self.config, self.set) == (other.config, other.set)
-    }
-}
-
-impl<'a> SetName<'a> {
-    fn parse(named: &'a str) -> Result<Self> {
-        let split = |text: &'a str| text.rsplit_once(':').filter(|(left, right)| !left.is_empty() && !right.is_empty());
-        let (config, set) = split(named).with_context(|| format!("{named}: CONFIG:SET is wanted"))?;
-        let with_count = split(config).filter(|_| set.bytes().all(|byte| byte.is_ascii_digit()));
-        let Some((config, name)) = with_count else {
-            return Ok(SetName { config, set, count: None });
-        };
-        let count = set.parse().ok().filter(|count| (1..=16_777_216).contains(count));
-        let count = count.with_context(|| format!("{named}: {set} prompts; 1 to 16777216 are possible"))?;
-        Ok(SetName { config, set: name, count: Some(count) })
-    }
-}
-
-/// The prompts of a set: as many as its name says, or `count`, or, where that is 0, the set's own count. `label` is what
-/// tables call it. A collective call.
-fn of_set(named: &SetName, count: usize, label: &str, comm: &dyn Communicator) -> Result<Vec<Prompt>> {
-    let (path, name, count) = (named.config, named.set, named.count.unwrap_or(count));
-    let read = || -> Result<_> {
-        let path = Path::new(path);
-        let text = user_file::read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config = match is_evaluation(&text) {
-            true => EvalConfig::load(path, &[])?,
-            false => EvalConfig::of_run(&load::load(Some(path), &[])?)?,
-        };
-        let index = config.sets.iter().position(|set| set.name == name).with_context(|| {
-            let names: Vec<&str> = config.sets.iter().map(|set| set.name.as_str()).collect();
-            format!("{} has no set {name}; it has {}", path.display(), names.join(", "))
-        })?;
-        Ok((config, index))
+    let groups = Asked {
+        texts: &args.group_prompts,
+        file: args.group_prompt_file.as_ref(),
+        sets: &args.group_prompt_sets,
+        count: args.group_prompt_count.unwrap_or(0),
     };
-    let (config, index) = all_made(comm, read())?;
-    let set = &config.sets[index];
-    let count = match count {
-        0 => set.count,
-        count => most_there(named, set, count, comm)?,
-    };
-    let set = EvalSet { count, ..set.clone() };
-    let drawn =
-        draw_prompts(&set, index as u8, config.eval.seed, comm).with_context(|| format!("{}:{name}", named.config))?;
-    let labelled = |text| Prompt { text, set: Some(label.to_owned()) };
-    Ok(drawn.prompts.into_iter().map(|prompt| labelled(prompt.text)).collect())
-}
-
-/// `count`, or as many prompts as the set has where these are fewer: an evaluation would take them again from the start. A
-/// collective call.
-fn most_there(named: &SetName, set: &EvalSet, count: usize, comm: &dyn Communicator) -> Result<usize> {
-    if set.split != EvalSplit::Evaluation {
-        // too many are an error there
-        return Ok(count);
-    }
-    let what = || format!("{}:{}", named.config, named.set);
-    let source = registry::build(&set.prompts, comm).with_context(what)?;
-    let there = match source.len(Split::HeldOut) {
-        0 => source.len(Split::Train),
-        held_out => held_out,
-    };
-    let there = usize::try_from(there)?;
-    if count > there && there > 0 && comm.rank() == 0 {
-        log::warn!("{}: {count} prompts are asked for and {there} are there: these are taken, each once", what());
-    }
-    Ok(if there > 0 { count.min(there) } else { count })
+    Ok([Prompts::read(&pairs, comm)?, Prompts::read(&groups, comm)?])
 }
 
 fn plan(
@@ -356,16 +276,6 @@ fn plan(
     let (pairing, drawing) = (args.pairing.unwrap_or(Pairing::All), drawing.clone());
     let study = Study::plan(&args.title, models, pairing, pair_prompts, group_prompts, args.raters, drawing)?;
     Study { guidelines: guidelines.map(str::to_owned), ..study }.shared_out(args.per_rater)
-}
-
-fn given_prompts(given: &[String], file: Option<&PathBuf>) -> Result<Vec<Prompt>> {
-    let mut prompts = given.to_vec();
-    if let Some(path) = file {
-        let lines = text_file::lines(path)?;
-        ensure!(!lines.is_empty(), "{} holds no prompt", path.display());
-        prompts.extend(lines.into_iter().map(|(_, line)| line));
-    }
-    Ok(prompts.into_iter().map(|text| Prompt { text, set: None }).collect())
 }
 
 /// Raters would know the models by the size of their pictures.
@@ -438,25 +348,4 @@ fn again(args: &AgainArgs) -> Result<(), Failure> {
     }
     say!("give each to somebody who has not answered yet; of two raters of one place in a query the fuller answer counts, then the later");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::SetName;
-
-    #[test]
-    fn a_set_may_say_how_many_prompts() {
-        let parsed =
-            |named| SetName::parse(named).map(|set| (set.config, set.set, set.count)).map_err(|e| e.to_string());
-        assert_eq!(parsed("a/b.toml:places"), Ok(("a/b.toml", "places", None)));
-        assert_eq!(parsed("a/b.toml:places:300"), Ok(("a/b.toml", "places", Some(300))));
-        // a set may be called by a number, a path may hold a colon
-        assert_eq!(parsed("b.toml:17"), Ok(("b.toml", "17", None)));
-        assert_eq!(parsed("a:b.toml:places"), Ok(("a:b.toml", "places", None)));
-        for wrong in ["places", ":places", "b.toml:"] {
-            assert_eq!(parsed(wrong), Err(format!("{wrong}: CONFIG:SET is wanted")));
-        }
-        let error = parsed("b.toml:places:0").unwrap_err();
-        assert_eq!(error, "b.toml:places:0: 0 prompts; 1 to 16777216 are possible");
-    }
 }

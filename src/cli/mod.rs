@@ -39,7 +39,8 @@ use clap::{Parser, Subcommand};
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     comm::{self, abort_world_on_panic, Communicator},
-    memory, signals,
+    device::numerics,
+    memory, signals, start_up,
     streams::{self, complain},
     telemetry::init_logger,
 };
@@ -137,12 +138,16 @@ const CANNOT_WRITE: u8 = 74;
 /// What rank 0 has to report that a file cannot be written.
 const AFTER_RANK_0: Duration = Duration::from_secs(2);
 
+/// What NCCL has to leave after a mistake, which nothing in it waits for.
+const AFTER_A_MISTAKE: Duration = Duration::from_secs(5);
+
 /// Runs the program; `args` begin with its name.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    start_up::begin();
     abort_world_on_panic();
     streams::outlive_size_limits();
     // before everything else: a signal that comes while a training run starts must not kill it
-    let comm = match signals::install().and_then(|()| comm::start()) {
+    let comm = match signals::install().and_then(|()| start_up::phase("MPI", comm::start)) {
         Ok(comm) => comm,
         Err(e) => {
             complain(&format!("error: {e:#}\n"));
@@ -177,11 +182,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             if first {
                 complain(&format!("error: {e:#}\n"));
             }
+            comm::nccl::settle(AFTER_A_MISTAKE);
             ExitCode::from(if CannotWrite::caused(&e) { CANNOT_WRITE } else { 2 })
         }
         Err(Failure::AtWork(e)) => {
             let text = format!("{e:#}");
-            let text = memory::explain(&text).unwrap_or(text);
+            let text = memory::explain(&text).or_else(|| numerics::explain(&text)).unwrap_or(text);
             let of_writing = CannotWrite::caused(&e);
             let once = of_writing && e.downcast_ref::<OfRanks>().is_some();
             if once && !first {

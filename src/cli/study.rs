@@ -9,7 +9,7 @@ use super::{check::against, check_report::Report, device_args::DeviceArgs, Failu
 use crate::{
     comm::{agree, nccl, Communicator, Local, Watched},
     config::{needs::Need, Config, StopCriterion, StudyConfig},
-    device::threads::use_threads,
+    device::{ranks_and_device, threads::use_threads},
     evaluation::Evaluation,
     faults,
     folders::FolderLock,
@@ -45,7 +45,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
         plan.lacks.iter().for_each(|lack| log::warn!("{lack}"));
     }
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, plan.members[0].config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, plan.members[0].config.nccl_terms()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     use_threads(plan.members[0].config.run.threads, comm).or_mistake()?;
     let ended = go(&plan, comm, device);
@@ -57,6 +57,10 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
 
 fn go(plan: &Plan, comm: &dyn Communicator, device: Device) -> Result<(), Failure> {
     plan.try_out(comm, device).or_mistake()?;
+    if comm.rank() == 0 {
+        let (version, out) = (crate::CODE_VERSION, plan.out.display());
+        log::info!("rldiff {version}: a study on {}; results in {out}", ranks_and_device(comm, device));
+    }
     plan.train(comm, device)?;
     if comm.rank() == 0 {
         log::info!("evaluating {} models", plan.evaluation.models.len());

@@ -1,6 +1,6 @@
 //! `rldiff [train]`: fine-tuning.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use tch::Device;
 
@@ -8,12 +8,15 @@ use super::{config_args::ConfigArgs, device_args::DeviceArgs, Failure, OrMistake
 use crate::{
     comm::{nccl, Communicator, Watched},
     config::Config,
-    device::threads::use_threads,
+    device::{numerics, ranks_and_device, threads::use_threads},
     faults,
     run::{Resume, Run},
-    signals,
+    signals, start_up,
     telemetry::RunFiles,
 };
+
+/// A start that takes longer is worth a line that says where the time went.
+const SLOW: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -37,15 +40,17 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let watched = Watched::new(comm);
     let comm: &dyn Communicator = &watched;
     faults::install(comm.rank()).or_mistake()?;
-    let config = args.config.load(comm).or_mistake()?;
+    let config = start_up::phase("config", || args.config.load(comm)).or_mistake()?;
     let files = RunFiles::new(args.out.unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)));
     let resume = match args.resume.as_deref() {
         None => Resume::No,
         Some("auto") => Resume::Auto,
         Some(path) => Resume::From(path.into()),
     };
-    let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    // before NCCL starts
+    numerics::set_deterministic(config.run.deterministic);
+    let device = start_up::phase("device", || args.device.choose(comm)).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.nccl_terms()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     use_threads(config.run.threads, comm).or_mistake()?;
     let ended = train(&args.config, &config, comm, device, files, &resume);
@@ -65,14 +70,13 @@ fn train(
 ) -> Result<(), Failure> {
     let run = Run::prepare(config, comm, device, files.clone(), resume).or_mistake()?;
     if comm.rank() == 0 {
-        let what = match &from.config {
-            Some(path) => path.display().to_string(),
-            None => "the embedded joint experiment (no CONFIG was given)".to_string(),
-        };
-        let ranks = if comm.size() == 1 { "1 rank".to_string() } else { format!("{} ranks", comm.size()) };
+        let what = from.experiment(comm.size());
         let (version, root) = (crate::CODE_VERSION, files.root().display());
-        let with = if device == Device::Cpu { "" } else { " with a GPU each" };
-        log::info!("rldiff {version}: {what} on {ranks}{with}, results in {root}");
+        let on = ranks_and_device(comm, device);
+        log::info!("rldiff {version}: {what} on {on}; results in {root}");
+        if start_up::age().is_some_and(|age| age >= SLOW) {
+            log::info!("ready after {}", start_up::in_words());
+        }
     }
     Ok(run.go()?)
 }

@@ -52,6 +52,10 @@ impl<A: Around> Communicator for A {
         self.inner().local_rank()
     }
 
+    fn sleeps(&self) -> bool {
+        self.inner().sleeps()
+    }
+
     fn barrier(&self) -> Result<()> {
         self.during(Operation::Barrier, 0, || self.inner().barrier())
     }

@@ -7,13 +7,15 @@ use anyhow::{bail, Result};
 pub(super) enum Launcher {
     /// By hand: one process.
     None,
-    /// By an MPI launcher; the number of ranks where the launcher tells it.
-    Mpi { ranks: Option<usize> },
+    /// By an MPI launcher; the number of ranks, and of those on this host, where the launcher tells them.
+    Mpi { ranks: Option<usize>, on_host: Option<usize> },
 }
 
 /// Variables that a launcher sets for each rank: PMI-1/2 (MPICH, Intel MPI, MVAPICH, `srun --mpi=pmi2`), PMIx
 /// (`srun --mpi=pmix`, PRRTE), Open MPI's mpirun, Cray PALS.
 const RANK_VARIABLES: [&str; 5] = ["PMI_RANK", "PMI_FD", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID"];
+/// Variables that tell the number of ranks on the host: MPICH's mpirun, Open MPI's, Cray PALS.
+const HOST_VARIABLES: [&str; 3] = ["MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "PALS_LOCAL_SIZE"];
 /// Variables that tell the number of ranks.
 const SIZE_VARIABLES: [&str; 2] = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"];
 
@@ -28,7 +30,10 @@ pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Result<Launch
         let told = SIZE_VARIABLES.iter().find_map(|name| variable(name)?.parse().ok());
         // under srun --mpi=pmix only Slurm tells the size; inside mpirun its step counts mpirun's daemons instead
         let by_srun = variable("SLURM_PROCID").is_some() && variable("PMIX_RANK") == variable("SLURM_PROCID");
-        return Ok(Launcher::Mpi { ranks: told.or(slurm_tasks.filter(|_| by_srun)) });
+        let on_host = HOST_VARIABLES.iter().find_map(|name| variable(name)?.parse().ok());
+        let of_step = variable("SLURM_STEP_TASKS_PER_NODE").as_deref().and_then(most_on_a_node);
+        let on_host = on_host.or(of_step.filter(|_| variable("SLURM_PROCID").is_some()));
+        return Ok(Launcher::Mpi { ranks: told.or(slurm_tasks.filter(|_| by_srun)), on_host });
     }
     match slurm_tasks {
         Some(tasks) if tasks > 1 => bail!(
@@ -39,9 +44,23 @@ pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Result<Launch
     }
 }
 
+/// The most tasks of a node in Slurm's "8(x15),4".
+fn most_on_a_node(text: &str) -> Option<usize> {
+    text.split(',')
+        .map(|part| part.split('(').next()?.trim().parse().ok())
+        .collect::<Option<Vec<usize>>>()?
+        .into_iter()
+        .max()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Of the world alone.
+    fn world(ranks: Option<usize>) -> Launcher {
+        Launcher::Mpi { ranks, on_host: None }
+    }
 
     fn with(variables: &[(&str, &str)]) -> Result<Launcher> {
         detect(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.to_string()))
@@ -50,11 +69,25 @@ mod tests {
     #[test]
     fn launchers_are_recognised() {
         assert_eq!(with(&[]).unwrap(), Launcher::None);
-        assert_eq!(with(&[("PMI_RANK", "1"), ("PMI_SIZE", "4")]).unwrap(), Launcher::Mpi { ranks: Some(4) });
-        assert_eq!(with(&[("OMPI_COMM_WORLD_SIZE", "2")]).unwrap(), Launcher::Mpi { ranks: Some(2) });
-        assert_eq!(with(&[("PMIX_RANK", "0")]).unwrap(), Launcher::Mpi { ranks: None });
+        assert_eq!(with(&[("PMI_RANK", "1"), ("PMI_SIZE", "4")]).unwrap(), world(Some(4)));
+        assert_eq!(with(&[("OMPI_COMM_WORLD_SIZE", "2")]).unwrap(), world(Some(2)));
+        assert_eq!(with(&[("PMIX_RANK", "0")]).unwrap(), world(None));
         let pmix = [("PMIX_RANK", "3"), ("SLURM_PROCID", "3"), ("SLURM_STEP_NUM_TASKS", "8")];
-        assert_eq!(with(&pmix).unwrap(), Launcher::Mpi { ranks: Some(8) });
+        assert_eq!(with(&pmix).unwrap(), world(Some(8)));
+    }
+
+    #[test]
+    fn ranks_of_the_host_are_told_by_the_launcher() {
+        for (variables, wanted) in [
+            (&[("PMI_RANK", "0"), ("MPI_LOCALNRANKS", "128")][..], Some(128)),
+            (&[("OMPI_COMM_WORLD_SIZE", "9"), ("OMPI_COMM_WORLD_LOCAL_SIZE", "3")], Some(3)),
+            (&[("PMI_RANK", "0"), ("SLURM_PROCID", "0"), ("SLURM_STEP_TASKS_PER_NODE", "8(x15),4")], Some(8)),
+            (&[("PMI_RANK", "0"), ("SLURM_PROCID", "0"), ("SLURM_STEP_TASKS_PER_NODE", "many")], None),
+            (&[("PMI_RANK", "0")], None),
+        ] {
+            let Launcher::Mpi { on_host, .. } = with(variables).unwrap() else { panic!("{variables:?}: no launcher") };
+            assert_eq!(on_host, wanted, "{variables:?}");
+        }
     }
 
     #[test]

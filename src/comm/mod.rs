@@ -4,15 +4,18 @@
 //! That makes the weights the same bits at 1, 2, 4, … ranks.
 
 mod around;
+mod last_words;
 mod launcher;
 mod local;
 mod mpi;
 pub mod nccl;
 mod timed;
 mod tree;
+mod waiting;
 mod watched;
 
 pub use self::around::{Around, Operation};
+pub use self::last_words::last_words;
 pub use self::local::Local;
 pub use self::mpi::Mpi;
 pub(crate) use self::mpi::{end_world, ring};
@@ -66,6 +69,10 @@ pub trait Communicator {
     fn size(&self) -> usize;
     /// Rank among the ranks of the same host, and how many they are (from MPI's shared-memory split).
     fn local_rank(&self) -> (usize, usize);
+    /// Whether ranks that wait sleep instead of asking all the time, because a host has more ranks than cores.
+    fn sleeps(&self) -> bool {
+        false
+    }
     /// Returns when all ranks have arrived.
     fn barrier(&self) -> Result<()>;
     /// Replaces `data` on every rank by the bytes of `root`; lengths may differ beforehand.
@@ -105,11 +112,12 @@ pub trait Communicator {
 /// an error calls [`Communicator::abort`] instead.
 ///
 /// # Errors
-/// A launcher that belongs to another MPI than the one rldiff was built with, and Slurm tasks started without one.
+/// A launcher that belongs to another MPI than the one rldiff was built with, Slurm tasks started without one, and a
+/// variable `RLDIFF_WAIT` that is none of its words.
 pub fn start() -> Result<Box<dyn Communicator>> {
     match launcher::detect(|name| std::env::var(name).ok())? {
         launcher::Launcher::None => Ok(Box::new(Local)),
-        launcher::Launcher::Mpi { ranks } => Ok(Box::new(Mpi::start(ranks)?)),
+        launcher::Launcher::Mpi { ranks, on_host } => Ok(Box::new(Mpi::start(ranks, on_host)?)),
     }
 }
 
@@ -217,7 +225,8 @@ pub fn abort_world_on_panic() {
             return;
         }
         let message = caught_panics::message(info.payload());
-        let message = &crate::memory::explain(message).unwrap_or_else(|| message.to_string());
+        let explained = crate::memory::explain(message).or_else(|| crate::device::numerics::explain(message));
+        let message = &explained.unwrap_or_else(|| message.to_string());
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let mut text = format!("rank {}: {message}{place}\n", mpi::world_rank());
         let backtrace = std::backtrace::Backtrace::capture();

@@ -1,14 +1,17 @@
 //! Many ranks: the communicator over MPI. The only file that names the crate `mpi`.
 //!
 //! Messages go in pieces, because MPI counts in 32-bit integers and because a piece that fits in cache is summed
-//! while it is still there. rsmpi discards MPI's return codes: an error inside MPI ends the run (MPI's default).
+//! while it is still there. Where a host has more ranks than cores every wait gives way (see waiting.rs): the same
+//! operations without blocking, and a piece is small enough to be done between two pauses. rsmpi discards MPI's return codes: an error inside MPI ends the run (MPI's default).
 
 use super::tree::add_right;
+use super::waiting::{self, until_done};
 use super::Communicator;
 use crate::folders;
 use ::mpi::datatype::PartitionMut;
 use ::mpi::environment::{is_finalized, is_initialized, Universe};
 use ::mpi::point_to_point::send_receive_into;
+use ::mpi::request::scope;
 use ::mpi::topology::SimpleCommunicator;
 use ::mpi::traits::{Communicator as _, CommunicatorCollectives, Destination, Equivalence, Root, Source};
 use ::mpi::Threading;
@@ -22,6 +25,8 @@ use std::time::Duration;
 const SUM_PIECE: usize = 1 << 18;
 /// Elements per message of a broadcast.
 const BROADCAST_PIECE: usize = 1 << 24;
+/// The same where ranks sleep while they wait: between two looks MPI moves no more than about a megabyte.
+const SMALL_BROADCAST_PIECE: usize = 1 << 18;
 /// Bytes up to which an all-gather is one call; beyond it each rank broadcasts its share in pieces.
 const GATHER_LIMIT: usize = 1 << 26;
 
@@ -89,10 +94,14 @@ pub(crate) fn ring(asked: bool) -> bool {
 }
 
 /// Takes what was sent and not heard yet, so that MPI ends with nothing under way. A collective call.
-fn take_bell_down() {
+fn take_bell_down(sleeps: bool) {
     let Some(Bell { comm, rung, heard }) = BELL.take() else { return };
     let mut rang = vec![0u8; heard.len()];
-    comm.all_gather_into(&u8::from(rung), &mut rang[..]);
+    let mine = u8::from(rung);
+    match sleeps {
+        true => scope(|scope| until_done(comm.immediate_all_gather_into(scope, &mine, &mut rang[..]))),
+        false => comm.all_gather_into(&mine, &mut rang[..]),
+    }
     for (rank, _) in heard.iter().enumerate().filter(|(rank, heard)| rang[*rank] == 1 && !**heard) {
         if rank as i32 != comm.rank() {
             let _: (u8, _) = comm.process_at_rank(rank as i32).receive();
@@ -106,6 +115,8 @@ pub struct Mpi {
     rank: usize,
     size: usize,
     local_rank: (usize, usize),
+    /// Waiting ranks sleep; the same on all ranks.
+    sleeps: bool,
     /// Receive buffer of one piece.
     scratch: RefCell<Vec<u32>>,
     /// Ends MPI when dropped; last, so that everything else is gone by then.
@@ -113,18 +124,20 @@ pub struct Mpi {
 }
 
 impl Mpi {
-    /// Initialises MPI. `expected_ranks` is what the launcher announced.
+    /// Initialises MPI. `expected` is what the launcher announced of the world, `local` of this host.
     ///
     /// # Errors
-    /// MPI is already up, supports only programs without threads, or sees another number of ranks than the launcher
+    /// `RLDIFF_WAIT` is no word for a wait; MPI is already up, supports only programs without threads, or sees another number of ranks than the launcher
     /// started (each process alone: the launcher belongs to another MPI).
-    pub fn start(expected_ranks: Option<usize>) -> Result<Self> {
+    pub(super) fn start(expected: Option<usize>, local: Option<usize>) -> Result<Self> {
+        let wanted = waiting::Wanted::parse(std::env::var(waiting::VARIABLE).ok().as_deref())?;
+        waiting::prepare(wanted, local);
         let (universe, provided) =
             ::mpi::initialize_with_threading(Threading::Serialized).context("MPI is already initialised")?;
         let world = universe.world();
         let (rank, size) = (world.rank() as usize, world.size() as usize);
         WORLD_RANK.store(rank, Ordering::Relaxed);
-        if let Some(expected) = expected_ranks.filter(|&expected| expected != size) {
+        if let Some(expected) = expected.filter(|&expected| expected != size) {
             let library = ::mpi::environment::library_version().unwrap_or_default();
             bail!(
                 "the launcher started {expected} ranks, but MPI sees {size}: it belongs to another MPI than the one \
@@ -136,7 +149,16 @@ impl Mpi {
         BELL.set(Some(Bell { comm: world.duplicate(), rung: false, heard: vec![false; size] }));
         let host = world.split_shared(world.rank());
         let local_rank = (host.rank() as usize, host.size() as usize);
-        Ok(Mpi { world, rank, size, local_rank, scratch: RefCell::new(vec![0; SUM_PIECE]), _universe: universe })
+        let sleeps = waiting::sleeps(wanted, &world, &host);
+        Ok(Mpi {
+            world,
+            rank,
+            size,
+            local_rank,
+            sleeps,
+            scratch: RefCell::new(vec![0; SUM_PIECE]),
+            _universe: universe,
+        })
     }
 
     /// Sends `outgoing` to `partner` and hands each received piece, with its offset, to `take`.
@@ -148,7 +170,17 @@ impl Mpi {
         for start in (0..outgoing.len().max(incoming)).step_by(SUM_PIECE) {
             let send = &outgoing[start.min(outgoing.len())..(start + SUM_PIECE).min(outgoing.len())];
             let receive = &mut scratch[..incoming.saturating_sub(start).min(SUM_PIECE)];
-            send_receive_into(send, &partner, receive, &partner);
+            match self.sleeps {
+                true => scope(|scope| {
+                    let received = partner.immediate_receive_into(scope, receive);
+                    let sent = partner.immediate_send(scope, send);
+                    until_done(received);
+                    until_done(sent);
+                }),
+                false => {
+                    send_receive_into(send, &partner, receive, &partner);
+                }
+            }
             take(start, receive);
         }
     }
@@ -189,7 +221,10 @@ impl Mpi {
         while distance < self.size {
             if self.rank % (2 * distance) == distance {
                 let parent = self.world.process_at_rank((self.rank - distance) as i32);
-                data.chunks(SUM_PIECE).for_each(|piece| parent.send(piece));
+                data.chunks(SUM_PIECE).for_each(|piece| match self.sleeps {
+                    true => scope(|scope| until_done(parent.immediate_send(scope, piece))),
+                    false => parent.send(piece),
+                });
                 break;
             }
             if self.rank + distance < self.size {
@@ -198,7 +233,12 @@ impl Mpi {
                 let scratch: &mut [T] = bytemuck::cast_slice_mut(&mut scratch[..]);
                 for piece in data.chunks_mut(SUM_PIECE) {
                     let received = &mut scratch[..piece.len()];
-                    child.receive_into(received);
+                    match self.sleeps {
+                        true => scope(|scope| until_done(child.immediate_receive_into(scope, received))),
+                        false => {
+                            child.receive_into(received);
+                        }
+                    }
                     T::add_right(piece, received);
                 }
             }
@@ -218,13 +258,21 @@ impl Mpi {
 
     fn broadcast<T: Equivalence>(&self, data: &mut [T], root: usize) {
         let root = self.world.process_at_rank(root as i32);
-        data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece));
+        match self.sleeps {
+            true => data
+                .chunks_mut(SMALL_BROADCAST_PIECE)
+                .for_each(|piece| scope(|scope| until_done(root.immediate_broadcast_into(scope, piece)))),
+            false => data.chunks_mut(BROADCAST_PIECE).for_each(|piece| root.broadcast_into(piece)),
+        }
     }
 }
 
 impl Drop for Mpi {
     fn drop(&mut self) {
-        take_bell_down();
+        if self.sleeps {
+            until_done(self.world.immediate_barrier());
+        }
+        take_bell_down(self.sleeps);
     }
 }
 
@@ -241,8 +289,15 @@ impl Communicator for Mpi {
         self.local_rank
     }
 
+    fn sleeps(&self) -> bool {
+        self.sleeps
+    }
+
     fn barrier(&self) -> Result<()> {
-        self.world.barrier();
+        match self.sleeps {
+            true => until_done(self.world.immediate_barrier()),
+            false => self.world.barrier(),
+        }
         Ok(())
     }
 
@@ -261,7 +316,11 @@ impl Communicator for Mpi {
 
     fn all_gather_bytes(&self, data: &[u8]) -> Result<Vec<Vec<u8>>> {
         let mut lengths = vec![0u64; self.size];
-        self.world.all_gather_into(&(data.len() as u64), &mut lengths[..]);
+        let mine = data.len() as u64;
+        match self.sleeps {
+            true => scope(|scope| until_done(self.world.immediate_all_gather_into(scope, &mine, &mut lengths[..]))),
+            false => self.world.all_gather_into(&mine, &mut lengths[..]),
+        }
         let total: u64 = lengths.iter().sum();
         // an empty buffer needs an address as well: an empty Vec's is 1, which in Open MPI is MPI_IN_PLACE
         let data = if data.is_empty() { &[0; 1][..0] } else { data };
@@ -276,8 +335,14 @@ impl Communicator for Mpi {
         let counts: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
         let starts: Vec<i32> = counts.iter().scan(0, |at, count| Some(std::mem::replace(at, *at + count))).collect();
         let mut joined = vec![0u8; (total as usize).max(1)];
-        let received = &mut joined[..total as usize];
-        self.world.all_gather_varcount_into(data, &mut PartitionMut::new(received, &counts[..], &starts[..]));
+        let mut parts = PartitionMut::new(&mut joined[..total as usize], &counts[..], &starts[..]);
+        match self.sleeps {
+            true => scope(|scope| {
+                until_done(self.world.immediate_all_gather_varcount_into(scope, data, &mut parts));
+            }),
+            false => self.world.all_gather_varcount_into(data, &mut parts),
+        }
+        drop(parts);
         Ok(starts.iter().zip(&counts).map(|(&at, &n)| joined[at as usize..(at + n) as usize].to_vec()).collect())
     }
 

@@ -11,7 +11,7 @@ use super::{
     validate::{validate_name, validate_reward},
     Compute, Config, PromptConfig, RewardConfig,
 };
-use crate::folders::check_name;
+use crate::{device::numerics::Precision, folders::check_name};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +36,9 @@ pub struct EvalSettings {
     pub threads: usize,
     /// What the U-Nets compute in.
     pub compute: Compute,
+    /// What VAEs, text encoders and the metrics' networks compute in.
+    #[serde(default)]
+    pub frozen_compute: Precision,
     /// Pictures that the VAE decodes at once; 0 for all that are drawn at once.
     pub decode_batch: usize,
     /// Prompts of each set on the sheet of pictures.
@@ -165,6 +168,7 @@ impl EvalConfig {
                 seed: config.evaluation.seed,
                 threads: config.run.threads,
                 compute: Compute::F32,
+                frozen_compute: config.model.frozen_compute,
                 decode_batch: config.model.decode_batch,
                 pictures: config.evaluation.pictures,
                 keep_images: false,

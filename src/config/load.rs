@@ -10,20 +10,72 @@ use crate::user_file;
 /// The experiment that a bare `rldiff` runs.
 pub const EMBEDDED_JOINT: &str = include_str!("../../slurm/miniature-joint.toml");
 
-/// Reads a config. `path` None is the embedded joint experiment. Every override is `dotted.key=value` with a TOML
+/// The one that it runs on more ranks than the lanes of [`EMBEDDED_JOINT`]: the paper's 128 lanes of 16 samples.
+pub const EMBEDDED_128: &str = include_str!("../../slurm/miniature-128.toml");
+
+/// Which experiment a command works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Experiment<'a> {
+    File(&'a Path),
+    Joint,
+    /// [`EMBEDDED_128`].
+    Joint128,
+}
+
+impl<'a> Experiment<'a> {
+    /// `path`, or an embedded one that `ranks` can share, where no override says how many lanes there are.
+    pub fn of(path: Option<&'a Path>, overrides: &[String], ranks: usize) -> Self {
+        let says_lanes = overrides.iter().any(|o| o.split('=').next().is_some_and(|key| key.trim() == "run.lanes"));
+        match path {
+            Some(path) => Experiment::File(path),
+            None if ranks > JOINT_LANES && !says_lanes => Experiment::Joint128,
+            None => Experiment::Joint,
+        }
+    }
+}
+
+impl Experiment<'_> {
+    /// What an error begins with.
+    pub fn origin(self) -> String {
+        match self {
+            Experiment::File(path) => path.display().to_string(),
+            Experiment::Joint => "embedded joint experiment".to_string(),
+            Experiment::Joint128 => "embedded joint experiment of 128 lanes".to_string(),
+        }
+    }
+}
+
+impl std::fmt::Display for Experiment<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Experiment::File(path) => write!(f, "{}", path.display()),
+            Experiment::Joint => write!(f, "the embedded joint experiment (no CONFIG was given)"),
+            Experiment::Joint128 => write!(
+                f,
+                "the embedded joint experiment at the paper's arithmetic, 128 lanes of 16 samples \
+                 (slurm/miniature-128.toml; no CONFIG was given, and {JOINT_LANES} lanes are too few for the ranks)"
+            ),
+        }
+    }
+}
+
+/// Lanes of [`EMBEDDED_JOINT`].
+const JOINT_LANES: usize = 8;
+
+/// Reads a config. Every override is `dotted.key=value` with a TOML
 /// value; a bare word counts as a string. `task.NAME.key` addresses the task of that name.
 ///
 /// # Errors
 /// Names the file or override, the key, and what is wrong with it.
-pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Config> {
-    let (text, origin) = match path {
-        Some(path) => {
-            let text = user_file::read_text(path).with_context(|| format!("cannot read config {}", path.display()))?;
-            (text, path.display().to_string())
+pub fn load(experiment: Experiment, overrides: &[String]) -> Result<Config> {
+    let text = match experiment {
+        Experiment::File(path) => {
+            &user_file::read_text(path).with_context(|| format!("cannot read config {}", path.display()))?
         }
-        None => (EMBEDDED_JOINT.to_string(), "embedded joint experiment".to_string()),
+        Experiment::Joint => EMBEDDED_JOINT,
+        Experiment::Joint128 => EMBEDDED_128,
     };
-    parse(&text, &origin, overrides)
+    parse(text, &experiment.origin(), overrides)
 }
 
 /// As [`load`], from text.
@@ -121,6 +173,30 @@ mod tests {
         assert_eq!(config.tasks.iter().find(|t| t.name == "parity").unwrap().samples, 256);
         let MethodConfig::Ours(ours) = config.method else { panic!("another method") };
         assert_eq!(ours.clip_range, 1e-3);
+    }
+
+    #[test]
+    fn more_ranks_than_lanes_get_the_papers_arithmetic() {
+        let of = |ranks, overrides: &[&str]| {
+            Experiment::of(None, &overrides.iter().map(|s| s.to_string()).collect::<Vec<_>>(), ranks)
+        };
+        let joint = load(Experiment::Joint, &[]).unwrap();
+        assert_eq!(joint.run.lanes, JOINT_LANES);
+        assert_eq!((of(JOINT_LANES, &[]), of(JOINT_LANES + 1, &[])), (Experiment::Joint, Experiment::Joint128));
+        assert_eq!(of(128, &["run.lanes = 16"]), Experiment::Joint);
+        assert_eq!(of(128, &["run.lanes_of=16"]), Experiment::Joint128);
+        let path = Path::new("a.toml");
+        assert_eq!(Experiment::of(Some(path), &[], 128), Experiment::File(path));
+        let mut config = load(Experiment::Joint128, &[]).unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.run.lanes, 128);
+        assert!(config.tasks.iter().all(|task| task.samples == 128 * 16), "16 samples a lane");
+        // beside the sizes it is the same experiment
+        config.run.lanes = joint.run.lanes;
+        config.run.name.clone_from(&joint.run.name);
+        config.pretrain.batch_per_lane = joint.pretrain.batch_per_lane;
+        config.tasks.iter_mut().zip(&joint.tasks).for_each(|(task, of_joint)| task.samples = of_joint.samples);
+        assert_eq!(toml::to_string(&config).unwrap(), toml::to_string(&joint).unwrap());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+mod auto;
 pub mod bounds;
 pub mod eval;
 pub mod load;
@@ -19,7 +20,8 @@ mod testing;
 pub mod validate;
 
 use crate::{
-    comm::Wire,
+    comm::{nccl, Wire},
+    device::numerics::Precision,
     miniature::Edition,
     policy::{
         advantage::{AdvantageSettings, PerPromptSettings},
@@ -27,6 +29,7 @@ use crate::{
     },
 };
 
+pub use auto::{Checkpointing, Graphs};
 pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric, Overlap};
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
@@ -88,6 +91,10 @@ pub struct RunConfig {
     pub collective_limit: f64,
     /// The run ends where a rank's reward takes longer than this, in seconds; 0 for never.
     pub reward_limit: f64,
+    /// libtorch uses kernels alone whose results repeat from run to run; what has none is an error with its name. On a CPU all
+    /// of them repeat.
+    #[serde(default)]
+    pub deterministic: bool,
 }
 
 impl RunConfig {
@@ -104,10 +111,13 @@ pub struct ModelConfig {
     pub path: String,
     /// What the U-Net computes in.
     pub compute: Compute,
-    /// Activations of the U-Net's blocks are computed again in the backward pass instead of kept.
-    pub gradient_checkpointing: bool,
+    /// Which activations of the U-Net's blocks are computed again in the backward pass instead of kept.
+    pub gradient_checkpointing: Checkpointing,
     /// Pictures that the VAE decodes at once; 0 for all of a lane.
     pub decode_batch: usize,
+    /// What VAE, text encoder and the rewards' networks compute in.
+    #[serde(default)]
+    pub frozen_compute: Precision,
 }
 
 /// Number type of the U-Net's weights and activations. Latents, scheduler and log-probabilities are always f32, and so
@@ -151,7 +161,7 @@ pub struct RolloutConfig {
     /// g of classifier-free guidance.
     pub guidance_scale: f64,
     /// The U-Net's work of a denoising step is recorded once as a CUDA graph and replayed (on a GPU only).
-    pub cuda_graph: bool,
+    pub cuda_graph: Graphs,
 }
 
 /// Which rewards a reward is compared with (Eq. 10).
@@ -355,5 +365,11 @@ impl Config {
     /// Tasks that are trained on, with their index in the config (which random numbers depend on).
     pub fn trained_tasks(&self) -> impl Iterator<Item = (usize, &TaskConfig)> {
         self.tasks.iter().enumerate().filter(|(_, task)| task.train)
+    }
+
+    /// What NCCL will sum for this run, and for how long a rank waits.
+    pub fn nccl_terms(&self) -> nccl::Terms {
+        let Transport { bucket_bytes, wire } = self.comm.transport();
+        nccl::Terms { patience: self.run.patience(), bucket_bytes, wire }
     }
 }

@@ -139,7 +139,7 @@ impl StudyConfig {
             settings.extend(self.quick.set.iter().chain(&run.quick).cloned());
         }
         settings.extend([format!("run.seed={seed}"), format!("run.name={}", StudyConfig::run_name(run, seed))]);
-        let config = load::load(Some(Path::new(&run.config)), &settings)
+        let config = load::load(load::Experiment::File(Path::new(&run.config)), &settings)
             .and_then(|config| config.validate().map(|_| config).with_context(|| run.config.clone()));
         config.with_context(|| format!("run {}", run.name))
     }

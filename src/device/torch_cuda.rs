@@ -11,8 +11,11 @@ extern "C" {
     fn cuda_synchronize(index: c_int) -> c_int;
     fn cuda_enter_side_stream(index: c_int, previous: *mut i64) -> c_int;
     fn cuda_restore_stream(previous: *const i64) -> c_int;
+    fn cuda_cudnn_version(version: *mut i64) -> c_int;
+    fn cuda_empty_cache() -> c_int;
+    fn cuda_graph_pool(pool: *mut u64) -> c_int;
     fn cuda_graph_new() -> *mut c_void;
-    fn cuda_graph_capture_begin(graph: *mut c_void) -> c_int;
+    fn cuda_graph_capture_begin(graph: *mut c_void, pool: *const u64) -> c_int;
     fn cuda_graph_capture_end(graph: *mut c_void) -> c_int;
     fn cuda_graph_replay(graph: *mut c_void) -> c_int;
     fn cuda_graph_delete(graph: *mut c_void) -> c_int;
@@ -50,6 +53,14 @@ pub fn synchronize(index: usize) -> Result<()> {
     checked(unsafe { cuda_synchronize(index as c_int) })
 }
 
+/// Version of the cuDNN in use, 91900 for 9.19.0; 0 where libtorch was built without.
+pub fn cudnn() -> Result<i64> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    checked(unsafe { cuda_cudnn_version(&mut version) })?;
+    Ok(version)
+}
+
 /// While it lives, this thread's work goes to a stream beside the one before.
 pub struct SideStream {
     previous: [i64; 3],
@@ -71,7 +82,29 @@ impl Drop for SideStream {
     }
 }
 
-/// Work that was recorded once and can be replayed; its memory is a pool of its own.
+/// Gives memory that libtorch holds and nobody uses back to the driver.
+pub fn empty_cache() -> Result<()> {
+    // SAFETY: no arguments.
+    checked(unsafe { cuda_empty_cache() })
+}
+
+/// Memory that recordings share: what one works with, the next may use. So they are replayed on one stream, one after the
+/// other, and what a replay gives holds until the next one of any of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GraphPool {
+    id: [u64; 2],
+}
+
+impl GraphPool {
+    pub fn new() -> Result<Self> {
+        let mut id = [0; 2];
+        // SAFETY: writes two numbers.
+        checked(unsafe { cuda_graph_pool(id.as_mut_ptr()) })?;
+        Ok(GraphPool { id })
+    }
+}
+
+/// Work that was recorded once and can be replayed; its memory is of a [`GraphPool`].
 pub struct CudaGraph {
     graph: *mut c_void,
 }
@@ -79,15 +112,15 @@ pub struct CudaGraph {
 impl CudaGraph {
     /// Records what `work` gives to GPU `index`, and what it returns (tensors of the graph's pool, which every replay
     /// writes anew). The work must not wait for the GPU. Nothing is computed yet.
-    pub fn record<T>(work: impl FnOnce() -> T) -> Result<(Self, T)> {
+    pub fn record<T>(pool: GraphPool, work: impl FnOnce() -> T) -> Result<(Self, T)> {
         // SAFETY: no arguments.
         let graph = unsafe { cuda_graph_new() };
         if graph.is_null() {
             bail!("{}", last_error());
         }
         let recorded = CudaGraph { graph };
-        // SAFETY: a graph that cuda_graph_new made.
-        checked(unsafe { cuda_graph_capture_begin(graph) })?;
+        // SAFETY: a graph that cuda_graph_new made, and two numbers.
+        checked(unsafe { cuda_graph_capture_begin(graph, pool.id.as_ptr()) })?;
         let made = work();
         // SAFETY: as above, while it records.
         checked(unsafe { cuda_graph_capture_end(graph) })?;
@@ -118,7 +151,9 @@ mod tests {
             return;
         }
         assert!(current_stream(0).is_err() && set_device(0).is_err() && SideStream::enter(0).is_err());
-        let error = CudaGraph::record(|| ()).err().expect("no GPU, no graph").to_string();
-        assert!(error.contains("_ZN2at4cuda9CUDAGraph"), "{error}");
+        let error = GraphPool::new().err().expect("no GPU, no graph").to_string();
+        assert!(error.contains("_ZN2at4cuda17graph_pool_handleEv"), "{error}");
+        let error = CudaGraph::record(GraphPool { id: [0; 2] }, || ()).err().expect("no GPU, no graph").to_string();
+        assert!(error.contains("_ZN2at4cuda17graph_pool_handleEv"), "{error}");
     }
 }

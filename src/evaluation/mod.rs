@@ -12,7 +12,7 @@
 //! taken where it was made by the same weights (SHA-256), prompts, metrics, noise and steps.
 
 mod model;
-mod overlap;
+pub mod overlap;
 mod results;
 mod set;
 
@@ -28,7 +28,7 @@ use tch::Device;
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, all_made, Communicator},
-    config::{needs::ensure_here, EvalConfig},
+    config::{needs::ensure_here, EvalConfig, EvalModel},
     cut_prompts,
     diffusion::schedule::Schedule,
     folders::FolderLock,
@@ -57,8 +57,14 @@ impl<'a> Evaluation<'a> {
         all_made(comm, ensure_here(&config.needs()))?;
         let sets = config.sets.iter().enumerate().map(|(i, set)| Set::new(set, i, config.eval.seed, device, comm));
         let mut sets = sets.collect::<Result<Vec<_>>>()?;
-        let trained_on = if comm.rank() == 0 { overlap::of_models(&config.models) } else { Vec::new() };
-        overlap::check(&sets, &trained_on, comm)?;
+        let of_files = |model: &EvalModel| {
+            [&model.path, &model.lora]
+                .into_iter()
+                .flat_map(|path| TrainedOn::of_files(&model.name, path))
+                .collect::<Vec<_>>()
+        };
+        let trained_on = if comm.rank() == 0 { config.models.iter().flat_map(of_files).collect() } else { Vec::new() };
+        overlap::check_sets(&sets, &trained_on, comm)?;
         for model in &config.models {
             let mut try_out = || {
                 let size = model::try_out(model, &config.rollout)?;
@@ -75,7 +81,7 @@ impl<'a> Evaluation<'a> {
     /// # Errors
     /// Names three prompts that are not.
     pub fn hold_against(&self, trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
-        overlap::check(&self.sets, trained_on, comm)
+        overlap::check_sets(&self.sets, trained_on, comm)
     }
 
     /// Evaluates what is missing, and gives all results, the same on every rank. A collective call.

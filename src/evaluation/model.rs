@@ -44,6 +44,7 @@ pub fn load(
         }
     };
     pipeline.vae.decode_batch = settings.decode_batch;
+    pipeline.vae.precision = settings.frozen_compute;
     let digest = digest(&pipeline)?;
     Ok(LoadedModel { pipeline, digest })
 }
@@ -60,11 +61,11 @@ pub fn try_out(model: &EvalModel, rollout: &EvalRollout) -> Result<[i64; 2]> {
 
 fn of_checkpoint(model: &EvalModel, comm: &dyn Communicator, device: Device) -> Result<Pipeline> {
     ensure!(model.lora.is_empty(), "{} is a checkpoint: it has its own adapters, lora must be \"\"", model.path);
-    let loaded = store::load(Path::new(&model.path), comm)?;
-    let config = load::parse(&loaded.checkpoint.config_toml, &format!("{}: its config", model.path), &[])?;
+    let stored = store::open(Path::new(&model.path), comm)?;
+    let config = load::parse(&stored.head.config_toml, &format!("{}: its config", model.path), &[])?;
     let pipeline = load_for_training(&config, comm, device)?;
     let mut learner = Learner::new(&pipeline, &config)?;
-    learner.restore(&loaded.checkpoint).with_context(|| model.path.clone())?;
+    learner.restore(&stored, comm).with_context(|| model.path.clone())?;
     if let Some(average) = learner.average.take() {
         learner.params.buffer_mut().copy_from(&average);
         learner.params.publish();

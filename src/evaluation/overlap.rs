@@ -8,10 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::set::Set;
 use crate::{
     comm::{agree, Communicator},
-    config::{needs, Config, EvalModel, Overlap, PromptConfig},
+    config::{needs, Config, Overlap, PromptConfig, TaskConfig},
     excerpt::{quoted, IN_MESSAGES},
     model_origin,
-    prompts::{registry as prompts, PromptSource, Split},
+    prompts::{registry as prompts, Prompt, PromptSource, Split},
+    task::Task,
 };
 
 /// Prompts named in an error.
@@ -28,57 +29,90 @@ pub struct TrainedOn {
 impl TrainedOn {
     /// What `config` trains `model` on.
     pub fn of(model: &str, config: &Config) -> Vec<Self> {
-        let of = |task: &crate::config::TaskConfig| TrainedOn {
-            model: model.to_owned(),
-            task: task.name.clone(),
-            prompts: task.prompts.clone(),
-        };
-        config.trained_tasks().map(|(_, task)| of(task)).collect()
+        config.trained_tasks().map(|(_, task)| Self::of_task(model, task)).collect()
     }
-}
 
-/// What models were trained on that runs have made; of other models nobody knows. On one rank.
-pub fn of_models(models: &[EvalModel]) -> Vec<TrainedOn> {
-    let mut found = Vec::new();
-    for model in models {
-        let origins = [&model.path, &model.lora].into_iter().filter_map(|path| model_origin::of_model(path));
-        for origin in origins {
-            match origin {
-                Ok(origin) => found.extend(TrainedOn::of(&model.name, &origin.config)),
-                Err(e) => log::warn!("model {}: what it was trained on is not known: {e:#}", model.name),
+    /// What a task trains `model` on.
+    pub fn of_task(model: &str, task: &TaskConfig) -> Self {
+        TrainedOn { model: model.to_owned(), task: task.name.clone(), prompts: task.prompts.clone() }
+    }
+
+    /// What `model` was trained on, where a run has made the files at `path`; of other models nobody knows. On one rank.
+    pub fn of_files(model: &str, path: &str) -> Vec<Self> {
+        match model_origin::of_model(path) {
+            Some(Ok(origin)) => TrainedOn::of(model, &origin.config),
+            Some(Err(e)) => {
+                log::warn!("model {model}: what it was trained on is not known: {e:#}");
+                Vec::new()
             }
+            None => Vec::new(),
         }
     }
-    found
 }
 
-/// A set's prompts that are trained on too.
+/// Prompts that models are tested with.
+pub struct TestPrompts<'a> {
+    /// As messages call them, for example `set places`.
+    pub name: String,
+    /// The source and its part that they are of, where they are of one.
+    pub source: Option<(&'a PromptConfig, Split)>,
+    /// Each once.
+    pub texts: Vec<&'a str>,
+    pub overlap: Overlap,
+}
+
+impl<'a> TestPrompts<'a> {
+    /// Texts that come again are dropped.
+    pub fn new(
+        name: String,
+        source: Option<(&'a PromptConfig, Split)>,
+        texts: impl Iterator<Item = &'a str>,
+        overlap: Overlap,
+    ) -> Self {
+        let mut seen = HashSet::new();
+        let texts = texts.filter(|text| seen.insert(*text)).collect();
+        TestPrompts { name, source, texts, overlap }
+    }
+
+    fn of_set(set: &'a Set) -> Self {
+        let texts = set.prompts.iter().map(|prompt| prompt.text.as_str());
+        let source = Some((&set.config.prompts, set.split));
+        TestPrompts::new(format!("set {}", set.config.name), source, texts, set.config.overlap)
+    }
+}
+
+/// Test prompts that are trained on too.
 struct Found<'a> {
-    set: &'a Set,
+    tests: &'a TestPrompts<'a>,
     of: &'a TrainedOn,
     /// Names of all models that were trained on these prompts.
     models: String,
     prompts: Vec<&'a str>,
 }
 
-/// Holds sets against what models were trained on, each source of prompts once; rank 0's list counts. Prompts are the same
+/// As [`check`], for the sets of an evaluation; a set that is meant to be of training prompts is left out.
+pub fn check_sets(sets: &[Set], trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
+    let (exempt, tests): (Vec<&Set>, Vec<&Set>) = sets.iter().partition(|set| set.is_of_training());
+    if comm.rank() == 0 && !trained_on.is_empty() {
+        for set in exempt {
+            let name = &set.config.name;
+            log::info!("set {name} is of prompts that are trained on (split = \"train\"): it is compared with nothing");
+        }
+    }
+    check(&tests.into_iter().map(TestPrompts::of_set).collect::<Vec<_>>(), trained_on, comm)
+}
+
+/// Holds test prompts against what models were trained on, each source of prompts once; rank 0's list counts. Prompts are the same
 /// where their texts are. A collective call; the result is the same on all ranks.
 ///
 /// # Errors
-/// Names three prompts of the first set that has some, unless its settings are content with a warning.
-pub fn check(sets: &[Set], trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
+/// Names three prompts of the first tests that have some, unless these are content with a warning.
+pub fn check(tests: &[TestPrompts], trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
     let mut bytes = serde_json::to_vec(trained_on)?;
     comm.broadcast_bytes(&mut bytes, 0)?;
     let trained_on: Vec<TrainedOn> = serde_json::from_slice(&bytes).context("what models were trained on")?;
     if trained_on.is_empty() {
         return Ok(());
-    }
-    let (exempt, tests): (Vec<&Set>, Vec<&Set>) = sets.iter().partition(|set| set.is_of_training());
-    if comm.rank() == 0 {
-        for set in exempt {
-            let name = &set.config.name;
-            log::info!("set {name} is of prompts that are trained on (split = \"train\"): it is compared with nothing");
-        }
     }
     let mut result = Ok(());
     for (number, of) in trained_on.iter().enumerate() {
@@ -89,18 +123,19 @@ pub fn check(sets: &[Set], trained_on: &[TrainedOn], comm: &dyn Communicator) ->
         let mut models: Vec<&str> = same.map(|other| other.model.as_str()).collect();
         models.dedup();
         let models = models.join(", ");
-        let found = |set, prompts| Found { set, of, models: models.clone(), prompts };
+        let found = |tests, prompts| Found { tests, of, models: models.clone(), prompts };
         // a source's parts have no text in common
-        let (own, others): (Vec<&Set>, Vec<&Set>) =
-            tests.iter().copied().partition(|set| set.config.prompts == of.prompts);
-        let of_own = own.into_iter().filter(|set| set.split == Split::Train);
-        let mut all: Vec<Found> = of_own.map(|set| found(set, texts(set))).collect();
+        let (own, others): (Vec<&TestPrompts>, Vec<&TestPrompts>) =
+            tests.iter().partition(|tests| tests.source.is_some_and(|(prompts, _)| *prompts == of.prompts));
+        let is_train = |tests: &&TestPrompts| tests.source.is_some_and(|(_, split)| split == Split::Train);
+        let mut all: Vec<Found> =
+            own.into_iter().filter(is_train).map(|tests| found(tests, tests.texts.clone())).collect();
         if !others.is_empty() && is_here(of, comm)? {
             let source = prompts::build(&of.prompts, comm)
                 .with_context(|| format!("the prompts that {models} trained on (task {})", of.task))?;
             if comm.rank() == 0 {
                 let both = in_common(source.as_ref(), &others);
-                all.extend(others.iter().zip(both).map(|(set, prompts)| found(*set, prompts)));
+                all.extend(others.iter().zip(both).map(|(tests, prompts)| found(*tests, prompts)));
             }
         }
         if comm.rank() == 0 {
@@ -108,6 +143,36 @@ pub fn check(sets: &[Set], trained_on: &[TrainedOn], comm: &dyn Communicator) ->
         }
     }
     agree(comm, result)
+}
+
+/// Says which evaluation prompts of a run's tasks another of its tasks trains on: a task that is `train = false`, or has
+/// its reward from elsewhere, may well use another's prompts. On one rank.
+pub fn warn_of_tasks(config: &Config, tasks: &[Task]) -> Result<()> {
+    let seed = config.evaluation.seed;
+    let drawn: Vec<Vec<Prompt>> = tasks
+        .iter()
+        .map(|task| {
+            let count = task.config.evaluation_samples / task.config.evaluation_images_per_prompt;
+            prompts::evaluation_prompts(task.prompts.as_ref(), seed, task.index, count)
+        })
+        .collect();
+    for (index, trained) in config.trained_tasks() {
+        let others = tasks.iter().zip(&drawn).filter(|(task, _)| task.config.prompts != trained.prompts);
+        let others = others.map(|(task, drawn)| {
+            let texts = drawn.iter().map(|prompt| prompt.text.as_str());
+            TestPrompts::new(format!("the evaluation of task {}", task.config.name), None, texts, Overlap::Warn)
+        });
+        let others: Vec<TestPrompts> = others.collect();
+        if others.is_empty() {
+            continue;
+        }
+        let both = in_common(tasks[index].prompts.as_ref(), &others.iter().collect::<Vec<_>>());
+        let of = TrainedOn::of_task("this run", trained);
+        for (tests, prompts) in others.iter().zip(both).filter(|(_, prompts)| !prompts.is_empty()) {
+            judge(&Found { tests, of: &of, models: of.model.clone(), prompts })?;
+        }
+    }
+    Ok(())
 }
 
 /// Are the files of these prompts here? Rank 0 looks, and says what cannot be compared.
@@ -124,33 +189,28 @@ fn is_here(of: &TrainedOn, comm: &dyn Communicator) -> Result<bool> {
     Ok(here == [1])
 }
 
-/// A set's texts, each once.
-fn texts(set: &Set) -> Vec<&str> {
-    let mut seen = HashSet::new();
-    set.prompts.iter().map(|prompt| prompt.text.as_str()).filter(|text| seen.insert(*text)).collect()
-}
-
-/// Of each set the texts that `source` trains on; the source, which may have millions, is gone through once.
-fn in_common<'a>(source: &dyn PromptSource, sets: &[&'a Set]) -> Vec<Vec<&'a str>> {
-    let of_sets: Vec<Vec<&str>> = sets.iter().map(|set| texts(set)).collect();
-    let wanted: HashSet<&str> = of_sets.iter().flatten().copied().collect();
+/// Of each tests the texts that `source` trains on; the source, which may have millions, is gone through once.
+fn in_common<'a>(source: &dyn PromptSource, tests: &[&'a TestPrompts]) -> Vec<Vec<&'a str>> {
+    let wanted: HashSet<&str> = tests.iter().flat_map(|tests| tests.texts.iter().copied()).collect();
     let trained = (0..source.len(Split::Train)).map(|index| source.prompt(Split::Train, index).text);
     let both: HashSet<&str> = trained.filter_map(|text| wanted.get(text.as_str()).copied()).collect();
-    of_sets.into_iter().map(|texts| texts.into_iter().filter(|text| both.contains(text)).collect()).collect()
+    let of_tests = |tests: &&'a TestPrompts| tests.texts.iter().copied().filter(|text| both.contains(text)).collect();
+    tests.iter().map(of_tests).collect()
 }
 
 fn judge(found: &Found) -> Result<()> {
-    let Found { set, of, models, prompts } = found;
+    let Found { tests, of, models, prompts } = found;
     let named: Vec<String> = prompts.iter().take(NAMED).map(|text| quoted(text, IN_MESSAGES)).collect();
-    let (name, task) = (&set.config.name, &of.task);
     let message = format!(
-        "set {name}: {} of its {} prompts are among those that {models} trained on (task {task}): {}",
+        "{}: {} of its {} prompts are among those that {models} trained on (task {}): {}",
+        tests.name,
         prompts.len(),
-        texts(set).len(),
+        tests.texts.len(),
+        of.task,
         named.join(", ")
     );
     ensure!(
-        set.config.overlap == Overlap::Warn,
+        tests.overlap == Overlap::Warn,
         "{message}; a set that is meant to have them says split = \"train\", one that may have them overlap = \"warn\""
     );
     log::warn!("{message}");

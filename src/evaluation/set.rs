@@ -38,7 +38,7 @@ use crate::{
 pub struct DrawnPrompts {
     pub prompts: Vec<Prompt>,
     /// The split that they are of.
-    split: Split,
+    pub split: Split,
     /// Every object that the set's source names.
     objects: Vec<String>,
 }
@@ -158,6 +158,7 @@ fn key(config: &EvalConfig, digest: &str, set: &Set) -> Result<Value> {
     let texts: Vec<u8> = serde_json::to_vec(&set.prompts)?;
     Ok(json!({
         "weights": digest, "seed": config.eval.seed, "rollout": config.rollout, "compute": config.eval.compute,
+        "frozen_compute": config.eval.frozen_compute,
         "set": set.index, "images_per_prompt": set.config.images_per_prompt, "metrics": set.config.metrics,
         "prompts": store::digest::of_bytes(&texts),
     }))
@@ -266,6 +267,7 @@ fn draw_and_judge(
     let _memory = memory::stage(format!("evaluation on {name}"), count, advice);
     let trajectory = roller.roll_out(&roller.conditioning(&of_samples)?, noise, first, count)?;
     let _no_grad = tch::no_grad_guard();
+    let _precision = roller.pipeline.enter_precision();
     // rewards judge on the host
     let images = roller.pipeline.vae.decode_scaled(trajectory.x_0()).to_device(Device::Cpu);
     let ids: Vec<String> = (first..first + count).map(|i| format!("{name}-evaluation-{i:06}")).collect();

@@ -4,6 +4,8 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
+use crate::host;
+
 /// First field of a lock.
 const FORMAT: &str = "rldiff lock 1";
 
@@ -49,7 +51,7 @@ impl Owner {
         Owner {
             format: FORMAT.to_owned(),
             command: command.to_owned(),
-            host: host_name(),
+            host: host::name().unwrap_or_else(|| "an unknown host".to_owned()),
             pid,
             started: start_of(pid).unwrap_or(0),
             boot: line_of("/proc/sys/kernel/random/boot_id"),
@@ -111,15 +113,6 @@ fn start_of(pid: i32) -> Option<u64> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     // the dead wait for somebody to ask how they ended
     (!["Z", "X"].contains(fields.first()?)).then(|| fields.get(19)?.parse().ok())?
-}
-
-fn host_name() -> String {
-    let name = line_of("/proc/sys/kernel/hostname");
-    if name.is_empty() {
-        "an unknown host".to_owned()
-    } else {
-        name
-    }
 }
 
 fn line_of(path: &str) -> String {

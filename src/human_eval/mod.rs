@@ -16,6 +16,7 @@ pub mod guidelines;
 pub mod interval;
 pub mod pages;
 pub mod places;
+pub mod prompts;
 pub mod questions;
 pub mod rank;
 pub mod study;

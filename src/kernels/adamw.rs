@@ -16,7 +16,6 @@
 use super::cuda::{arguments, ensure_apart, Buffer, Element, Machine, Slice};
 use super::{ordered_sum, pair_up, LANES};
 use anyhow::{ensure, Result};
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -168,7 +167,8 @@ impl<'a> Piece<'a> {
 /// `Range` of `cuda/adamw.cu`: param, grad, exp_avg, exp_avg_sq, copy, length, first_block.
 const RANGE_WORDS: usize = 7;
 
-/// The parameters of an optimizer on the device: one launch steps all of them, two give the gradient's norm.
+/// The parameters of an optimizer on the device: one launch steps all of them, two give the gradient's norm. What the
+/// kernels need beside their operands is made with the table and stays: a step moves scalars alone.
 pub struct Table<'a> {
     machine: Arc<dyn Machine>,
     ranges: Buffer,
@@ -177,7 +177,10 @@ pub struct Table<'a> {
     blocks: u32,
     /// Index of the gradients' number type in the kernels' names.
     variant: usize,
-    memory: PhantomData<Slice<'a>>,
+    /// Where the first piece's gradient lies; those of the others lie relative to it.
+    grads: u64,
+    /// What the kernels write.
+    written: Vec<Slice<'a>>,
 }
 
 impl<'a> Table<'a> {
@@ -185,6 +188,7 @@ impl<'a> Table<'a> {
     /// Slices that do not fit together, have other number types than [`Piece`] says, or overlap.
     pub fn new(machine: &Arc<dyn Machine>, pieces: &[Piece<'a>]) -> Result<Self> {
         let element = pieces.first().map_or(Element::F32, |piece| piece.grad.element());
+        let grads = pieces.first().map_or(0, |piece| piece.grad.address());
         let mut words = Vec::with_capacity(pieces.len() * RANGE_WORDS);
         let (mut written, mut read, mut blocks) = (Vec::new(), Vec::new(), 0);
         for piece in pieces.iter().filter(|piece| !piece.param.is_empty()) {
@@ -199,7 +203,8 @@ impl<'a> Table<'a> {
                 written.push(copy);
             }
             read.push(piece.grad);
-            words.extend([piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq].map(|slice| slice.address()));
+            words.extend([piece.param.address(), piece.grad.address().wrapping_sub(grads)]);
+            words.extend([piece.exp_avg, piece.exp_avg_sq].map(|slice| slice.address()));
             words.extend([piece.copy.map_or(0, |slice| slice.address()), length as u64, blocks as u64]);
             blocks += length.div_ceil(CHUNK);
         }
@@ -212,8 +217,24 @@ impl<'a> Table<'a> {
             total: Buffer::new(machine, 1, Element::F64)?,
             blocks: blocks as u32,
             variant: element.variant("a gradient")?,
-            memory: PhantomData,
+            grads,
+            written,
         })
+    }
+
+    /// The table for other gradients, which lie relative to each other as those it was made of, in one `vector`, and for
+    /// launches by `machine`, which may be the same one on another stream.
+    ///
+    /// # Errors
+    /// Another number type, or memory that the kernels write.
+    pub(super) fn set_gradients(&mut self, machine: &Arc<dyn Machine>, vector: Slice<'a>) -> Result<()> {
+        if vector.address() != self.grads {
+            ensure!(vector.element().variant("a gradient")? == self.variant, "gradients of another number type");
+            ensure_apart(&self.written, &[vector])?;
+            self.grads = vector.address();
+        }
+        self.machine = machine.clone();
+        Ok(())
     }
 
     /// [`reference()`] on all pieces, the same bits.
@@ -229,7 +250,7 @@ impl<'a> Table<'a> {
         let scalars = Scalars::of(settings, step, grad_scale);
         let (ranges, count) = self.ranges();
         // SAFETY: types and order as in cuda/adamw.cu; `new` checked the ranges, whose memory lives for 'a
-        unsafe { self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, scalars]) }
+        unsafe { self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, self.grads, scalars]) }
     }
 
     /// [`sum_of_squares`] of all gradients, in f64, in an order that depends on the lengths of the pieces alone; waits
@@ -246,7 +267,7 @@ impl<'a> Table<'a> {
         let (partial, total) = (self.partial.slice().address(), self.total.slice().address());
         // SAFETY: types and order as in cuda/adamw.cu; `partial` has one element per block
         unsafe {
-            self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, partial])?;
+            self.machine.launch(kernel, [self.blocks, 1], 256, arguments![ranges, count, self.grads, partial])?;
             self.machine.launch("sum_of_partials", [1, 1], 1024, arguments![partial, self.blocks, total])?;
         }
         Ok(self.total.download::<f64>()?[0])

@@ -80,6 +80,14 @@ impl FlatBuffer {
         unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr() as *mut f32, self.len()) }
     }
 
+    /// Whether all values are finite numbers; piece by piece, since libtorch makes several masks of what it looks at.
+    pub fn is_finite(&self) -> bool {
+        const PIECE: i64 = 1 << 24;
+        let finite = |piece: &Tensor| piece.isfinite().all();
+        let pieces: Vec<Tensor> = self.tensor.split(PIECE, 0).iter().map(finite).collect();
+        Tensor::stack(&pieces, 0).all().int64_value(&[]) != 0
+    }
+
     /// Takes over the values of a host slice of the same length.
     pub fn copy_from_slice(&mut self, values: &[f32]) {
         assert_eq!(values.len(), self.len(), "a vector of another length");
@@ -120,7 +128,10 @@ impl Leaf for FlatBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::{tree_sum, TreeSum};
+    use crate::{
+        comm::{tree_sum, TreeSum},
+        models::allocations::Allocations,
+    };
 
     #[test]
     fn tensors_sum_to_the_bits_of_slices() {
@@ -148,5 +159,19 @@ mod tests {
         assert_eq!((&*buffer.host(), before.slice()), (&[4.0f32, 5.0, 6.0][..], &[1.0f32, 2.0, 3.0][..]));
         assert_eq!(buffer.part(1..3).double_value(&[1]), 6.0);
         assert!(FlatBuffer::zeros(0, Device::Cpu).slice().is_empty());
+        assert!(buffer.is_finite() && FlatBuffer::zeros(0, Device::Cpu).is_finite());
+    }
+
+    /// One mask of SD2's weights would be a gigabyte, and libtorch makes several.
+    #[test]
+    fn one_bad_value_is_found_without_masks_of_the_whole() {
+        for (at, bad) in [(0, f32::NAN), ((1 << 24) + 5, f32::INFINITY), ((5 << 24) - 1, f32::NEG_INFINITY)] {
+            let mut buffer = FlatBuffer::zeros(5 << 24, Device::Cpu);
+            let count = Allocations::begin();
+            assert!(buffer.is_finite());
+            assert!(count.peak() <= 16 << 24, "{} bytes", count.peak());
+            buffer.slice_mut()[at] = bad;
+            assert!(!buffer.is_finite(), "{bad} at {at}");
+        }
     }
 }

@@ -47,24 +47,6 @@ pub fn prepare(device: Device) -> Result<()> {
     Ok(())
 }
 
-/// A flat vector of parameters as one piece.
-fn piece<'a>(
-    machine: &dyn Machine,
-    params: &'a FlatBuffer,
-    grads: &'a FlatBuffer,
-    exp_avg: &'a FlatBuffer,
-    exp_avg_sq: &'a FlatBuffer,
-) -> Result<Piece<'a>> {
-    let slice = |vector: &'a FlatBuffer| Slice::of(vector.tensor(), machine);
-    Ok(Piece {
-        param: slice(params)?,
-        grad: slice(grads)?,
-        exp_avg: slice(exp_avg)?,
-        exp_avg_sq: slice(exp_avg_sq)?,
-        copy: None,
-    })
-}
-
 /// What an AdamW step reads and writes: vectors of one length, everything on one device.
 pub struct Stepped<'a> {
     pub params: &'a mut FlatBuffer,
@@ -78,62 +60,140 @@ pub struct Stepped<'a> {
     pub exp_avg_sq: &'a mut FlatBuffer,
 }
 
-/// [`adamw::reference`], and the copies; on a GPU the same bits in one pass over memory.
-///
-/// # Errors
-/// As [`adamw::reference`]; vectors of different devices; copies that do not fit; a launch that fails.
-pub fn adamw_step(stepped: Stepped, settings: &AdamW, step: u64, grad_scale: f32) -> Result<()> {
-    let Stepped { params, copies, grads, exp_avg, exp_avg_sq } = stepped;
-    let devices = [grads.device(), exp_avg.device(), exp_avg_sq.device()];
-    ensure!(devices == [params.device(); 3], "AdamW: parameters on {:?}, the rest on {devices:?}", params.device());
-    if params.device() != Device::Cpu {
-        let stepped = Stepped { params, copies, grads, exp_avg, exp_avg_sq };
-        return adamw_step_by(&machine(stepped.params.device())?, stepped, settings, step, grad_scale);
-    }
-    let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
-    adamw::reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale)?;
-    for (range, copy) in copies {
-        let mut in_memory_order = copy.detach().f_as_strided([range.len() as i64], [1], None::<i64>)?;
-        in_memory_order.f_copy_(&params.part(range.clone()))?;
-    }
-    Ok(())
+/// AdamW on one set of vectors, step after step. What the kernels need on a GPU is made in the first step and kept as long
+/// as the vectors lie where they are: afterwards a step allocates nothing.
+#[derive(Default)]
+pub struct Stepper {
+    kept: Option<Kept>,
 }
 
-/// [`adamw_step`] by the kernel, on whatever machine runs it.
-///
-/// # Errors
-/// As [`adamw_step`].
-pub fn adamw_step_by(
-    machine: &Arc<dyn Machine>,
-    stepped: Stepped,
-    settings: &AdamW,
-    step: u64,
-    grad_scale: f32,
-) -> Result<()> {
+struct Kept {
+    /// Addresses and lengths of what the table names, the gradient aside.
+    of: Vec<(u64, usize)>,
+    /// The owners of that memory.
+    _held: Vec<Tensor>,
+    table: Table<'static>,
+}
+
+impl Stepper {
+    /// L2 norm of the gradient in f64; on a GPU in another fixed order than on the host.
+    ///
+    /// # Errors
+    /// As [`Stepper::step`].
+    pub fn gradient_norm(&mut self, stepped: &Stepped) -> Result<f64> {
+        match stepped.ensure_together()? {
+            Device::Cpu => Ok(adamw::global_norm(stepped.grads.slice())),
+            device => self.gradient_norm_by(&machine(device)?, stepped),
+        }
+    }
+
+    /// [`Stepper::gradient_norm`] by the kernel, on whatever machine runs it.
+    pub fn gradient_norm_by(&mut self, machine: &Arc<dyn Machine>, stepped: &Stepped) -> Result<f64> {
+        Ok(self.table(machine, stepped)?.sum_of_squares()?.sqrt())
+    }
+
+    /// [`adamw::reference`], and the copies; on a GPU the same bits in one pass over memory.
+    ///
+    /// # Errors
+    /// As [`adamw::reference`]; vectors of different devices; copies that do not fit; a launch that fails.
+    pub fn step(&mut self, stepped: Stepped, settings: &AdamW, step: u64, grad_scale: f32) -> Result<()> {
+        let device = stepped.ensure_together()?;
+        if device != Device::Cpu {
+            return self.step_by(&machine(device)?, stepped, settings, step, grad_scale);
+        }
+        let Stepped { params, copies, grads, exp_avg, exp_avg_sq } = stepped;
+        let (m, v) = (exp_avg.slice_mut(), exp_avg_sq.slice_mut());
+        adamw::reference(params.slice_mut(), grads.slice(), m, v, settings, step, grad_scale)?;
+        for (range, copy) in copies {
+            let mut in_memory_order = copy.detach().f_as_strided([range.len() as i64], [1], None::<i64>)?;
+            in_memory_order.f_copy_(&params.part(range.clone()))?;
+        }
+        Ok(())
+    }
+
+    /// [`Stepper::step`] by the kernel, on whatever machine runs it.
+    pub fn step_by(
+        &mut self,
+        machine: &Arc<dyn Machine>,
+        stepped: Stepped,
+        settings: &AdamW,
+        step: u64,
+        grad_scale: f32,
+    ) -> Result<()> {
+        self.table(machine, &stepped)?.step(settings, step, grad_scale)
+    }
+
+    /// The table of these vectors, made anew where they are others than last time.
+    fn table(&mut self, machine: &Arc<dyn Machine>, stepped: &Stepped) -> Result<&Table<'static>> {
+        let of = stepped.addresses();
+        if self.kept.as_ref().is_none_or(|kept| kept.of != of) {
+            // what is held of the old ones first: both may not fit into memory
+            self.kept = None;
+            let held = stepped.owners();
+            let slice = |tensor: &Tensor| -> Result<Slice<'static>> {
+                let slice = Slice::of(tensor, machine.as_ref())?;
+                // SAFETY: `held` keeps the memory as long as the table, and so does whoever calls while it is stepped
+                Ok(unsafe { Slice::from_raw(slice.address(), slice.len(), slice.element()) })
+            };
+            let table = Table::new(machine, &pieces(stepped, slice)?)?;
+            self.kept = Some(Kept { of, _held: held, table });
+        }
+        let table = &mut self.kept.as_mut().expect("made above").table;
+        let gradient = Slice::of(stepped.grads.tensor(), machine.as_ref())?;
+        ensure!(gradient.len() == stepped.params.len(), "AdamW: {} parameters, another gradient", stepped.params.len());
+        // SAFETY: the caller's gradient lives until the launches that follow, and libtorch reuses memory in stream order
+        let gradient = unsafe { Slice::from_raw(gradient.address(), gradient.len(), gradient.element()) };
+        table.set_gradients(machine, gradient)?;
+        Ok(table)
+    }
+}
+
+impl Stepped<'_> {
+    /// The device of all vectors.
+    fn ensure_together(&self) -> Result<Device> {
+        let own = self.params.device();
+        let devices = [self.grads.device(), self.exp_avg.device(), self.exp_avg_sq.device()];
+        ensure!(devices == [own; 3], "AdamW: parameters on {own:?}, the rest on {devices:?}");
+        Ok(own)
+    }
+
+    fn addresses(&self) -> Vec<(u64, usize)> {
+        let vectors = [&*self.params, &*self.exp_avg, &*self.exp_avg_sq].map(|v| (v.address(), v.len()));
+        let copies = self
+            .copies
+            .iter()
+            .flat_map(|(range, copy)| [(range.start as u64, range.len()), (copy.data_ptr() as u64, copy.numel())]);
+        vectors.into_iter().chain(copies).collect()
+    }
+
+    fn owners(&self) -> Vec<Tensor> {
+        let vectors = [&*self.params, &*self.exp_avg, &*self.exp_avg_sq].map(|v| v.tensor().shallow_clone());
+        vectors.into_iter().chain(self.copies.iter().map(|(_, copy)| copy.detach())).collect()
+    }
+}
+
+/// The vectors in pieces, cut where a copy begins and ends.
+fn pieces(stepped: &Stepped, slice: impl Fn(&Tensor) -> Result<Slice<'static>>) -> Result<Vec<Piece<'static>>> {
     let Stepped { params, copies, grads, exp_avg, exp_avg_sq } = stepped;
-    let whole = piece(machine.as_ref(), params, grads, exp_avg, exp_avg_sq)?;
+    let whole = Piece {
+        param: slice(params.tensor())?,
+        grad: slice(grads.tensor())?,
+        exp_avg: slice(exp_avg.tensor())?,
+        exp_avg_sq: slice(exp_avg_sq.tensor())?,
+        copy: None,
+    };
+    let lengths = [whole.grad, whole.exp_avg, whole.exp_avg_sq].map(|slice| slice.len());
+    ensure!(lengths == [params.len(); 3], "AdamW: {} parameters, gradient, m and v have {lengths:?}", params.len());
     let (mut pieces, mut done) = (Vec::with_capacity(2 * copies.len() + 1), 0);
-    for (range, copy) in copies {
+    for (range, copy) in *copies {
         let in_order = done <= range.start && range.end <= params.len();
         ensure!(in_order, "AdamW: the copy of {range:?} is out of order among {} parameters", params.len());
         pieces.push(whole.part(done..range.start));
-        pieces.push(Piece { copy: Some(Slice::of(copy, machine.as_ref())?), ..whole.part(range.clone()) });
+        pieces.push(Piece { copy: Some(slice(copy)?), ..whole.part(range.clone()) });
         done = range.end;
     }
     pieces.push(whole.part(done..params.len()));
-    Table::new(machine, &pieces)?.step(settings, step, grad_scale)
-}
-
-/// L2 norm of a gradient in f64; on a GPU in another fixed order than on the host. `like` are three other vectors of the
-/// same length and device (an optimizer's), which the kernel's table wants.
-pub fn gradient_norm(gradient: &FlatBuffer, like: [&FlatBuffer; 3]) -> Result<f64> {
-    if gradient.device() == Device::Cpu {
-        return Ok(adamw::global_norm(gradient.slice()));
-    }
-    let machine = machine(gradient.device())?;
-    let [params, exp_avg, exp_avg_sq] = like;
-    let piece = piece(machine.as_ref(), params, gradient, exp_avg, exp_avg_sq)?;
-    Ok(Table::new(&machine, &[piece])?.sum_of_squares()?.sqrt())
+    Ok(pieces)
 }
 
 /// The model's outputs and x_t of a batch on a GPU, in row-major order.

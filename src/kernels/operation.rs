@@ -39,7 +39,11 @@ pub(super) fn machine_for(operation: &str, tensors: &[&Tensor]) -> Result<Arc<dy
     let installed = MACHINE.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
     let machine = installed.with_context(|| format!("{operation} is used without a GPU: no kernels are installed"))?;
     for tensor in tensors {
-        ensure!(machine.owns(tensor.device()), "a tensor lies on {:?}, not on the kernels' device", tensor.device());
+        ensure!(
+            tensor.device() == machine.device(),
+            "a tensor lies on {:?}, not on the kernels' device",
+            tensor.device()
+        );
         Element::of(tensor.kind())?.variant(operation)?;
     }
     Ok(machine)
@@ -69,7 +73,7 @@ impl Place {
     pub(super) fn machine(&self) -> Result<Arc<dyn Machine>> {
         let machine = machine_for("an operation", &[])?;
         let device = if self.device < 0 { Device::Cpu } else { Device::Cuda(self.device as usize) };
-        ensure!(machine.owns(device), "the tensors lie on {device:?}, not on the kernels' device");
+        ensure!(device == machine.device(), "the tensors lie on {device:?}, not on the kernels' device");
         Ok(machine.on_stream(self.stream))
     }
 

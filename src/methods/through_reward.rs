@@ -41,6 +41,7 @@ pub(super) fn differentiate(
 ) -> Result<ThroughReward> {
     let name = task.config.name.clone();
     let _stage = watch::stage(watch::REWARD, &name);
+    let _precision = pipeline.enter_precision();
     task.reward.set_group(task.config.images_per_prompt);
     let group = task.reward.group();
     let at_once = (at_once / group * group).max(group);

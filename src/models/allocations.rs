@@ -1,10 +1,13 @@
-//! How many bytes of CPU tensors a computation allocates: what a forward pass keeps for its backward pass, and the peak.
+//! What a computation allocates: how often, and on the host how many bytes: what a forward pass keeps for its backward pass,
+//! and the peak.
 
 use std::marker::PhantomData;
 
+use tch::Device;
+
 extern "C" {
     fn allocations_begin();
-    fn allocations_read(now: *mut i64, peak: *mut i64);
+    fn allocations_read(now: *mut i64, peak: *mut i64, made_on_host: *mut i64, made_on_gpu: *mut i64);
     fn allocations_end();
 }
 
@@ -24,19 +27,24 @@ impl Allocations {
 
     /// Bytes that are alive now.
     pub fn alive(&self) -> u64 {
-        self.read().0
+        self.read()[0]
     }
 
     /// The most bytes that were alive at once.
     pub fn peak(&self) -> u64 {
-        self.read().1
+        self.read()[1]
     }
 
-    fn read(&self) -> (u64, u64) {
-        let (mut now, mut peak) = (0, 0);
-        // SAFETY: both point to live integers; `self` proves that a count is under way on this thread.
-        unsafe { allocations_read(&mut now, &mut peak) };
-        (now.max(0) as u64, peak.max(0) as u64)
+    /// How many allocations there were on `device`, or another GPU.
+    pub fn made(&self, device: Device) -> u64 {
+        self.read()[if device == Device::Cpu { 2 } else { 3 }]
+    }
+
+    fn read(&self) -> [u64; 4] {
+        let [mut now, mut peak, mut on_host, mut on_gpu] = [0; 4];
+        // SAFETY: all point to live integers; `self` proves that a count is under way on this thread.
+        unsafe { allocations_read(&mut now, &mut peak, &mut on_host, &mut on_gpu) };
+        [now, peak, on_host, on_gpu].map(|count| count.max(0) as u64)
     }
 }
 
@@ -50,7 +58,7 @@ impl Drop for Allocations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind, Tensor};
+    use tch::{Kind, Tensor};
 
     #[test]
     fn kept_and_peak_bytes() {
@@ -61,6 +69,7 @@ mod tests {
         drop(before);
         assert_eq!(count.alive(), 1_000_000);
         assert_eq!(count.peak(), 3_000_000);
+        assert_eq!((count.made(Device::Cpu), count.made(Device::Cuda(0))), (2, 0));
         drop(a);
         assert_eq!(count.alive(), 0);
     }

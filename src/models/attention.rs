@@ -1,7 +1,7 @@
 //! Attention and the transformer blocks of the U-Net (diffusers' `Attention`, `BasicTransformerBlock`, `Transformer2DModel`).
 
 use anyhow::{ensure, Result};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::{
     flops,
@@ -40,11 +40,10 @@ pub struct Attention {
     to_v: Linear,
     to_out: Linear,
     heads: i64,
-    upcast: bool,
 }
 
 impl Attention {
-    pub fn new(b: &Builder, channels: i64, context_channels: i64, heads: i64, upcast: bool) -> Result<Self> {
+    pub fn new(b: &Builder, channels: i64, context_channels: i64, heads: i64) -> Result<Self> {
         ensure!(heads > 0 && channels % heads == 0, "{channels} channels do not divide into {heads} attention heads");
         Ok(Attention {
             to_q: Linear::without_bias(&b.sub("to_q"), channels, channels)?,
@@ -52,20 +51,13 @@ impl Attention {
             to_v: Linear::without_bias(&b.sub("to_v"), context_channels, channels)?,
             to_out: Linear::new(&b.sub("to_out.0"), channels, channels)?,
             heads,
-            upcast,
         })
     }
 
     /// x [B, N, channels], context [B, M, context_channels] → [B, N, channels].
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Tensor {
         let (q, k, v) = (self.to_q.forward(x), self.to_k.forward(context), self.to_v.forward(context));
-        let mixed = if self.upcast && q.kind() != Kind::Float {
-            let wide = |t: &Tensor| t.to_kind(Kind::Float);
-            multi_head(&wide(&q), &wide(&k), &wide(&v), self.heads, false).to_kind(q.kind())
-        } else {
-            multi_head(&q, &k, &v, self.heads, false)
-        };
-        self.to_out.forward(&mixed)
+        self.to_out.forward(&multi_head(&q, &k, &v, self.heads, false))
     }
 }
 
@@ -81,13 +73,13 @@ struct TransformerBlock {
 }
 
 impl TransformerBlock {
-    fn new(b: &Builder, channels: i64, context_channels: i64, heads: i64, upcast: bool) -> Result<Self> {
+    fn new(b: &Builder, channels: i64, context_channels: i64, heads: i64) -> Result<Self> {
         let eps = 1e-5;
         Ok(TransformerBlock {
             norm1: LayerNorm::new(&b.sub("norm1"), channels, eps)?,
-            attn1: Attention::new(&b.sub("attn1"), channels, channels, heads, upcast)?,
+            attn1: Attention::new(&b.sub("attn1"), channels, channels, heads)?,
             norm2: LayerNorm::new(&b.sub("norm2"), channels, eps)?,
-            attn2: Attention::new(&b.sub("attn2"), channels, context_channels, heads, upcast)?,
+            attn2: Attention::new(&b.sub("attn2"), channels, context_channels, heads)?,
             norm3: LayerNorm::new(&b.sub("norm3"), channels, eps)?,
             ff_in: Linear::new(&b.sub("ff.net.0.proj"), channels, 8 * channels)?,
             ff_out: Linear::new(&b.sub("ff.net.2"), 4 * channels, channels)?,
@@ -136,7 +128,6 @@ pub struct TransformerShape {
     pub layers: i64,
     pub groups: i64,
     pub linear_projection: bool,
-    pub upcast: bool,
 }
 
 impl Transformer2d {
@@ -154,7 +145,7 @@ impl Transformer2d {
             norm: GroupNorm::new(&b.sub("norm"), s.groups, s.channels, 1e-6)?,
             proj_in: projection("proj_in")?,
             blocks: (0..s.layers)
-                .map(|i| TransformerBlock::new(&blocks.sub(i), s.channels, s.context_channels, s.heads, s.upcast))
+                .map(|i| TransformerBlock::new(&blocks.sub(i), s.channels, s.context_channels, s.heads))
                 .collect::<Result<_>>()?,
             proj_out: projection("proj_out")?,
         })

@@ -11,11 +11,13 @@ static TOTAL: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     static PAUSED: Cell<bool> = const { Cell::new(false) };
+    /// Where this thread counts for somebody who asked.
+    static APART: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 pub(super) fn add(multiply_adds: i64) {
     if !PAUSED.get() {
-        TOTAL.fetch_add(2 * multiply_adds as u64, Ordering::Relaxed);
+        add_counted(2 * multiply_adds as u64);
     }
 }
 
@@ -27,9 +29,19 @@ pub(super) fn uncounted<T>(f: impl FnOnce() -> T) -> T {
     result
 }
 
+/// What `f` gives and how many operations that took on this thread; they do not count otherwise.
+pub(crate) fn apart<T>(f: impl FnOnce() -> T) -> (T, u64) {
+    let before = APART.replace(Some(0));
+    let result = f();
+    (result, APART.replace(before).unwrap_or(0))
+}
+
 /// Adds operations that a replay does again.
 pub(crate) fn add_counted(operations: u64) {
-    TOTAL.fetch_add(operations, Ordering::Relaxed);
+    match APART.get() {
+        Some(apart) => APART.set(Some(apart + operations)),
+        None => drop(TOTAL.fetch_add(operations, Ordering::Relaxed)),
+    }
 }
 
 /// Operations counted since the process began.

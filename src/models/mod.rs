@@ -4,6 +4,7 @@
 //! folder.rs       files of a model, on disk or embedded        weights.rs   safetensors <-> named tensors
 //! judge.rs        what a folder is, before its weights are read
 //! model_index.rs  the classes a model may be made of      config_keys.rs   keys of the networks' configs
+//! flat_parameters.rs   a network's weights as one vector        row_major.rs   that vector on its way out and in
 //! scheduler_config.rs   the betas and steps that a model was trained with
 //! weight_files.rs which file holds a network's weights
 //! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
@@ -36,6 +37,7 @@ pub mod pipeline;
 pub mod prompt_cleaning;
 pub mod recompute;
 pub mod resnet;
+pub mod row_major;
 pub mod scheduler_config;
 pub mod text_encoder;
 pub mod time_embedding;

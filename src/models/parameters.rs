@@ -44,12 +44,42 @@ pub struct Parameter {
     pub shape: Vec<i64>,
     /// Shares its tensor with the layer that uses it.
     pub tensor: Tensor,
+    /// What the source gave, on the host, where `tensor` is a rounding of it.
+    given: RefCell<Option<Tensor>>,
+}
+
+impl Parameter {
+    pub fn new(name: impl Into<String>, tensor: &Tensor) -> Self {
+        let (shape, tensor) = (tensor.size(), tensor.shallow_clone());
+        Parameter { name: name.into(), shape, tensor, given: RefCell::new(None) }
+    }
+
+    /// Its values as the source gave them, without the rounding of the network's number type: what training starts from
+    /// and what a file of the model holds. Without a gradient.
+    pub fn exact(&self) -> Tensor {
+        self.given.borrow().as_ref().unwrap_or(&self.tensor).detach()
+    }
+
+    /// Lets go of what the source gave: from now on [`Parameter::exact`] is the network's own tensor.
+    pub fn forget_given(&self) {
+        self.given.take();
+    }
 }
 
 impl Parameters {
     /// Number of scalars.
     pub fn count(&self) -> u64 {
         self.entries.iter().map(|p| p.shape.iter().product::<i64>() as u64).sum()
+    }
+
+    /// [`Parameter::exact`] by name.
+    pub fn exact(&self) -> BTreeMap<String, Tensor> {
+        self.entries.iter().map(|p| (p.name.clone(), p.exact())).collect()
+    }
+
+    /// [`Parameter::forget_given`] of all.
+    pub fn forget_given(&self) {
+        self.entries.iter().for_each(Parameter::forget_given);
     }
 
     pub fn freeze(&self) {
@@ -103,9 +133,9 @@ impl Builder {
         let rank = lora.settings.rank;
         let mut factor = |name: &str, shape: [i64; 2], init| -> Result<Tensor> {
             let full = format!("{layer}.{name}.weight");
-            let tensor = take(&mut lora.source, &full, &shape, init, Kind::Float, device)?;
-            let entry = Parameter { name: full, shape: shape.to_vec(), tensor: tensor.shallow_clone() };
-            lora.parameters.entries.push(entry);
+            let taken = take(&mut lora.source, full, &shape, init, Kind::Float, device)?;
+            let tensor = taken.tensor.shallow_clone();
+            lora.parameters.entries.push(taken);
             Ok(tensor)
         };
         let a = factor("lora_A", [rank, inputs], Init::Uniform((inputs as f64).powf(-0.5)))?;
@@ -145,8 +175,9 @@ impl Builder {
         let full = format!("{}{name}", self.prefix);
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let tensor = take(&mut state.source, &full, shape, init, state.kind, state.device)?;
-        state.parameters.entries.push(Parameter { name: full, shape: shape.to_vec(), tensor: tensor.shallow_clone() });
+        let taken = take(&mut state.source, full, shape, init, state.kind, state.device)?;
+        let tensor = taken.tensor.shallow_clone();
+        state.parameters.entries.push(taken);
         Ok(tensor)
     }
 
@@ -161,17 +192,25 @@ impl Builder {
     }
 }
 
-fn take(source: &mut Source, name: &str, shape: &[i64], init: Init, kind: Kind, device: Device) -> Result<Tensor> {
-    Ok(match source {
+fn take(source: &mut Source, name: String, shape: &[i64], init: Init, kind: Kind, device: Device) -> Result<Parameter> {
+    let given = match source {
         Source::Tensors(tensors) => {
-            let Some(t) = tensors.remove(name) else { bail!("tensor {name} is missing") };
+            let Some(t) = tensors.remove(&name) else { bail!("tensor {name} is missing") };
             ensure!(t.size() == shape, "tensor {name} has shape {:?}, the config asks for {shape:?}", t.size());
             ensure!(t.is_floating_point(), "tensor {name} has type {:?}, expected floating-point numbers", t.kind());
-            placed(&t, kind, device)
+            t
         }
-        Source::Seeded(seed) => placed(&draw(*seed, name, shape, init), kind, device),
-        Source::ShapesOnly => Tensor::zeros(vec![1; shape.len()], (kind, device)).expand(shape, false),
-    })
+        Source::Seeded(seed) => draw(*seed, &name, shape, init),
+        Source::ShapesOnly => {
+            let zero = Tensor::zeros(vec![1; shape.len()], (kind, device)).expand(shape, false);
+            return Ok(Parameter::new(name, &zero));
+        }
+    };
+    let taken = Parameter::new(name, &placed(&given, kind, device));
+    if kind != Kind::Float && given.kind() != kind {
+        taken.given.replace(Some(given));
+    }
+    Ok(taken)
 }
 
 /// On a GPU the kernels of convolutions are channels-last, as their activations are: libraries would convert them in
@@ -244,6 +283,25 @@ mod tests {
         let expected: Vec<f32> = (0..count).map(|_| stream.uniform() as f32).collect();
         let uniform = drawn(at, count, |stream, out| out.iter_mut().for_each(|v| *v = stream.uniform() as f32));
         assert_eq!(Vec::<f32>::try_from(&uniform).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_rounded_parameter_keeps_what_its_source_gave() {
+        let given = Tensor::from_slice(&[0.1f32, -0.0, 1.0 + 1.0 / 512.0, 65504.0]);
+        for stored in [Kind::Float, Kind::Half, Kind::BFloat16] {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let file = BTreeMap::from([("w".to_string(), given.to_kind(stored))]);
+                let builder = Builder::new(Source::Tensors(file), kind, Device::Cpu);
+                let tensor = builder.parameter("w", &[4], Init::Zeros).unwrap();
+                assert_eq!(tensor.kind(), kind);
+                let (parameters, _) = builder.finish();
+                let parameter = &parameters.entries[0];
+                let bits = |t: &Tensor| t.to_kind(Kind::Float).view_dtype(Kind::Int);
+                assert_eq!(bits(&parameter.exact()), bits(&given.to_kind(stored)), "{stored:?} in {kind:?}");
+                parameters.forget_given();
+                assert_eq!(bits(&parameter.exact()), bits(&tensor));
+            }
+        }
     }
 
     #[test]

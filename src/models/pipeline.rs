@@ -12,6 +12,7 @@ use super::{
     lora::{self, LoraSettings},
     model_index::{ensure_supported_pipeline, ensure_supported_scheduler, unread_components},
     parameters::{Builder, Parameters, Source},
+    recompute::Recomputed,
     scheduler_config::{as_the_pipeline_has_it, SchedulerConfig},
     text_encoder::{self, TextConfig, TextEncoder},
     tokenizer::Tokenizer,
@@ -23,6 +24,7 @@ use super::{
 };
 use crate::{
     cannot_write::{make_folder, CannotWrite, Unfinished},
+    device::numerics::{Entered, Precision},
     folders::{replace_folder, NewFolder},
     kernels::on_device,
     telemetry::write_atomic,
@@ -45,21 +47,29 @@ pub struct Pipeline {
     texts: BTreeMap<String, Vec<u8>>,
 }
 
-/// How the networks are built; the text encoder and the VAE are always f32.
+/// How the networks are built; the weights of text encoder and VAE are always f32.
 pub struct Build {
     /// Number type of its weights and activations: f32 or bf16. Latents and predictions are f32 in any case.
     pub unet_kind: Kind,
-    /// Its blocks' activations are computed again in the backward pass instead of kept.
-    pub gradient_checkpointing: bool,
+    /// Which of its blocks' activations are computed again in the backward pass instead of kept.
+    pub recomputed: Recomputed,
     /// Pictures that the VAE decodes at once; 0 for all it is given.
     pub decode_batch: usize,
+    /// What text encoder and VAE compute in.
+    pub precision: Precision,
     /// Low-rank adapters, and where their values come from.
     pub lora: Option<(LoraSettings, Source)>,
 }
 
 impl Default for Build {
     fn default() -> Self {
-        Build { unet_kind: Kind::Float, gradient_checkpointing: false, decode_batch: 0, lora: None }
+        Build {
+            unet_kind: Kind::Float,
+            recomputed: Recomputed::Nothing,
+            decode_batch: 0,
+            precision: Precision::default(),
+            lora: None,
+        }
     }
 }
 
@@ -261,7 +271,7 @@ impl Pipeline {
                 Some((settings, source)) => &b.clone().with_lora(settings, source),
                 None => b,
             };
-            let unet = UNet::new(b, &unet_config, how.unet_kind, how.gradient_checkpointing)?;
+            let unet = UNet::new(b, &unet_config, how.unet_kind, how.recomputed)?;
             adapters = b.finish_lora();
             Ok(unet)
         })?;
@@ -275,6 +285,7 @@ impl Pipeline {
         let (mut vae, vae_parameters) =
             build("vae", origin, vae_source, kind, device, |b| Vae::new(b, &vae_config, kind))?;
         vae.decode_batch = how.decode_batch;
+        vae.precision = how.precision;
         Ok(Pipeline {
             device,
             tokenizer,
@@ -290,6 +301,13 @@ impl Pipeline {
         })
     }
 
+    /// For a process that writes no model: lets go of what the files gave where a network computes in another number type.
+    pub fn forget_given(&self) {
+        for network in [&self.text_parameters, &self.unet_parameters, &self.vae_parameters] {
+            network.forget_given();
+        }
+    }
+
     /// What fine-tuning changes: the adapters where there are some, else the U-Net.
     pub fn trainable(&self) -> &Parameters {
         self.lora.as_ref().map_or(&self.unet_parameters, |(_, adapters)| adapters)
@@ -303,7 +321,7 @@ impl Pipeline {
             (p.name.clone(), tensor)
         });
         let builder = Builder::new(Source::Tensors(tensors.collect()), self.unet.kind, self.device);
-        UNet::new(&builder, &self.unet.config, self.unet.kind, false)
+        UNet::new(&builder, &self.unet.config, self.unet.kind, Recomputed::Nothing)
     }
 
     /// The whole U-Net, without adapters, for given values of [`Pipeline::trainable`].
@@ -323,7 +341,14 @@ impl Pipeline {
     /// Prompts → text embeddings f32 [prompts, tokens, width].
     pub fn embed<S: AsRef<str>>(&self, prompts: &[S]) -> Result<Tensor> {
         let ids = self.tokenizer.encode_batch(prompts)?.to_device(self.device);
-        Ok(tch::no_grad(|| self.text_encoder.forward(&ids)))
+        let _precision = self.enter_precision();
+        Ok(tch::no_grad(|| self.text_encoder.forward(&ids)).to_kind(Kind::Float))
+    }
+
+    /// While what this gives lives, this thread computes as text encoder and VAE do: for the networks of rewards, and for
+    /// backward passes through any of them.
+    pub fn enter_precision(&self) -> Entered {
+        self.vae.precision.enter(self.device)
     }
 
     /// Latent channels, height and width at the model's native size.
@@ -393,15 +418,13 @@ impl Pipeline {
         for (path, bytes) in self.files_to_save()? {
             write(&dir.join(path), &bytes)?;
         }
-        let named =
-            |p: &Parameters| p.entries.iter().map(|e| (e.name.clone(), e.tensor.detach())).collect::<BTreeMap<_, _>>();
         for (component, stem) in COMPONENTS {
             let tensors = match component {
-                "text_encoder" => named(&self.text_parameters),
-                "vae" => named(&self.vae_parameters),
+                "text_encoder" => self.text_parameters.exact(),
+                "vae" => self.vae_parameters.exact(),
                 _ => match unet {
                     Some(weights) => weights.iter().map(|(k, v)| (k.clone(), v.shallow_clone())).collect(),
-                    None => named(&self.unet_parameters),
+                    None => self.unet_parameters.exact(),
                 },
             };
             save_safetensors(&dir.join(component).join(format!("{stem}.safetensors")), &tensors, kind)?;

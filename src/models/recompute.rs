@@ -14,6 +14,27 @@ use torch_sys::C_tensor;
 
 use super::flops;
 
+/// Which parts of a U-Net are run so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recomputed {
+    #[default]
+    Nothing,
+    /// Those at the full resolution of the latents, which hold most of the activations: half of the operations of
+    /// [`Recomputed::Everything`] at most for most of the memory.
+    Level0,
+    Everything,
+}
+
+impl From<bool> for Recomputed {
+    fn from(everything: bool) -> Self {
+        if everything {
+            Recomputed::Everything
+        } else {
+            Recomputed::Nothing
+        }
+    }
+}
+
 type Function = dyn Fn(&[Tensor]) -> Tensor;
 
 /// f, called once more for the backward pass, on the thread that runs that pass.

@@ -1,6 +1,9 @@
 //! ε_θ(x_t, t, c): the text-conditioned U-Net (diffusers' `UNet2DConditionModel`).
 
-use std::sync::Arc;
+use std::sync::{
+    atomic::{AtomicU64, Ordering},
+    Arc,
+};
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -9,7 +12,7 @@ use super::{
     attention::{Transformer2d, TransformerShape},
     layers::{Conv2d, GroupNorm},
     parameters::Builder,
-    recompute::recompute,
+    recompute::{recompute, Recomputed},
     resnet::{Downsample, ResnetBlock, Upsample},
     time_embedding::TimeEmbedding,
     unet_config::{Level, UNetConfig},
@@ -65,10 +68,14 @@ impl Checkpointed {
 }
 
 pub struct UNet {
+    /// Of this process, never given twice.
+    id: u64,
     pub config: UNetConfig,
     /// What it computes in.
     pub kind: Kind,
-    gradient_checkpointing: bool,
+    /// Units whose activations are computed again in the backward pass instead of kept: the same results for less memory and,
+    /// with all of them, a third more time.
+    pub recomputed: Recomputed,
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
     down: Vec<(Vec<Checkpointed>, Option<Downsample>)>,
@@ -76,6 +83,8 @@ pub struct UNet {
     up: Vec<(Vec<Checkpointed>, Option<Upsample>)>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
+    /// Everything it computes with, adapters included.
+    weights: Vec<Tensor>,
 }
 
 fn transformer(b: &Builder, config: &UNetConfig, level: &Level) -> Result<Transformer2d> {
@@ -86,15 +95,20 @@ fn transformer(b: &Builder, config: &UNetConfig, level: &Level) -> Result<Transf
         layers: level.transformer_layers,
         groups: config.groups,
         linear_projection: config.linear_projection,
-        upcast: config.upcast_attention,
     };
     Transformer2d::new(b, shape)
 }
 
 impl UNet {
-    /// `kind` is what it computes in. With `gradient_checkpointing` the activations of a block's units are computed
-    /// again in the backward pass instead of kept: the same results for less memory and a third more time.
-    pub fn new(b: &Builder, config: &UNetConfig, kind: Kind, gradient_checkpointing: bool) -> Result<Self> {
+    /// `kind` is what it computes in.
+    pub fn new(b: &Builder, config: &UNetConfig, kind: Kind, recomputed: Recomputed) -> Result<Self> {
+        let (mut unet, weights) = b.with_parameters(|| UNet::build(b, config, kind, recomputed))?;
+        unet.weights = weights;
+        Ok(unet)
+    }
+
+    fn build(b: &Builder, config: &UNetConfig, kind: Kind, recomputed: Recomputed) -> Result<Self> {
+        static MADE: AtomicU64 = AtomicU64::new(0);
         let c = config;
         let n = c.levels.len();
         let first = c.levels[0].channels;
@@ -150,9 +164,10 @@ impl UNet {
         }
 
         Ok(UNet {
+            id: MADE.fetch_add(1, Ordering::Relaxed),
             config: c.clone(),
             kind,
-            gradient_checkpointing,
+            recomputed,
             conv_in,
             time_embedding,
             down,
@@ -160,7 +175,18 @@ impl UNet {
             up,
             conv_norm_out: GroupNorm::new(&b.sub("conv_norm_out"), c.groups, first, c.norm_eps)?,
             conv_out: Conv2d::new(&b.sub("conv_out"), first, c.out_channels, 3, 1, 1)?,
+            weights: Vec::new(),
         })
+    }
+
+    /// Tells the networks of this process apart.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Where its weights lie now.
+    pub fn weight_addresses(&self) -> Vec<usize> {
+        self.weights.iter().map(|weight| weight.data_ptr() as usize).collect()
     }
 
     /// x_t f32 [B, C, H, W], t `[B]` (any number kind), text embedding [B, tokens, context] → prediction f32 [B, C, H, W].
@@ -169,9 +195,11 @@ impl UNet {
         let text = text.to_kind(self.kind);
         let mut x = self.conv_in.forward(&x_t.to_kind(self.kind));
 
-        let recomputed = self.gradient_checkpointing;
+        let everything = self.recomputed == Recomputed::Everything;
+        let at_level_0 = self.recomputed != Recomputed::Nothing;
         let mut skips = vec![x.shallow_clone()];
-        for (units, sampler) in &self.down {
+        for (level, (units, sampler)) in self.down.iter().enumerate() {
+            let recomputed = if level == 0 { at_level_0 } else { everything };
             for unit in units {
                 x = unit.forward(&x, None, &time, &text, recomputed);
                 skips.push(x.shallow_clone());
@@ -182,9 +210,10 @@ impl UNet {
             }
         }
         for unit in &self.mid {
-            x = unit.forward(&x, None, &time, &text, recomputed);
+            x = unit.forward(&x, None, &time, &text, everything);
         }
-        for (units, sampler) in &self.up {
+        for (level, (units, sampler)) in (0..self.up.len()).rev().zip(&self.up) {
+            let recomputed = if level == 0 { at_level_0 } else { everything };
             for unit in units {
                 let skip = skips.pop().expect("one skip per unit");
                 x = unit.forward(&x, Some(&skip), &time, &text, recomputed);
@@ -205,6 +234,7 @@ mod tests {
     use crate::{
         miniature::EMBEDDED_MODEL,
         models::{
+            allocations::Allocations,
             folder::{ModelFiles, ModelLocation},
             lora::LoraSettings,
             parameters::Source,
@@ -214,34 +244,59 @@ mod tests {
     use tch::Device;
 
     /// Prediction of the embedded model and gradients of its mean square.
-    fn differentiate(gradient_checkpointing: bool, unet_kind: Kind, lora: bool) -> (Tensor, Vec<Tensor>) {
+    fn differentiate(recomputed: Recomputed, unet_kind: Kind, lora: bool) -> (Tensor, Vec<Tensor>, u64) {
         let files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
         let settings = LoraSettings { rank: 2, alpha: 2.0, targets: vec!["to_q".into(), "to_v".into()] };
         let lora = lora.then_some((settings, Source::Seeded(1)));
         let pipeline =
-            Pipeline::with(files, Device::Cpu, Build { unet_kind, gradient_checkpointing, lora, ..Build::default() })
-                .unwrap();
+            Pipeline::with(files, Device::Cpu, Build { unet_kind, recomputed, lora, ..Build::default() }).unwrap();
         let leaves: Vec<Tensor> =
             pipeline.trainable().entries.iter().map(|p| p.tensor.shallow_clone().set_requires_grad(true)).collect();
         let [c, h, w] = pipeline.latent_shape();
         let x = (Tensor::arange(2 * c * h * w, (Kind::Float, Device::Cpu)) * 0.37).sin().view([2, c, h, w]);
         let text = pipeline.embed(&["a kite on a book", "a portrait of a nurse"]).unwrap();
+        let count = Allocations::begin();
         let eps = pipeline.unet.forward(&x, &Tensor::from_slice(&[501i64, 1]), &text);
+        let kept = count.alive();
         let gradients = Tensor::run_backward(&[eps.square().mean(Kind::Float)], &leaves, false, false);
-        (eps, gradients)
+        (eps, gradients, kept)
+    }
+
+    /// Stable Diffusion 2.1's key: diffusers' AttnProcessor2_0 does not widen q, k and v, which would leave a GPU without its
+    /// fused kernels.
+    #[test]
+    fn upcast_attention_is_not_an_attention_in_f32() {
+        let predict = |upcast: bool| {
+            let mut files = ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
+            let mut json = files.json("unet/config.json").unwrap();
+            json["upcast_attention"] = upcast.into();
+            files.texts.insert("unet/config.json".into(), serde_json::to_vec(&json).unwrap());
+            let how = Build { unet_kind: Kind::BFloat16, ..Build::default() };
+            let pipeline = Pipeline::with(files, Device::Cpu, how).unwrap();
+            let [c, h, w] = pipeline.latent_shape();
+            let x = (Tensor::arange(c * h * w, (Kind::Float, Device::Cpu)) * 0.37).sin().view([1, c, h, w]);
+            let text = pipeline.embed(&["a kite on a book"]).unwrap();
+            tch::no_grad(|| pipeline.unet.forward(&x, &Tensor::from_slice(&[501i64]), &text))
+        };
+        assert_eq!(predict(true), predict(false));
     }
 
     #[test]
     fn gradient_checkpointing_changes_no_bit() {
         for (kind, lora) in [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true)] {
-            let (eps, gradients) = differentiate(false, kind, lora);
-            let (eps_again, gradients_again) = differentiate(true, kind, lora);
-            assert_eq!(eps, eps_again, "{kind:?}");
-            assert_eq!(gradients.len(), gradients_again.len());
-            for (i, (a, b)) in gradients.iter().zip(&gradients_again).enumerate() {
-                assert!(a.abs().sum(Kind::Float).double_value(&[]) > 0.0 || lora, "{kind:?}: gradient {i} is zero");
-                assert_eq!(a, b, "{kind:?}, lora {lora}: gradient {i}");
-            }
+            let (eps, gradients, all_kept) = differentiate(Recomputed::Nothing, kind, lora);
+            let kept = [Recomputed::Level0, Recomputed::Everything].map(|recomputed| {
+                let (eps_again, gradients_again, kept) = differentiate(recomputed, kind, lora);
+                assert_eq!(eps, eps_again, "{kind:?}, {recomputed:?}");
+                assert_eq!(gradients.len(), gradients_again.len());
+                for (i, (a, b)) in gradients.iter().zip(&gradients_again).enumerate() {
+                    assert!(a.abs().sum(Kind::Float).double_value(&[]) > 0.0 || lora, "{kind:?}: gradient {i} is zero");
+                    assert_eq!(a, b, "{kind:?}, lora {lora}, {recomputed:?}: gradient {i}");
+                }
+                kept
+            });
+            println!("{kind:?}, lora {lora}: {all_kept} bytes kept, {kept:?} with checkpointing");
+            assert!(kept[1] < kept[0] && kept[0] < all_kept, "{kept:?} of {all_kept}");
         }
     }
 }

@@ -23,7 +23,6 @@ const READ: &[&str] = &[
     "cross_attention_dim",
     "transformer_layers_per_block",
     "use_linear_projection",
-    "upcast_attention",
     "norm_num_groups",
     "norm_eps",
     "flip_sin_to_cos",
@@ -32,9 +31,14 @@ const READ: &[&str] = &[
     "only_cross_attention",
 ];
 
-/// Keys without effect in a network that is built here.
-const WITHOUT_EFFECT: &[&str] =
-    &["addition_embed_type_num_heads", "addition_time_embed_dim", "projection_class_embeddings_input_dim"];
+/// Keys without effect in a network that is built here. `upcast_attention` has none in diffusers either, where attention is
+/// torch's fused one (`AttnProcessor2_0` hands q, k and v over as they are): its softmax is f32 whatever they are.
+const WITHOUT_EFFECT: &[&str] = &[
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    "upcast_attention",
+];
 
 /// Keys that diffusers' U-Net does not know and that nobody reads here.
 pub fn unknown_keys(json: &Value) -> Vec<String> {
@@ -85,7 +89,6 @@ struct Raw {
     cross_attention_dim: PerLevel<i64>,
     transformer_layers_per_block: PerLevel<i64>,
     use_linear_projection: bool,
-    upcast_attention: bool,
     norm_num_groups: i64,
     norm_eps: f64,
     flip_sin_to_cos: bool,
@@ -110,7 +113,6 @@ impl Default for Raw {
             cross_attention_dim: PerLevel::One(1280),
             transformer_layers_per_block: PerLevel::One(1),
             use_linear_projection: false,
-            upcast_attention: false,
             norm_num_groups: 32,
             norm_eps: 1e-5,
             flip_sin_to_cos: true,
@@ -198,7 +200,6 @@ pub struct UNetConfig {
     /// Finest first.
     pub levels: Vec<Level>,
     pub linear_projection: bool,
-    pub upcast_attention: bool,
     pub groups: i64,
     pub norm_eps: f64,
     pub flip_sin_to_cos: bool,
@@ -265,7 +266,6 @@ impl UNetConfig {
             out_channels: raw.out_channels,
             levels,
             linear_projection: raw.use_linear_projection,
-            upcast_attention: raw.upcast_attention,
             groups: raw.norm_num_groups,
             norm_eps: raw.norm_eps,
             flip_sin_to_cos: raw.flip_sin_to_cos,

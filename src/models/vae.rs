@@ -12,7 +12,7 @@ use super::{
     parameters::Builder,
     resnet::{Downsample, ResnetBlock, Upsample},
 };
-use crate::python_json;
+use crate::{device::numerics::Precision, python_json};
 
 const NORM_EPS: f64 = 1e-6;
 
@@ -188,6 +188,8 @@ pub struct Vae {
     pub config: VaeConfig,
     /// Pictures that [`Vae::decode_scaled`] decodes at once, so that memory does not grow with the batch; 0 for all.
     pub decode_batch: usize,
+    /// What it computes in; weights, latents and pictures are f32.
+    pub precision: Precision,
     kind: Kind,
     encoder: Coder<Downsample>,
     quant_conv: Conv2d,
@@ -272,6 +274,7 @@ impl Vae {
         Ok(Vae {
             config: c.clone(),
             decode_batch: 0,
+            precision: Precision::default(),
             kind,
             encoder,
             quant_conv: Conv2d::new(&b.sub("quant_conv"), 2 * c.latent_channels, 2 * c.latent_channels, 1, 1, 0)?,
@@ -282,6 +285,7 @@ impl Vae {
 
     /// Pictures [B, 3, H, W] in [−1, 1] → posterior over latents, f32, not scaled.
     pub fn encode(&self, pictures: &Tensor) -> Posterior {
+        let _precision = self.precision.enter(pictures.device());
         let mut x = self.encoder.conv_in.forward(&pictures.to_kind(self.kind));
         for (resnets, sampler) in &self.encoder.blocks {
             for resnet in resnets {
@@ -303,6 +307,7 @@ impl Vae {
 
     /// Latents [B, latent, h, w] (not scaled) → pictures f32 [B, 3, H, W], nominally in [−1, 1].
     pub fn decode(&self, latents: &Tensor) -> Tensor {
+        let _precision = self.precision.enter(latents.device());
         let z = self.post_quant_conv.forward(&latents.to_kind(self.kind));
         let mut x = self.decoder.mid.forward(&self.decoder.conv_in.forward(&z));
         for (resnets, sampler) in &self.decoder.blocks {
@@ -335,9 +340,37 @@ mod tests {
         miniature::EMBEDDED_MODEL,
         models::{
             folder::{ModelFiles, ModelLocation},
-            pipeline::Pipeline,
+            pipeline::{Build, Pipeline},
         },
     };
+
+    #[test]
+    fn a_vae_in_another_number_type_draws_nearly_the_same() {
+        let files = || ModelFiles::read(&ModelLocation::Embedded(EMBEDDED_MODEL)).unwrap();
+        let drawn = |precision: Precision| {
+            let how = Build { precision, ..Build::default() };
+            let pipeline = Pipeline::with(files(), Device::Cpu, how).unwrap();
+            let [c, h, w] = pipeline.latent_shape();
+            let x_0 = (Tensor::arange(2 * c * h * w, (Kind::Float, Device::Cpu)) * 0.37).sin().view([2, c, h, w]);
+            let text = pipeline.embed(&["a kite on a book"]).unwrap();
+            let pictures = tch::no_grad(|| pipeline.vae.decode_scaled(&x_0));
+            let latents = tch::no_grad(|| pipeline.vae.encode_scaled(&pictures));
+            for made in [&text, &pictures, &latents] {
+                assert_eq!(made.kind(), Kind::Float, "{precision:?}");
+            }
+            let kept = pipeline.vae_parameters.entries.iter().all(|p| p.tensor.kind() == Kind::Float);
+            assert!(kept, "weights are f32 whatever they compute in");
+            (text, pictures, latents)
+        };
+        let gap = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]) / b.abs().max().double_value(&[]);
+        let f32 = drawn(Precision::F32);
+        // a CPU has no TF32
+        assert_eq!(drawn(Precision::Tf32).1, f32.1);
+        let bf16 = drawn(Precision::Bf16);
+        let gaps = [gap(&bf16.0, &f32.0), gap(&bf16.1, &f32.1), gap(&bf16.2, &f32.2)];
+        println!("text, pictures, latents: {gaps:?}");
+        assert!(gaps.iter().all(|&gap| gap > 0.0 && gap < 0.1), "{gaps:?}");
+    }
 
     #[test]
     fn pictures_do_not_depend_on_how_many_are_decoded_at_once() {

@@ -183,7 +183,7 @@ fn encoders_digest(pipeline: &Pipeline, comm: &dyn Communicator) -> Result<Strin
         let mut hash = Sha256::new();
         for entry in pipeline.vae_parameters.entries.iter().chain(&pipeline.text_parameters.entries) {
             hash.update(entry.name.as_bytes());
-            hash.update(tensor_bytes(&entry.tensor.detach())?);
+            hash.update(tensor_bytes(&entry.exact().to_kind(Kind::Float))?);
         }
         Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     };

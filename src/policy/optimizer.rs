@@ -6,7 +6,7 @@ use tch::Device;
 use crate::{
     kernels::{
         adamw::{self, AdamW},
-        on_device::{self, Stepped},
+        on_device::{Stepped, Stepper},
         FlatBuffer,
     },
     models::flat_parameters::FlatParameters,
@@ -23,6 +23,7 @@ pub struct Optimizer {
     pub exp_avg_sq: FlatBuffer,
     /// Steps taken so far.
     pub steps: u64,
+    stepper: Stepper,
 }
 
 impl Optimizer {
@@ -35,6 +36,7 @@ impl Optimizer {
             exp_avg: FlatBuffer::zeros(params.len(), params.device()),
             exp_avg_sq: FlatBuffer::zeros(params.len(), params.device()),
             steps: 0,
+            stepper: Stepper::default(),
         }
     }
 
@@ -43,8 +45,15 @@ impl Optimizer {
     /// # Errors
     /// The gradient is not finite: nothing is changed then, on any rank, since all hold the same gradient.
     pub fn step(&mut self, params: &mut FlatParameters, gradient: &FlatBuffer) -> Result<f64> {
-        let like = [params.buffer(), &self.exp_avg, &self.exp_avg_sq];
-        let norm = on_device::gradient_norm(gradient, like)?;
+        let (buffer, copies) = params.buffer_and_copies();
+        let stepped = Stepped {
+            params: buffer,
+            copies: &copies,
+            grads: gradient,
+            exp_avg: &mut self.exp_avg,
+            exp_avg_sq: &mut self.exp_avg_sq,
+        };
+        let norm = self.stepper.gradient_norm(&stepped)?;
         ensure!(
             norm.is_finite(),
             "the gradient of optimizer step {} is not finite (norm {norm}): NaN or infinity in the U-Net's output or in \
@@ -57,15 +66,7 @@ impl Optimizer {
             settings.learning_rate *= ((self.steps + 1) as f64 / self.warmup_steps as f64).min(1.0);
         }
         self.steps += 1;
-        let (buffer, copies) = params.buffer_and_copies();
-        let stepped = Stepped {
-            params: buffer,
-            copies: &copies,
-            grads: gradient,
-            exp_avg: &mut self.exp_avg,
-            exp_avg_sq: &mut self.exp_avg_sq,
-        };
-        on_device::adamw_step(stepped, &settings, self.steps, scale)?;
+        self.stepper.step(stepped, &settings, self.steps, scale)?;
         Ok(norm)
     }
 }
@@ -74,8 +75,8 @@ impl Optimizer {
 pub fn update_average(average: &mut FlatBuffer, weights: &FlatBuffer, decay: f64) {
     let rest = 1.0 - decay;
     if average.device() != Device::Cpu {
-        let step = (weights.tensor() - average.tensor()) * rest;
-        let _ = average.tensor().shallow_clone().g_add_(&step);
+        // in place: beside weights and average there is no room for a third vector
+        let _ = average.tensor().shallow_clone().lerp_(weights.tensor(), rest);
         return;
     }
     for (a, &w) in average.slice_mut().iter_mut().zip(weights.slice()) {

@@ -21,6 +21,7 @@ use super::listed::Texts;
 use crate::{
     cannot_write::{CannotWrite, OfRanks},
     comm::{agree, Communicator},
+    host,
     watch::hosts,
 };
 
@@ -120,7 +121,7 @@ impl SharedFile {
     fn write(folder: &Path, texts: &Texts) -> Result<SharedFile> {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("rldiff-{}-{number}.prompts", std::process::id()));
+        let path = folder.join(format!("rldiff-{}-{number}.prompts", host::process_mark()));
         let write = || -> Result<SharedFile> {
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             let guard = SharedFile { path: path.clone() };

@@ -53,6 +53,29 @@ pub struct Part {
     pub rewards: Vec<f32>,
 }
 
+impl Scores {
+    /// Appends those of the next pictures, by the same reward.
+    fn append(&mut self, next: Scores) {
+        self.rewards.extend(next.rewards);
+        append_parts(&mut self.parts, next.parts);
+        for (name, values) in next.diagnostics {
+            match self.diagnostics.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, all)) => all.extend(values),
+                None => self.diagnostics.push((name, values)),
+            }
+        }
+    }
+}
+
+/// All pictures of a batch that comes in parts.
+fn whole(parts: &mut dyn Iterator<Item = Tensor>) -> Tensor {
+    let parts: Vec<Tensor> = parts.collect();
+    match &parts[..] {
+        [all] => all.shallow_clone(),
+        parts => Tensor::cat(parts, 0),
+    }
+}
+
 /// Appends the next pictures' parts, which are as many every time.
 pub fn append_parts(all: &mut Vec<Part>, next: Vec<Part>) {
     if all.is_empty() {
@@ -86,6 +109,26 @@ pub trait Reward {
     /// program judges meanwhile, others have judged when this returns.
     fn begin(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Pending> {
         Ok(Pending::Judged(self.score_with_ids(images, prompts, ids)?))
+    }
+    /// As [`Reward::begin`] for a batch whose pictures come in parts, of any size, each while the next one is decoded. A reward
+    /// that judges pictures one by one judges each part as it comes; others wait for all of them.
+    fn begin_in_parts(
+        &mut self,
+        parts: &mut dyn Iterator<Item = Tensor>,
+        prompts: &[Prompt],
+        ids: &[String],
+    ) -> Result<Pending> {
+        if self.group() > 1 {
+            return self.begin(&whole(parts), prompts, ids);
+        }
+        let (mut all, mut first) = (Scores::default(), 0);
+        for images in parts {
+            let end = first + images.size()[0] as usize;
+            ensure!(end <= prompts.len(), "{end} pictures and {} prompts", prompts.len());
+            all.append(self.score_with_ids(&images, &prompts[first..end], &ids[first..end])?);
+            first = end;
+        }
+        Ok(Pending::Judged(all))
     }
     /// The scores of [`Reward::score_with_ids`] for the batch that was begun.
     fn collect(&mut self, pending: Pending) -> Result<Scores> {

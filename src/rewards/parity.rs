@@ -12,7 +12,7 @@
 use anyhow::{ensure, Context, Result};
 use tch::Tensor;
 
-use super::{Reward, Scores};
+use super::{Pending, Reward, Scores};
 use crate::{
     excerpt::{quoted, IN_MESSAGES},
     prompts::Prompt,
@@ -68,7 +68,31 @@ impl<C: Classifier> Reward for Parity<C> {
     /// Diagnostics, one value per group: `miss_rate` and `share_<class>` (shares of the whole group; together with
     /// the miss rate they sum to 1). Errors: pictures that do not fill whole groups, or a group of mixed prompts.
     fn score(&mut self, images: &Tensor, prompts: &[Prompt]) -> Result<Scores> {
-        let labels = self.classifier.classify(images).with_context(|| format!("reward '{}'", self.name))?;
+        let labels = self.classify(images)?;
+        self.judge(&labels, prompts)
+    }
+
+    fn begin_in_parts(
+        &mut self,
+        parts: &mut dyn Iterator<Item = Tensor>,
+        prompts: &[Prompt],
+        _ids: &[String],
+    ) -> Result<Pending> {
+        let mut labels = Vec::with_capacity(prompts.len());
+        for images in parts {
+            labels.extend(self.classify(&images)?);
+        }
+        Ok(Pending::Judged(self.judge(&labels, prompts)?))
+    }
+}
+
+impl<C: Classifier> Parity<C> {
+    fn classify(&mut self, images: &Tensor) -> Result<Vec<Option<usize>>> {
+        self.classifier.classify(images).with_context(|| format!("reward '{}'", self.name))
+    }
+
+    /// The scores of pictures by their classes.
+    fn judge(&self, labels: &[Option<usize>], prompts: &[Prompt]) -> Result<Scores> {
         let n = labels.len();
         ensure!(n == prompts.len(), "{n} pictures and {} prompts", prompts.len());
         ensure!(n % self.group == 0, "{n} pictures do not make whole groups of {}", self.group);

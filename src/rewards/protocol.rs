@@ -20,7 +20,7 @@ use anyhow::{anyhow, bail, ensure, Result};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::{check_batch, rgb_bytes, Pending, Reward, Scores};
+use super::{check_batch, rgb_bytes, whole, Pending, Reward, Scores};
 use crate::{excerpt::escaped, prompts::Prompt, signals};
 
 /// A longer answer is not read.
@@ -176,6 +176,16 @@ impl<P: Program> Reward for External<P> {
     fn score_with_ids(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Scores> {
         let pending = self.begin(images, prompts, ids)?;
         self.collect(pending)
+    }
+
+    /// One batch, so that the program judges while the next one is rolled out.
+    fn begin_in_parts(
+        &mut self,
+        parts: &mut dyn Iterator<Item = Tensor>,
+        prompts: &[Prompt],
+        ids: &[String],
+    ) -> Result<Pending> {
+        self.begin(&whole(parts), prompts, ids)
     }
 
     /// Pictures with a value that is not finite are bad samples and not sent.

@@ -8,7 +8,7 @@
 use anyhow::{bail, Context, Result};
 use tch::Tensor;
 
-use super::{DifferentiableReward, Part, Pending, Reward, Scores};
+use super::{whole, DifferentiableReward, Part, Pending, Reward, Scores};
 use crate::prompts::Prompt;
 
 /// See the module.
@@ -50,6 +50,16 @@ impl Reward for Sum {
     fn begin(&mut self, images: &Tensor, prompts: &[Prompt], ids: &[String]) -> Result<Pending> {
         let parts = self.parts.iter_mut().map(|(_, _, reward)| reward.begin(images, prompts, ids));
         Ok(Pending::Parts(parts.collect::<Result<_>>()?))
+    }
+
+    /// Each of its parts wants all pictures.
+    fn begin_in_parts(
+        &mut self,
+        parts: &mut dyn Iterator<Item = Tensor>,
+        prompts: &[Prompt],
+        ids: &[String],
+    ) -> Result<Pending> {
+        self.begin(&whole(parts), prompts, ids)
     }
 
     /// Diagnostics: `part_<name>`, the part's rewards, and the part's own as `<name>_<diagnostic>`.

@@ -6,12 +6,15 @@ use tch::{Device, Kind, Tensor};
 
 use super::build_for;
 use crate::{
+    comm::Wire,
     config::{Compute, Config, MethodConfig, PretrainMode, TaskConfig},
+    device::numerics::Precision,
     models::{
         allocations::Allocations,
         flops,
         folder::ModelFiles,
         pipeline::{Build, Pipeline},
+        recompute::Recomputed,
     },
 };
 
@@ -51,19 +54,41 @@ pub struct Memory {
     pub update: u64,
     /// Activations of a lane's roll-out, or of decoding its pictures if those are more.
     pub rollout: u64,
+    /// What recorded denoising steps work with, on a GPU: it is theirs for good.
+    pub graphs: u64,
+    /// On a GPU: what CUDA and its libraries keep, NCCL's buffers with several ranks.
+    pub libraries: u64,
+}
+
+/// A context of CUDA, the loaded kernels, the work spaces of cuBLAS and cuDNN; an estimate from what is known of an H100.
+const CONTEXT: u64 = 900_000_000;
+/// Channels and buffers of NCCL on one GPU; an estimate, from 0.5 to 1.5 GB by the number of its rings.
+const NCCL: u64 = 1_250_000_000;
+
+/// How a rank computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Lanes of a rank, one after the other.
+    pub lanes: usize,
+    pub on_gpu: bool,
+    /// With other ranks.
+    pub in_company: bool,
+    /// Denoising steps are recorded.
+    pub graphs: bool,
 }
 
 impl Memory {
     /// Activations of roll-out and update are not alive at the same time.
     pub fn total(&self) -> u64 {
-        self.weights + self.optimizer + self.gradients + self.update.max(self.rollout)
+        let activations = self.update.max(self.rollout);
+        self.weights + self.optimizer + self.gradients + activations + self.graphs + self.libraries
     }
 }
 
 /// Measures the networks of `architecture`, without weights and in f32 (a CPU may take minutes for a pass in bf16),
-/// built as `config` says.
-pub fn measure(architecture: ModelFiles, config: &Config) -> Result<Cost> {
-    let how = Build { unet_kind: Kind::Float, ..build_for(config) };
+/// built as `config` says but for what is computed again in the backward pass.
+pub fn measure(architecture: ModelFiles, config: &Config, recomputed: Recomputed) -> Result<Cost> {
+    let how = Build { unet_kind: Kind::Float, recomputed, precision: Precision::F32, ..build_for(config) };
     let pipeline = &Pipeline::shapes_only(architecture, Device::Cpu, how)?;
     let counted = |work: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
         let before = flops::counted();
@@ -193,8 +218,9 @@ fn rows(config: &Config) -> (u64, u64) {
     }
 }
 
-/// Memory of one rank that runs `lanes` lanes, one after the other.
-pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -> Memory {
+/// Memory of one rank.
+pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, setting: Setting) -> Memory {
+    let lanes = setting.lanes;
     let scalars = |p: &crate::models::parameters::Parameters| p.count();
     let compute = match config.model.compute {
         Compute::F32 => 4,
@@ -209,6 +235,8 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
     let optimizer = 4 * trained * (2 + u64::from(!own_master) + u64::from(config.ema.decay > 0.0));
     // one lane's tensors, its flat copy, and the partial sums of the tree over lanes
     let partial_sums = u64::from(lanes.next_power_of_two().trailing_zeros());
+    let is_staged = setting.on_gpu && setting.in_company && config.comm.wire == Wire::Bf16;
+    let staging = if is_staged { 2 * trained } else { 0 };
     let leaf = if pipeline.lora.is_some() { 4 } else { compute };
     let (rollout_rows, update_rows) = rows(config);
     let lane = config.tasks.iter().map(|t| t.samples / config.run.lanes).max().unwrap_or(0) as u64;
@@ -228,10 +256,17 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, lanes: usize) -
     Memory {
         weights: frozen + unets * compute * scalars(&pipeline.unet_parameters),
         optimizer,
-        gradients: trained * (leaf + 4 * (1 + partial_sums)),
+        gradients: trained * (leaf + 4 * (1 + partial_sums)) + staging,
         update: update_rows * (cost.kept_per_row + cost.working_per_row)
             + decoded_with_gradient * cost.decode_with_gradient,
         rollout: (rollout_rows * cost.working_per_row).max(at_once(pictures) * cost.decode_per_picture),
+        // all recordings share it, the largest says how much it is
+        graphs: if setting.graphs { rollout_rows * cost.working_per_row } else { 0 },
+        libraries: match (setting.on_gpu, setting.in_company) {
+            (false, _) => 0,
+            (true, false) => CONTEXT,
+            (true, true) => CONTEXT + NCCL,
+        },
     }
 }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{ensure, Context, Result};
 use tch::Kind;
 
-use super::{load_model, no_signal, stop};
+use super::{load_base, no_signal, stop};
 use crate::{
     cannot_write::CannotWrite,
     comm::{agree, Communicator},
@@ -78,7 +78,7 @@ fn evaluate_both(
 ) -> Result<(Vec<TaskEvaluation>, Vec<TaskEvaluation>)> {
     signals::stop_here(comm)?;
     let tuned = evaluate(config, &trainer.pipeline, &trainer.steps, &mut trainer.tasks, comm)?;
-    let base_model = load_model(&config.model.path, comm, trainer.pipeline.device)?;
+    let base_model = load_base(config, comm, trainer.pipeline.device)?;
     signals::stop_here(comm)?;
     let base = evaluate(config, &base_model, &trainer.steps, &mut trainer.tasks, comm)?;
     Ok((base, tuned))

@@ -12,7 +12,7 @@ use crate::{
     comm::Communicator,
     config::{load, Config},
     folders::{can_be_folder, contents, outputs, FolderLock, Place},
-    store::{self, Checkpoint, Loaded},
+    store::{self, Head, Stored},
     telemetry::{RunFiles, SampleSheet},
 };
 
@@ -26,35 +26,38 @@ pub enum Resume {
     From(PathBuf),
 }
 
-pub fn find(resume: &Resume, files: &RunFiles, comm: &dyn Communicator) -> Result<Option<Loaded>> {
+pub fn find(resume: &Resume, files: &RunFiles, comm: &dyn Communicator) -> Result<Option<Stored>> {
     let path = match resume {
         Resume::No => return Ok(None),
-        Resume::Auto => return store::load_latest(&files.checkpoints(), comm),
+        Resume::Auto => return store::open_latest(&files.checkpoints(), comm),
         Resume::From(path) => path,
     };
     let of_run = RunFiles::new(path.clone()).checkpoints();
     if !of_run.is_dir() {
-        return store::load(path, comm).map(Some);
+        return store::open(path, comm).map(Some);
     }
-    match store::load_latest(&of_run, comm)? {
-        Some(loaded) => Ok(Some(loaded)),
+    match store::open_latest(&of_run, comm)? {
+        Some(stored) => Ok(Some(stored)),
         None => bail!("{} holds no checkpoint to resume from", path.display()),
     }
 }
 
 /// A resumed run equals the uninterrupted one only under the config it was started with; what may change is where it
 /// ends, what it writes and how it evaluates. (The checkpoint has the U-Net only, so the model must be the same.)
-pub fn check_config(config: &Config, checkpoint: &Checkpoint) -> Result<()> {
+pub fn check_config(config: &Config, checkpoint: &Head) -> Result<()> {
     let stored = load::parse(&checkpoint.config_toml, "the checkpoint's config", &[])?;
     let mut wanted = config.clone();
     wanted.run = stored.run.clone();
     wanted.run.seed = config.run.seed;
     wanted.run.lanes = config.run.lanes;
     wanted.run.threads = config.run.threads;
+    wanted.run.deterministic = config.run.deterministic;
     wanted.stop = stored.stop.clone();
     // what a run that is out of memory changes; another decode_batch may change last bits
     wanted.model.gradient_checkpointing = stored.model.gradient_checkpointing;
     wanted.model.decode_batch = stored.model.decode_batch;
+    // the same results
+    wanted.rollout.cuda_graph = stored.rollout.cuda_graph;
     wanted.comm.bucket_mb = stored.comm.bucket_mb;
     wanted.trajectories = stored.trajectories.clone();
     wanted.evaluation = stored.evaluation.clone();

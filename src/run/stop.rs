@@ -9,7 +9,7 @@ use crate::{
     comm::Communicator,
     config::{Config, RewardSource, StopConfig, StopCriterion},
     convergence::{Curve, Judge, Rewards, MEAN_OF_TASKS},
-    store::{checkpoint::REWARDS, Checkpoint},
+    store::{checkpoint::REWARDS, Head},
     telemetry::{names, read_metrics, Ending, FallBack, Metrics, Reason, RunFiles},
 };
 
@@ -36,7 +36,7 @@ impl Stop {
     /// Of a run that goes on from a checkpoint. Its rewards are there but for the last evaluation, which may have
     /// been made after it; that, and all of them where the run had no `[stop]` until now, is in the metrics of its
     /// folder.
-    pub fn resumed(config: &Config, comm: &dyn Communicator, origin: &Path, checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn resumed(config: &Config, comm: &dyn Communicator, origin: &Path, checkpoint: &Head) -> Result<Self> {
         let mut stop = Stop::new(config);
         let Some(by) = &mut stop.by else { return Ok(stop) };
         if let Some(rewards) = checkpoint.meta.get(REWARDS) {

@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
+use tch::Device;
 
 use super::{course, no_signal::NoSignal, recorder::Recorder, results, resume, trajectories, Run};
 use crate::{
     cannot_write::CannotWrite,
-    comm::agree,
+    comm::{agree, last_words},
     config::RewardSource,
     faults,
     folders::FolderLock,
@@ -18,6 +19,9 @@ use crate::{
     telemetry::{names, read_metrics, Metrics, Reason},
     watch::{self, Limits, Watchdog},
 };
+
+/// What the message of a failure has to come out by itself.
+const PATIENCE_AFTER_A_FAILURE: Duration = Duration::from_secs(10);
 
 /// A run under way: what it writes with, and where it is.
 struct UnderWay {
@@ -53,6 +57,7 @@ impl Run<'_> {
             return Ok(());
         }
         signals::stop_here(comm)?;
+        self.trainer.chosen.tell();
         let config_toml = toml::to_string_pretty(config)?;
         let begun = if first { self.begin(&config_toml).map(Some) } else { Ok(None) };
         let (recorder, begun) = match begun {
@@ -78,7 +83,14 @@ impl Run<'_> {
         };
         match self.work(&mut way) {
             Err(e) if signals::is_interruption(&e) => self.leave(way).and(Err(e)),
-            ended => ended,
+            Err(e) => {
+                // what is dropped on the way to the message may wait for a GPU that waits for other ranks
+                if self.trainer.pipeline.device != Device::Cpu && comm.size() > 1 {
+                    last_words(comm.rank(), &e, PATIENCE_AFTER_A_FAILURE)?;
+                }
+                Err(e)
+            }
+            Ok(()) => Ok(()),
         }
     }
 
@@ -170,7 +182,7 @@ impl Run<'_> {
             ended |= self.stop.see(RewardSource::Evaluation, &mut metrics, comm)?;
         }
         if config.run.compare_every > 0 && done % config.run.compare_every == 0 {
-            replicas::compare(self.trainer.learner.vectors(), done, &way.hosts, comm)?;
+            replicas::compare(self.trainer.learner.buffers(), done, &way.hosts, comm)?;
         }
         let every = config.run.checkpoint_every;
         let _stage = watch::stage("saving", "");
@@ -238,7 +250,7 @@ impl Run<'_> {
     fn begin_save(&self, way: &mut UnderWay) -> Result<Option<SaveReport>> {
         let metrics = way.recorder.as_ref().map(|recorder| recorder.metrics.file()).transpose()?;
         let learner = &self.trainer.learner;
-        let (mut meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors().collect::<Vec<_>>());
+        let (mut meta, layout, vectors) = (learner.meta(), learner.layout(), learner.vectors());
         self.stop.add_to(&mut meta, way.done)?;
         let checkpoint = Learner::checkpoint(way.done, &vectors, &meta, &layout, &way.config_toml);
         let earlier = way.saver.begin(&checkpoint, metrics, self.comm).context(CannotWrite::new("the run's files"))?;

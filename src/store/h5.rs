@@ -1,6 +1,6 @@
 //! Small helpers over hdf5: strings, arrays, and files that appear whole or not at all.
 
-use std::{path::Path, str::FromStr};
+use std::{ops::Range, path::Path, str::FromStr};
 
 use anyhow::{ensure, Context, Result};
 use hdf5::{plist::file_access::FileAccessBuilder, types::VarLenUnicode, FileBuilder, Group, H5Type};
@@ -87,6 +87,19 @@ pub fn write_checked_rows<T: H5Type>(group: &Group, name: &str, values: &[T], sh
 
 pub fn read_vector<T: H5Type>(group: &Group, name: &str) -> Result<Vec<T>> {
     group.dataset(name).and_then(|d| d.read_raw()).with_context(|| format!("dataset {name}"))
+}
+
+/// Some of a vector.
+pub fn read_range<T: H5Type>(group: &Group, name: &str, range: Range<usize>) -> Result<Vec<T>> {
+    let read = group.dataset(name).and_then(|d| d.read_slice_1d::<T, _>(range));
+    Ok(read.with_context(|| format!("dataset {name}"))?.into_raw_vec_and_offset().0)
+}
+
+/// Elements of a vector.
+pub fn length(group: &Group, name: &str) -> Result<usize> {
+    let dataset = group.dataset(name).with_context(|| format!("dataset {name}"))?;
+    ensure!(dataset.ndim() == 1, "dataset {name} has {} dimensions", dataset.ndim());
+    Ok(dataset.size())
 }
 
 pub fn write_attribute<T: H5Type>(group: &Group, name: &str, value: T) -> Result<()> {

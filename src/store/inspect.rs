@@ -1,14 +1,11 @@
 //! What `rldiff inspect` says of a checkpoint, a run's checkpoints, or a trajectory shard.
 
-use std::{
-    fmt::Write,
-    path::{Path, PathBuf},
-};
+use std::{fmt::Write, path::Path};
 
 use anyhow::{bail, Context, Result};
 
 use super::{
-    checkpoint::{self, Checkpoint, REWARDS},
+    checkpoint::{self, Checkpoint, Loaded, Stored, REWARDS},
     h5, state_digest,
 };
 use crate::{comm::Local, convergence::Rewards, kernels::adamw::global_norm};
@@ -18,7 +15,7 @@ pub fn inspect(path: &Path) -> Result<String> {
     if path.is_file() {
         return describe_file(path);
     }
-    let (folder, checkpoint, warnings) = find(path)?;
+    let Loaded { checkpoint, path: folder, warnings } = Loaded::of(find(path)?, &Local)?;
     let mut out = String::new();
     for warning in warnings {
         writeln!(out, "warning: {warning}")?;
@@ -65,7 +62,7 @@ pub fn inspect(path: &Path) -> Result<String> {
 
 /// SHA-256 over the whole training state of the checkpoint at `path` (see [`state_digest`]).
 pub fn digest(path: &Path) -> Result<String> {
-    state_digest(&find(path)?.1)
+    state_digest(&Loaded::of(find(path)?, &Local)?.checkpoint)
 }
 
 /// Whether the vectors are the U-Net's or those of its adapters, as the config says.
@@ -83,20 +80,17 @@ fn elements(checkpoint: &Checkpoint) -> usize {
     checkpoint.vectors.first().map_or(0, |(_, values)| values.len())
 }
 
-/// The checkpoint at `path` (a checkpoint, a folder of them or a run's folder: the newest sound one), where it lies,
-/// and what is to be said of newer ones.
-pub fn find(path: &Path) -> Result<(PathBuf, Checkpoint, Vec<String>)> {
+/// The checkpoint at `path` (a checkpoint, a folder of them or a run's folder: the newest sound one).
+pub fn find(path: &Path) -> Result<Stored> {
     if !path.exists() {
         bail!("{} does not exist", path.display());
     }
     if path.join("manifest.json").exists() {
-        return Ok((path.to_path_buf(), checkpoint::read(path)?, Vec::new()));
+        return checkpoint::open(path, &Local);
     }
     let inner = path.join("checkpoints");
     let folder = if inner.is_dir() { inner } else { path.to_path_buf() };
-    let loaded = checkpoint::load_latest(&folder, &Local)?
-        .with_context(|| format!("{} holds no checkpoint", folder.display()))?;
-    Ok((loaded.path, loaded.checkpoint, loaded.warnings))
+    checkpoint::open_latest(&folder, &Local)?.with_context(|| format!("{} holds no checkpoint", folder.display()))
 }
 
 fn describe_file(path: &Path) -> Result<String> {

@@ -11,7 +11,8 @@ mod inspect;
 mod trajectory;
 
 pub use checkpoint::{
-    load, load_latest, save, Checkpoint, CheckpointRef, Keep, Loaded, ParameterEntry, SaveReport, Saver,
+    load, load_latest, open, open_latest, save, Checkpoint, CheckpointRef, Head, Keep, Loaded, ParameterEntry,
+    SaveReport, Saver, Stored,
 };
 pub use digest::state_digest;
 pub use encoded_pairs::{pairs_path, read_pairs_header, write_pairs, EncodedPairs, PairIndex, PairReader, PairsHeader};

@@ -130,7 +130,7 @@ fn remove_shards(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        // TASK-rank-NNN.h5, or .TASK-rank-NNN.h5.PID.tmp where it was being written
+        // TASK-rank-NNN.h5, or .TASK-rank-NNN.h5.HOST-PID.tmp where it was being written
         let name = name.strip_suffix(".tmp").and_then(|name| name.rsplit_once('.')).map_or(name.as_str(), |n| n.0);
         let rank = name.strip_suffix(".h5").and_then(|name| name.rsplit_once("-rank-")).map(|(_, rank)| rank);
         if rank.is_some_and(|rank| rank.parse::<usize>().is_ok()) && !entry.file_type()?.is_dir() {

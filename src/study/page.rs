@@ -38,7 +38,7 @@ fn findings(study: &Study) -> String {
     let seeds: Vec<String> = study.seeds.iter().map(|seed| seed.to_string()).collect();
     format!(
         "<p>Seeds {}. All models draw the same prompts from the same noise. Intervals are 95 %, from draws of prompts and seeds \
-         with replacement; what few seeds say of the seeds' share in them is little.</p>\n{}",
+         with replacement; what few seeds say of the seeds' share in them is little.</p>\n<div class=\"sentences\">\n{}</div>\n",
         seeds.join(", "),
         table(&["the paper finds", "its figure", "here", "our figure"], &rows)
     )

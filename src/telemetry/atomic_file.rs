@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::{cannot_write::CannotWrite, faults};
+use crate::{cannot_write::CannotWrite, faults, host};
 
 /// Writes `bytes` to `path` so that a crash leaves the old file or the new one, never a torn one: a temporary file
 /// in the same folder, fsync, rename, fsync of the folder. What cannot be replaced by a file (`/dev/stdout`, a pipe with
@@ -42,7 +42,7 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -
     let name = path.file_name().with_context(|| format!("{} names no file", path.display()))?;
     let mut temporary_name = OsString::from(".");
     temporary_name.push(OsStr::from_bytes(&name.as_bytes()[..name.len().min(NAME_IN_TEMPORARY)]));
-    temporary_name.push(format!(".{}.tmp", std::process::id()));
+    temporary_name.push(format!(".{}.tmp", host::process_mark()));
     let temporary = folder.join(temporary_name);
     let written = write_and_rename(&temporary, path, folder, write);
     if written.is_err() {
@@ -101,6 +101,21 @@ mod tests {
             "{error:#}"
         );
         assert!(is_stream(&pipe) && is_stream(Path::new("/dev/full")));
+    }
+
+    /// Another host may have a process of the same number.
+    #[test]
+    fn the_temporary_name_carries_the_host() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut seen = String::new();
+        write_atomic_with(&folder.path().join("a.json"), |temporary| {
+            seen = temporary.file_name().unwrap().to_str().unwrap().to_string();
+            Ok(fs::write(temporary, "x")?)
+        })
+        .unwrap();
+        assert_eq!(seen, format!(".a.json.{}.tmp", host::process_mark()));
+        // leftovers are known by what is left without the end and the mark
+        assert_eq!(seen.strip_suffix(".tmp").unwrap().rsplit_once('.').unwrap().0, ".a.json");
     }
 
     #[test]

@@ -149,14 +149,7 @@ fn create_file(folder: &Path) -> Result<(File, PathBuf)> {
 
 /// The machine's name, or "localhost" where it cannot be had.
 fn host_name() -> String {
-    let mut buffer = [0_u8; 256];
-    // SAFETY: the pointer and the length describe `buffer`, which outlives the call
-    let status = unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len()) };
-    let name = buffer.split(|byte| *byte == 0).next().unwrap_or_default();
-    match std::str::from_utf8(name) {
-        Ok(name) if status == 0 && !name.is_empty() => name.replace('/', "_"),
-        _ => "localhost".to_owned(),
-    }
+    crate::host::name().map_or("localhost".to_owned(), |name| name.replace('/', "_"))
 }
 
 /// One TFRecord.

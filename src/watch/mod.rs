@@ -21,7 +21,11 @@ use serde::{Deserialize, Serialize};
 
 pub use dog::{Limits, Watchdog};
 
-use crate::{cannot_write::make_folder, comm::Communicator, faults};
+use crate::{
+    cannot_write::make_folder,
+    comm::{self, Communicator},
+    faults, host,
+};
 
 /// The stage that `run.reward_limit` is about.
 pub const REWARD: &str = "reward";
@@ -107,9 +111,10 @@ impl Drop for Collective {
     }
 }
 
-/// Time this rank has spent in collectives so far: to tell its own work from waiting for others.
+/// Time this rank has spent in collectives so far, and its GPU in waiting for sums over ranks: to tell its own work from
+/// waiting for others. Whoever asks for a stage waits for the GPU's part of it first.
 pub fn waited() -> Duration {
-    record().waited
+    record().waited + comm::nccl::waited()
 }
 
 /// A rank's record at one moment, as its watchdog puts it down.
@@ -155,11 +160,7 @@ pub fn clear(folder: &Path) -> Result<()> {
 
 /// Names of the ranks' hosts, in rank order. A collective call.
 pub fn hosts(comm: &dyn Communicator) -> anyhow::Result<Vec<String>> {
-    let mut name = [0u8; 256];
-    // SAFETY: the buffer is as long as said; a name that does not fit is cut, and the last byte stays 0.
-    unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) };
-    let name: Vec<u8> = name.into_iter().take_while(|&byte| byte != 0).collect();
-    let all = comm.all_gather_bytes(&name)?;
+    let all = comm.all_gather_bytes(host::name().unwrap_or_default().as_bytes())?;
     Ok(all.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect())
 }
 

@@ -3,8 +3,9 @@
 use half::bf16;
 use rldiff::kernels::adamw::{self, AdamW, Piece, Table};
 use rldiff::kernels::cuda::Element;
-use rldiff::kernels::on_device::{adamw_step, adamw_step_by, Stepped};
+use rldiff::kernels::on_device::{Stepped, Stepper};
 use rldiff::kernels::FlatBuffer;
+use rldiff::models::allocations::Allocations;
 use rldiff::models::flat_parameters::FlatParameters;
 use rldiff::models::layers::channels_last;
 use rldiff::models::parameters::{Parameter, Parameters};
@@ -121,7 +122,8 @@ pub fn the_network_follows(machines: &Machines, device: Device) {
         .collect();
     // weights, both moments and the network's tensors, all in row-major order
     type State = (Vec<f32>, Vec<f32>, Vec<f32>, Vec<Tensor>);
-    let stepped = |device: Device, order: fn(&Tensor) -> Tensor, step: &dyn Fn(Stepped, u64)| -> State {
+    type Step<'s> = &'s mut dyn FnMut(Stepped, u64);
+    let stepped = |device: Device, order: fn(&Tensor) -> Tensor, step: Step| -> State {
         let placed = |i: usize| {
             let own = tensors[i].to_device(device).copy();
             if own.dim() == 4 {
@@ -130,7 +132,7 @@ pub fn the_network_follows(machines: &Machines, device: Device) {
                 own
             }
         };
-        let parameter = |i: usize| Parameter { name: i.to_string(), shape: shapes[i].to_vec(), tensor: placed(i) };
+        let parameter = |i: usize| Parameter::new(i.to_string(), &placed(i));
         let entries = (0..4).map(parameter).collect();
         let mut params = FlatParameters::new(&[&Parameters { entries }]).unwrap();
         let mut moments = [0, 1].map(|_| FlatBuffer::zeros(params.len(), device));
@@ -148,11 +150,28 @@ pub fn the_network_follows(machines: &Machines, device: Device) {
         let leaves = params.leaves().iter().map(|leaf| leaf.detach().to_device(Device::Cpu).contiguous());
         (host(params.buffer()), host(&moments[0]), host(&moments[1]), leaves.collect())
     };
-    let on_host = stepped(Device::Cpu, Tensor::copy, &|stepped, k| adamw_step(stepped, &settings, k, 0.7).unwrap());
+    let mut plain = Stepper::default();
+    let on_host = stepped(Device::Cpu, Tensor::copy, &mut |stepped, k| plain.step(stepped, &settings, k, 0.7).unwrap());
     assert!(on_host.3.iter().zip(&tensors).all(|(after, before)| after != before), "a tensor did not move");
+    let mut stepper = Stepper::default();
     for machine in machines {
-        let by_kernel = |stepped: Stepped, k| adamw_step_by(machine, stepped, &settings, k, 0.7).unwrap();
-        let ours = stepped(device, channels_last, &by_kernel);
+        // a table for every set of vectors, kept as long as they are there; the gradient lies elsewhere each time
+        let mut gradients = Vec::new();
+        let mut by_kernel = |stepped: Stepped, k: u64| {
+            gradients.push(stepped.grads.clone());
+            let Stepped { params, copies, exp_avg, exp_avg_sq, .. } = stepped;
+            let grads = gradients.last().unwrap();
+            let count = Allocations::begin();
+            let stepped = Stepped { params, copies, grads, exp_avg, exp_avg_sq };
+            let norm = stepper.gradient_norm_by(machine, &stepped).unwrap();
+            stepper.step_by(machine, stepped, &settings, k, 0.7).unwrap();
+            let (made, expected) = (count.made(device), if k == 1 { 3 } else { 0 });
+            println!("step {k}: {made} allocations");
+            assert_eq!(made, expected, "allocations of step {k}");
+            let host = Vec::<f32>::try_from(grads.tensor().to_device(Device::Cpu)).unwrap();
+            assert!((norm / adamw::global_norm(&host) - 1.0).abs() < 1e-12);
+        };
+        let ours = stepped(device, channels_last, &mut by_kernel);
         assert!(f32_bits(&ours.0) == f32_bits(&on_host.0), "weights");
         assert!(f32_bits(&ours.1) == f32_bits(&on_host.1), "first moments");
         assert!(f32_bits(&ours.2) == f32_bits(&on_host.2), "second moments");

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use rldiff::kernels::cuda::{Buffer, Element, Machine, Number, Slice};
+use rldiff::kernels::cuda::{self, Element, Machine, Number, Slice};
 use rldiff::kernels::normal_rows::{self, Rows};
 use rldiff::random::{Coordinates, Purpose};
 
@@ -58,6 +58,66 @@ pub fn rounded<T: Real>(values: &[f32]) -> Vec<T> {
 
 pub fn values<T: Real>(rounded: &[T]) -> Vec<f32> {
     rounded.iter().map(|v| v.value()).collect()
+}
+
+/// Memory of a machine between two guards, bytes that no kernel may change; looked at when it is dropped.
+pub struct Buffer {
+    words: cuda::Buffer,
+    length: usize,
+    element: Element,
+}
+
+impl Buffer {
+    const GUARD: usize = 64;
+    const GUARD_BYTE: u8 = 0xa5;
+
+    /// Every bit is set: NaN.
+    pub fn new(machine: &Arc<dyn Machine>, length: usize, element: Element) -> anyhow::Result<Self> {
+        Buffer::holding(machine, &vec![0xff; length * element.bytes()], element)
+    }
+
+    pub fn upload<T: Number>(machine: &Arc<dyn Machine>, values: &[T]) -> anyhow::Result<Self> {
+        Buffer::holding(machine, bytemuck::cast_slice(values), T::ELEMENT)
+    }
+
+    fn holding(machine: &Arc<dyn Machine>, bytes: &[u8], element: Element) -> anyhow::Result<Self> {
+        let end = (Self::GUARD + bytes.len()).next_multiple_of(4) + Self::GUARD;
+        let mut all = vec![Self::GUARD_BYTE; end];
+        all[Self::GUARD..Self::GUARD + bytes.len()].copy_from_slice(bytes);
+        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&all);
+        let words = cuda::Buffer::upload(machine, &words)?;
+        Ok(Buffer { words, length: bytes.len() / element.bytes(), element })
+    }
+
+    fn bytes(&self) -> anyhow::Result<Vec<u8>> {
+        Ok(bytemuck::pod_collect_to_vec(&self.words.download::<u32>()?))
+    }
+
+    fn own(&self) -> std::ops::Range<usize> {
+        Self::GUARD..Self::GUARD + self.length * self.element.bytes()
+    }
+
+    pub fn download<T: Number>(&self) -> anyhow::Result<Vec<T>> {
+        anyhow::ensure!(T::ELEMENT == self.element, "a buffer of {:?} is read as {:?}", self.element, T::ELEMENT);
+        Ok(bytemuck::pod_collect_to_vec(&self.bytes()?[self.own()]))
+    }
+
+    pub fn slice(&self) -> Slice<'_> {
+        let address = self.words.slice().address() + Self::GUARD as u64;
+        // SAFETY: what lies between the guards, as many elements of this type
+        unsafe { Slice::from_raw(address, self.length, self.element) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let (bytes, own) = (self.bytes().unwrap(), self.own());
+        let intact = bytes[..own.start].iter().chain(&bytes[own.end..]).all(|&byte| byte == Self::GUARD_BYTE);
+        assert!(intact, "a kernel wrote beyond the ends of {} bytes", own.len());
+    }
 }
 
 /// Values on a machine, `offset` elements behind an aligned address.

@@ -1,6 +1,5 @@
 //! A machine that runs the unchanged CUDA sources on the host, through g++ and `host_emulation.h`.
 
-use std::alloc::{alloc, dealloc, Layout};
 use std::collections::HashMap;
 use std::ffi::{c_void, CStr, CString};
 use std::fmt::Write;
@@ -13,15 +12,10 @@ use rldiff::kernels::cuda::{Machine, Source, SOURCES};
 
 type Kernel = unsafe extern "C" fn(*const u32, u32, *const *const c_void, i32);
 
-/// Bytes before and behind each allocation that must not change.
-const GUARD: usize = 64;
-const GUARD_BYTE: u8 = 0xa5;
-
 struct Shared {
     kernels: HashMap<&'static str, Kernel>,
     /// The emulation has one set of fibers per library.
     running: Mutex<()>,
-    allocated: Mutex<HashMap<u64, usize>>,
 }
 
 /// The emulated device.
@@ -37,7 +31,7 @@ pub fn machines() -> [Arc<dyn Machine>; 2] {
     static SHARED: OnceLock<Arc<Shared>> = OnceLock::new();
     let shared = SHARED.get_or_init(|| {
         let kernels = SOURCES.iter().flat_map(compile).collect();
-        Arc::new(Shared { kernels, running: Mutex::new(()), allocated: Mutex::default() })
+        Arc::new(Shared { kernels, running: Mutex::new(()) })
     });
     [false, true].map(|descending| Arc::new(Emulated { shared: shared.clone(), descending }) as Arc<dyn Machine>)
 }
@@ -92,39 +86,7 @@ impl Machine for Emulated {
         Arc::new(self.clone())
     }
 
-    fn owns(&self, device: tch::Device) -> bool {
-        device == tch::Device::Cpu
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<u64> {
-        let total = bytes + 2 * GUARD;
-        // SAFETY: the size is not 0; all of it is initialised here, the memory itself to NaN patterns
-        let address = unsafe {
-            let base = alloc(Layout::from_size_align(total, 64)?);
-            std::ptr::write_bytes(base, GUARD_BYTE, total);
-            std::ptr::write_bytes(base.add(GUARD), 0xff, bytes);
-            base.add(GUARD) as u64
-        };
-        self.shared.allocated.lock().unwrap().insert(address, bytes);
-        Ok(address)
-    }
-
-    unsafe fn free(&self, address: u64) {
-        let bytes = self.shared.allocated.lock().unwrap().remove(&address).expect("freed memory was allocated");
-        let base = (address as *mut u8).sub(GUARD);
-        let all = std::slice::from_raw_parts(base, bytes + 2 * GUARD);
-        let intact = all[..GUARD].iter().chain(&all[GUARD + bytes..]).all(|&byte| byte == GUARD_BYTE);
-        dealloc(base, Layout::from_size_align(bytes + 2 * GUARD, 64).unwrap());
-        assert!(intact || std::thread::panicking(), "a kernel wrote beyond the ends of {bytes} bytes");
-    }
-
-    unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len());
-        Ok(())
-    }
-
-    unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len());
-        Ok(())
+    fn device(&self) -> tch::Device {
+        tch::Device::Cpu
     }
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rldiff::kernels::cuda::{Buffer, Machine};
+use rldiff::kernels::cuda::Machine;
 use rldiff::kernels::geglu as op;
 use tch::{Device, Kind, Tensor};
 
-use super::cases::{normals, Machines, Observed, Real};
+use super::cases::{normals, Buffer, Machines, Observed, Real};
 
 /// Rows and width: packs that are not full, fewer than a block has and more, nothing at all.
 const SHAPES: [(usize, usize); 6] = [(1, 1), (3, 5), (7, 16), (130, 72), (0, 8), (2, 1280)];

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rldiff::kernels::cuda::{Buffer, Element, Machine};
+use rldiff::kernels::cuda::{Element, Machine};
 use rldiff::kernels::group_norm_silu::{self as op, DeviceGradients, DeviceInputs, Shape};
 use tch::{Device, Kind, Tensor};
 
-use super::cases::{normals, Machines, Observed, Real};
+use super::cases::{normals, Buffer, Machines, Observed, Real};
 
 const fn shape(samples: usize, pixels: usize, channels: usize, groups: usize, silu: bool) -> Shape {
     Shape { samples, pixels, channels, groups, epsilon: 1e-5, silu }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rldiff::kernels::cuda::{Buffer, Element, Machine};
+use rldiff::kernels::cuda::{Element, Machine};
 use rldiff::kernels::layer_norm::{self as op, DeviceInputs, ParameterGradients, Shape};
 use tch::{Device, Kind, Tensor};
 
-use super::cases::{normals, Machines, Observed, Real};
+use super::cases::{normals, Buffer, Machines, Observed, Real};
 
 /// Rows and width: one element, packs that are not full, 8, 16 and 32 lanes, several pieces, the widest row of 16 bits
 /// that also fits in f32, no rows.

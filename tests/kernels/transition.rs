@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use rldiff::kernels::clipped_surrogate::{self, DeviceGradients, DeviceStored, Objective, SampleTerms, TERMS};
-use rldiff::kernels::cuda::{Buffer, Element, Machine, Slice};
+use rldiff::kernels::cuda::{Element, Machine, Slice};
 use rldiff::kernels::ddim_step::{self, DeviceInputs, Given, StepScalars};
 use rldiff::kernels::normal_rows::Rows;
 
 use super::cases::{f32_bits, largest, largest_gap, noise, normals, on_all, rounded, stream, values};
-use super::cases::{Machines, Observed, Placed, Real};
+use super::cases::{Buffer, Machines, Observed, Placed, Real};
 
 /// Row lengths: one element, less than four, not a multiple of four, around the block's 4096 elements, the paper's, and
 /// more than the surrogate keeps in registers.

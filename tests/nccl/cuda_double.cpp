@@ -3,7 +3,9 @@
 // a wrong result. Handles that were destroyed, and calls without a current context, are refused as the driver refuses them.
 #include "cuda_double.h"
 
+#include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -22,9 +24,12 @@ class Done {
   bool done = false;
 
  public:
+  std::chrono::steady_clock::time_point when;
+
   void set() {
     std::lock_guard<std::mutex> lock(mutex);
     done = true;
+    when = std::chrono::steady_clock::now();
     changed.notify_all();
   }
   void wait() {
@@ -89,6 +94,7 @@ struct Event {
 std::mutex registry;
 std::set<Stream *> streams;
 std::set<Event *> events;
+std::set<char *> allocations;
 int retained = 0;
 int the_context = 0;  // its address is the handle
 thread_local void *current = nullptr;
@@ -137,7 +143,7 @@ int double_has_context() { return current != nullptr; }
 
 int double_live_handles() {
   std::lock_guard<std::mutex> lock(registry);
-  return static_cast<int>(streams.size() + events.size()) + retained;
+  return static_cast<int>(streams.size() + events.size() + allocations.size()) + retained;
 }
 
 int cuInit(unsigned) { return SUCCESS; }
@@ -196,6 +202,39 @@ int cuEventRecord(void *event, void *stream) {
   Event *known_event = known(events, event);
   if (!known_stream || !known_event) return INVALID_HANDLE;
   known_event->recorded = known_stream->mark();
+  return SUCCESS;
+}
+
+int cuEventElapsedTime_v2(float *milliseconds, void *begins, void *ends) {
+  Event *first = known(events, begins);
+  Event *second = known(events, ends);
+  if (!first || !second || !first->recorded || !second->recorded) return INVALID_HANDLE;
+  if (!first->recorded->is_set() || !second->recorded->is_set()) return NOT_READY;
+  *milliseconds = std::chrono::duration<float, std::milli>(second->recorded->when - first->recorded->when).count();
+  return SUCCESS;
+}
+
+int cuMemAlloc_v2(unsigned long long *address, size_t bytes) {
+  if (!current) return INVALID_CONTEXT;
+  char *memory = new char[bytes];
+  std::lock_guard<std::mutex> lock(registry);
+  allocations.insert(memory);
+  *address = reinterpret_cast<unsigned long long>(memory);
+  return SUCCESS;
+}
+
+int cuMemFree_v2(unsigned long long address) {
+  char *memory = reinterpret_cast<char *>(address);
+  {
+    std::lock_guard<std::mutex> lock(registry);
+    if (allocations.erase(memory) == 0) return INVALID_VALUE;
+  }
+  delete[] memory;
+  return SUCCESS;
+}
+
+int cuMemsetD8_v2(unsigned long long address, unsigned char value, size_t bytes) {
+  std::memset(reinterpret_cast<char *>(address), value, bytes);
   return SUCCESS;
 }
 

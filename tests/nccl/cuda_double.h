@@ -6,6 +6,6 @@ extern "C" {
 int double_enqueue(void *stream, void (*work)(void *), void *argument);
 // Whether the calling thread has a current context.
 int double_has_context();
-// Streams and events that were made and not destroyed, and contexts that were retained and not released.
+// Streams, events and memory that were made and not destroyed, and contexts that were retained and not released.
 int double_live_handles();
 }

@@ -2,8 +2,11 @@
 // cuda_double.cpp. Sums are those of the project's fixed tree over ranks, every partial sum of bf16 rounded, so that tests can
 // compare bits with the sums of MPI (NCCL promises no order).
 //
+// As NCCL since 2.22, the first sum connects the ranks, in the call itself: it returns when all ranks have called.
+//
 // It checks what NCCL leaves to its caller: that all ranks start the same sums in the same order, with a current context and
-// on a live stream. RLDIFF_NCCL_DOUBLE asks for a failure: "unique id", "joining" or "network", and "@" with a rank.
+// on a live stream. RLDIFF_NCCL_DOUBLE asks for a failure: "unique id", "joining" or "network", and "@" with a rank; "call N"
+// (the N-th sum, from 1) and "abort" never return on that rank.
 #include "cuda_double.h"
 
 #include <fcntl.h>
@@ -54,6 +57,10 @@ struct Comm {
 bool fails(const char *what, int rank) {
   const char *wanted = std::getenv("RLDIFF_NCCL_DOUBLE");
   return wanted && wanted == std::string(what) + "@" + std::to_string(rank);
+}
+
+[[noreturn]] void block() {
+  for (;;) pause();
 }
 
 // False: the communicator was aborted meanwhile.
@@ -183,6 +190,8 @@ int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, vo
   if (from != to || op != SUM || (type != FLOAT32 && type != BFLOAT16) || comm->aborted) return INVALID_ARGUMENT;
   if (fails("network", comm->rank)) comm->error = REMOTE_ERROR;
   const Call call = {++comm->calls, count, type};
+  if (fails(("call " + std::to_string(call.number)).c_str(), comm->rank)) block();
+  if (call.number == 1 && !meet(comm)) return SYSTEM_ERROR;
   return double_enqueue(stream, reduce, new Reduction{comm, to, call}) == 0 ? SUCCESS : UNHANDLED_CUDA_ERROR;
 }
 
@@ -192,6 +201,7 @@ int ncclCommGetAsyncError(void *handle, int *error) {
 }
 
 int ncclCommAbort(void *handle) {
+  if (fails("abort", static_cast<Comm *>(handle)->rank)) block();
   static_cast<Comm *>(handle)->aborted = true;  // not freed: sums that wait look at it
   return SUCCESS;
 }

@@ -21,7 +21,7 @@ use crate::{
         group_norm_silu::group_norm_silu,
         layer_norm::layer_norm,
         normal_rows::Rows,
-        on_device::{self, Stepped},
+        on_device::{self, Stepped, Stepper},
         FlatBuffer,
     },
     models::layers::channels_last,
@@ -246,6 +246,7 @@ impl Bench<'_> {
         let n = self.parameters;
         let [mut param, grad, mut exp_avg, mut exp_avg_sq] =
             [0; 4].map(|_| FlatBuffer::from_slice(&vec![0.5f32; n as usize], self.device));
+        let mut stepper = Stepper::default();
         let step = self.time(format!("adamw (reference), {n} parameters"), 28 * n, |_| {
             let stepped = Stepped {
                 params: &mut param,
@@ -254,7 +255,7 @@ impl Bench<'_> {
                 exp_avg: &mut exp_avg,
                 exp_avg_sq: &mut exp_avg_sq,
             };
-            on_device::adamw_step(stepped, &AdamW::default(), 1, 1.0)
+            stepper.step(stepped, &AdamW::default(), 1, 1.0)
         })?;
         Ok(vec![draw, surrogate, step])
     }

@@ -127,7 +127,7 @@ fn measure(args: &Args) -> Result<Value> {
     };
     let how = Build {
         unet_kind: if args.compute == Compute::F32 { Kind::Float } else { Kind::BFloat16 },
-        gradient_checkpointing: !args.no_gradient_checkpointing,
+        recomputed: (!args.no_gradient_checkpointing).into(),
         lora: (args.lora > 0).then_some((settings, Source::Seeded(SEED))),
         ..Build::default()
     };

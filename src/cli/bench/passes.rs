@@ -140,7 +140,7 @@ impl<'a> Bench<'a> {
     fn new(args: &'a Args, comm: &'a dyn Communicator, device: Device) -> Result<Self> {
         let how = Build {
             unet_kind: if args.bf16 { Kind::BFloat16 } else { Kind::Float },
-            gradient_checkpointing: args.gradient_checkpointing,
+            recomputed: args.gradient_checkpointing.into(),
             ..Build::default()
         };
         let pipeline = match args.architecture {

@@ -9,6 +9,7 @@ use cudarc::driver::{result, sys, CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{cache_folder, compile_cached, Architecture, Toolkit, SOURCES};
+use super::shared::received;
 use super::Machine;
 
 /// Is there an NVIDIA driver (libcuda.so.1)? Ask before anything else here: cudarc panics without one.
@@ -40,7 +41,7 @@ impl Gpu {
         Ok(CudaContext::device_count().context("the NVIDIA driver does not count its devices")? as usize)
     }
 
-    /// Opens device `ordinal` and compiles the kernels for it, or takes them from the cache.
+    /// Opens device `ordinal` with the kernels that rank 0 has sent, else takes them from the cache or compiles them.
     ///
     /// # Errors
     /// No driver, no such device, no NVRTC, kernels that do not compile (with NVRTC's log).
@@ -53,10 +54,15 @@ impl Gpu {
         let architecture = Architecture { major: major as u32, minor: minor as u32 };
         let mut kernels = HashMap::new();
         for source in &SOURCES {
-            let mut toolkit = || Toolkit::find(&[]);
-            let compiled = compile_cached(source, architecture, cache_folder().as_deref(), &mut toolkit)?;
+            let cubin = match received(source, architecture) {
+                Some(cubin) => cubin,
+                None => {
+                    let mut toolkit = || Toolkit::find(&[]);
+                    compile_cached(source, architecture, cache_folder().as_deref(), &mut toolkit)?.cubin
+                }
+            };
             let module = context
-                .load_module(Ptx::from_binary(compiled.cubin))
+                .load_module(Ptx::from_binary(cubin))
                 .with_context(|| format!("the driver refuses the compiled kernels of cuda/{}.cu", source.name))?;
             for &kernel in source.kernels {
                 let function = module.load_function(kernel).with_context(|| format!("kernel {kernel} is missing"))?;
@@ -101,30 +107,7 @@ impl Machine for Gpu {
         Arc::new(Gpu { stream, ..self.clone() })
     }
 
-    fn owns(&self, device: tch::Device) -> bool {
-        device == tch::Device::Cuda(self.context.ordinal())
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<u64> {
-        self.context.bind_to_thread()?;
-        // SAFETY: the context is current
-        unsafe { result::malloc_sync(bytes) }.with_context(|| format!("{bytes} bytes of device memory"))
-    }
-
-    unsafe fn free(&self, address: u64) {
-        // a destructor cannot report; the error of a failed kernel comes out at the next call that can
-        let _ = self.context.synchronize();
-        let _ = result::free_sync(address);
-    }
-
-    unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.context.bind_to_thread()?;
-        result::memcpy_htod_sync(address, bytes).context("copying to the device")
-    }
-
-    unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        self.context.bind_to_thread()?;
-        self.context.synchronize().context("a kernel failed")?;
-        result::memcpy_dtoh_sync(bytes, address).context("copying from the device")
+    fn device(&self) -> tch::Device {
+        tch::Device::Cuda(self.context.ordinal())
     }
 }

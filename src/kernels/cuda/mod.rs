@@ -11,16 +11,18 @@
 
 mod compile;
 mod device;
+mod shared;
 
 pub use compile::{compile, Architecture, Compiled, Source, Toolkit, SOURCES};
 pub use device::{is_driver_present, Gpu};
+pub use shared::{share, share_with, shared_bytes};
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 use anyhow::{bail, ensure, Context, Result};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// What kernels run on.
 pub trait Machine: Send + Sync {
@@ -34,27 +36,8 @@ pub trait Machine: Send + Sync {
     /// This machine, launching on another stream; 0 is the default stream.
     fn on_stream(&self, stream: u64) -> Arc<dyn Machine>;
 
-    /// Does the memory of a tensor on this device belong to this machine?
-    fn owns(&self, device: tch::Device) -> bool;
-
-    /// `bytes` (more than 0) of uninitialised memory, aligned to 16 bytes or more.
-    fn allocate(&self, bytes: usize) -> Result<u64>;
-
-    /// # Safety
-    /// `address` came from `allocate` and is not used any more.
-    unsafe fn free(&self, address: u64);
-
-    /// Copies to the machine; done when this returns.
-    ///
-    /// # Safety
-    /// `address` has room for `bytes`.
-    unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()>;
-
-    /// Copies from the machine, after all that was launched before.
-    ///
-    /// # Safety
-    /// `address` holds as many bytes as `bytes`.
-    unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+    /// Where its tensors lie.
+    fn device(&self) -> Device;
 }
 
 /// Number type of device memory.
@@ -86,6 +69,18 @@ impl Element {
             Kind::Double => Element::F64,
             other => bail!("kernels take f32, bf16, f16 and f64, not {other:?}"),
         })
+    }
+
+    /// The tensors that hold such numbers; the bits of unsigned ones are those of signed ones.
+    fn kind(self) -> Kind {
+        match self {
+            Element::F32 => Kind::Float,
+            Element::Bf16 => Kind::BFloat16,
+            Element::F16 => Kind::Half,
+            Element::F64 => Kind::Double,
+            Element::U32 => Kind::Int,
+            Element::U64 => Kind::Int64,
+        }
     }
 
     /// Index of f32, bf16, f16, which is the order of each kernel's variants.
@@ -132,7 +127,11 @@ impl<'a> Slice<'a> {
     /// # Errors
     /// A tensor on another device or with gaps between its elements (channels-last has none).
     pub fn of(tensor: &'a Tensor, machine: &dyn Machine) -> Result<Self> {
-        ensure!(machine.owns(tensor.device()), "the tensor lies on {:?}, not on the kernels' device", tensor.device());
+        ensure!(
+            tensor.device() == machine.device(),
+            "the tensor lies on {:?}, not on the kernels' device",
+            tensor.device()
+        );
         ensure!(is_dense(tensor), "the tensor has gaps: shape {:?}, strides {:?}", tensor.size(), tensor.stride());
         let element = Element::of(tensor.kind())?;
         // SAFETY: a dense tensor's elements are numel() neighbours from data_ptr(), and the tensor is borrowed for 'a
@@ -216,57 +215,43 @@ pub(super) fn ensure_apart(written: &[Slice], read: &[Slice]) -> Result<()> {
     Ok(())
 }
 
-/// Memory of a machine, freed when dropped.
+/// Memory of a machine that is no tensor's: a table or work space of a kernel. It is libtorch's, which has taken most of a
+/// GPU: the driver might have nothing left to give, though libtorch holds memory that nobody uses. libtorch hands it on in
+/// stream order, so it may be dropped while a kernel runs.
 pub struct Buffer {
-    machine: Arc<dyn Machine>,
-    address: u64,
-    length: usize,
+    tensor: Tensor,
     element: Element,
 }
 
 impl Buffer {
     /// Uninitialised memory.
     pub fn new(machine: &Arc<dyn Machine>, length: usize, element: Element) -> Result<Self> {
-        let bytes = length.checked_mul(element.bytes()).context("a buffer larger than the address space")?;
-        let address = if bytes == 0 { 0 } else { machine.allocate(bytes)? };
-        Ok(Buffer { machine: machine.clone(), address, length, element })
+        let length = i64::try_from(length).context("a buffer larger than the address space")?;
+        let tensor = Tensor::f_empty([length], (element.kind(), machine.device()))?;
+        Ok(Buffer { tensor, element })
     }
 
     pub fn upload<T: Number>(machine: &Arc<dyn Machine>, values: &[T]) -> Result<Self> {
-        let buffer = Buffer::new(machine, values.len(), T::ELEMENT)?;
-        if !values.is_empty() {
-            // SAFETY: the buffer was made for as many values of this type
-            unsafe { machine.write(buffer.address, bytemuck::cast_slice(values))? };
-        }
-        Ok(buffer)
+        let (bytes, kind) = (bytemuck::cast_slice(values), T::ELEMENT.kind());
+        let on_host = Tensor::f_from_data_size(bytes, &[values.len() as i64], kind)?;
+        Ok(Buffer { tensor: on_host.f_to_device(machine.device())?, element: T::ELEMENT })
     }
 
-    /// The values, after all kernels launched before.
+    /// The values, after all that libtorch's current stream was given before.
     ///
     /// # Errors
     /// `T` is not the buffer's number type; a kernel failed.
     pub fn download<T: Number>(&self) -> Result<Vec<T>> {
         ensure!(T::ELEMENT == self.element, "a buffer of {:?} is read as {:?}", self.element, T::ELEMENT);
-        let mut values = vec![T::zeroed(); self.length];
-        if self.length > 0 {
-            // SAFETY: the buffer holds as many values of this type
-            unsafe { self.machine.read(self.address, bytemuck::cast_slice_mut(&mut values))? };
-        }
+        let mut values = vec![T::zeroed(); self.tensor.numel()];
+        let on_host = self.tensor.f_to_device(Device::Cpu).context("a kernel failed")?;
+        on_host.f_copy_data_u8(bytemuck::cast_slice_mut(&mut values), self.tensor.numel())?;
         Ok(values)
     }
 
     pub fn slice(&self) -> Slice<'_> {
-        // SAFETY: the memory is this buffer's; `free` waits for the kernels that use it
-        unsafe { Slice::from_raw(self.address, self.length, self.element) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if self.address != 0 {
-            // SAFETY: the address came from `allocate` and nobody can borrow the buffer any more
-            unsafe { self.machine.free(self.address) };
-        }
+        // SAFETY: the memory is this buffer's, as many elements of this type
+        unsafe { Slice::from_raw(self.tensor.data_ptr() as u64, self.tensor.numel(), self.element) }
     }
 }
 

@@ -23,7 +23,7 @@ mod merging;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::parameters::Parameters;
 
@@ -63,19 +63,21 @@ impl LoraPair {
     }
 }
 
-/// The U-Net's weights, on the host, with the adapters' products added: what a model without adapters needs to be the same.
+/// The U-Net's weights as its source gave them, on the host, with the adapters' products added: what a model without adapters
+/// needs to be the same. Where a product is zero a weight keeps its bits.
 ///
 /// # Errors
 /// An adapter without its other factor or its layer.
 pub fn merge(unet: &Parameters, adapters: &BTreeMap<String, Tensor>, scale: f64) -> Result<BTreeMap<String, Tensor>> {
     let _no_grad = tch::no_grad_guard();
-    let mut merged: BTreeMap<String, Tensor> =
-        unet.entries.iter().map(|p| (p.name.clone(), p.tensor.detach().to_device(Device::Cpu))).collect();
+    let mut merged = unet.exact();
+    merged.values_mut().for_each(|weight| *weight = weight.to_device(Device::Cpu));
     for (name, a) in adapters {
         let Some(layer) = name.strip_suffix(".lora_A.weight") else { continue };
         let b = adapters.get(&format!("{layer}.lora_B.weight")).with_context(|| format!("{layer} lacks lora_B"))?;
         let weight = merged.get_mut(&format!("{layer}.weight")).with_context(|| format!("no layer {layer}"))?;
-        *weight = (&*weight + (b.matmul(a) * scale).to_kind(weight.kind())).detach();
+        let (wide, product) = (weight.to_kind(Kind::Float), b.matmul(a).to_kind(Kind::Float) * scale);
+        *weight = wide.where_self(&product.eq(0.0), &(&wide + &product));
     }
     Ok(merged)
 }
@@ -88,8 +90,6 @@ pub fn to_file(adapters: &BTreeMap<String, Tensor>, scale: f64) -> BTreeMap<Stri
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
-
     use super::*;
     use crate::{
         miniature::EMBEDDED_MODEL,

@@ -11,6 +11,9 @@
 //! `layout` (JSON: name, shape and offset of every parameter in the vectors), `meta` (JSON: step counters and running
 //! statistics) and `config` (TOML). How many ranks wrote it does not matter to who loads it.
 //!
+//! A save copies and writes its rank's share only. Whoever resumes verifies and reads the shards by turns with the other
+//! ranks, and passes on what it has read piece by piece: nobody holds more than one piece beside the state itself.
+//!
 //! That is the whole state. Prompts, noise and the choice of timesteps are pure functions of (run.seed, iteration, task,
 //! sample), so the cursor into the prompts is the number of iterations done, and no generator has a state to keep.
 //! Adapters (LoRA) are trained in the U-Net's place: then the vectors are theirs, as the layout's names say.
@@ -23,18 +26,23 @@ mod manifest;
 mod publish;
 mod save;
 mod shard;
+mod stored;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::{Deref, Range},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use load::{load, load_latest, read, Loaded};
+pub use load::{load, load_latest, Loaded};
 pub use manifest::{Manifest, ShardEntry};
 pub use publish::{clear_leftovers, Keep};
 pub use save::{save, SaveReport, Saver};
+pub use stored::{open, open_latest, Stored};
 
 /// Key in `meta` of the rewards by which `[stop]` decides; a run without that table has none.
 pub const REWARDS: &str = "rewards";
@@ -50,8 +58,25 @@ pub struct ParameterEntry {
     pub offset: usize,
 }
 
-/// A training state to save; every rank has all of it.
-pub struct CheckpointRef<'a> {
+/// Values of a vector of the state, wherever they lie.
+pub trait Values {
+    fn length(&self) -> usize;
+    /// Copies a range of them to the host.
+    fn copy(&self, range: Range<usize>) -> Vec<f32>;
+}
+
+impl<T: AsRef<[f32]> + ?Sized> Values for T {
+    fn length(&self) -> usize {
+        self.as_ref().len()
+    }
+
+    fn copy(&self, range: Range<usize>) -> Vec<f32> {
+        self.as_ref()[range].to_vec()
+    }
+}
+
+/// A training state to save; every rank has all of it and saves its share.
+pub struct CheckpointRef<'a, V: ?Sized> {
     /// Iterations done.
     pub iteration: u64,
     /// Counters and statistics.
@@ -59,19 +84,37 @@ pub struct CheckpointRef<'a> {
     pub config_toml: &'a str,
     pub layout: &'a [ParameterEntry],
     /// Vectors by name, all of the same length.
-    pub vectors: Vec<(&'a str, &'a [f32])>,
+    pub vectors: Vec<(&'a str, &'a V)>,
+}
+
+/// What a checkpoint holds besides the values of its vectors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    pub iteration: u64,
+    pub meta: Value,
+    pub config_toml: String,
+    pub layout: Vec<ParameterEntry>,
+    /// Of the vectors.
+    pub names: Vec<String>,
+    /// Of every vector.
+    pub elements: usize,
+    /// Version of rldiff that wrote it.
+    pub code_version: String,
 }
 
 /// A training state that was loaded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    pub iteration: u64,
-    pub meta: Value,
-    pub config_toml: String,
-    pub layout: Vec<ParameterEntry>,
+    pub head: Head,
     pub vectors: Vec<(String, Vec<f32>)>,
-    /// Version of rldiff that wrote it.
-    pub code_version: String,
+}
+
+impl Deref for Checkpoint {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
 }
 
 impl Checkpoint {

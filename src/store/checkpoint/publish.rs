@@ -90,7 +90,7 @@ pub fn clear_leftovers(checkpoints: &Path) -> Result<()> {
 /// The files in a checkpoint's folder that a save writes.
 fn own_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let is_own = |name: &str| {
-        // one that was being written is called `.NAME.PID.tmp`
+        // one that was being written is called `.NAME.HOST-PID.tmp`
         let name =
             name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")?.rsplit_once('.')).map_or(name, |n| n.0);
         name == manifest::NAME || name.starts_with("shard-") && name.ends_with(".h5")

@@ -28,7 +28,7 @@ use super::{
     manifest::{Manifest, ShardEntry},
     publish::{self, Keep},
     shard::Share,
-    CheckpointRef, FORMAT,
+    CheckpointRef, Values, FORMAT,
 };
 use crate::{
     comm::{agree, Communicator},
@@ -96,7 +96,7 @@ impl Saver {
     /// that belong to it. A collective call; it waits for the copy of this rank's share.
     pub fn begin(
         &mut self,
-        checkpoint: &CheckpointRef,
+        checkpoint: &CheckpointRef<impl Values + ?Sized>,
         metrics: Option<File>,
         comm: &dyn Communicator,
     ) -> Result<Option<SaveReport>> {
@@ -215,7 +215,12 @@ fn agree_on<T>(mine: Result<T>, comm: &dyn Communicator) -> Result<T> {
 
 /// Saves the state to `checkpoints/iteration-N` and waits until that is done. A collective call; an error on one rank
 /// is an error on all, and leaves what was there before.
-pub fn save(checkpoints: &Path, checkpoint: &CheckpointRef, keep: Keep, comm: &dyn Communicator) -> Result<SaveReport> {
+pub fn save(
+    checkpoints: &Path,
+    checkpoint: &CheckpointRef<impl Values + ?Sized>,
+    keep: Keep,
+    comm: &dyn Communicator,
+) -> Result<SaveReport> {
     let mut saver = Saver::new(checkpoints, keep);
     saver.begin(checkpoint, None, comm)?;
     saver.finish(comm)?.context("a save that began was not there to be finished")
@@ -259,7 +264,7 @@ mod tests {
         }
         assert!(saver.finish(&Local).unwrap().is_some() && saver.finish(&Local).unwrap().is_none());
         for iteration in 1..=3u64 {
-            let saved = super::super::read(&folder_of(folder.path(), iteration)).unwrap();
+            let saved = super::super::load(&folder_of(folder.path(), iteration), &Local).unwrap().checkpoint;
             assert_eq!(saved.vector("weights").unwrap()[7], iteration as f32 + 0.5);
         }
         assert!(fs::read_dir(folder.path()).unwrap().count() == 3);
@@ -285,7 +290,7 @@ mod tests {
         let error = format!("{:#}", saver.finish(&Local).unwrap_err());
         assert!(error.contains("rank 0") && error.contains("iteration-000001.replaced"), "{error}");
         assert!(saver.finish(&Local).unwrap().is_none(), "a save that failed is not pending");
-        assert_eq!(super::super::read(&folder_of(folder.path(), 1)).unwrap().iteration, 1);
+        assert_eq!(super::super::load(&folder_of(folder.path(), 1), &Local).unwrap().checkpoint.iteration, 1);
         // the copy cannot begin
         fs::write(folder.path().join("iteration-000003.partial"), b"in the way").unwrap();
         let error = format!("{:#}", saver.begin(&of(3), None, &Local).unwrap_err());

@@ -4,7 +4,7 @@ use std::{ops::Range, path::Path};
 
 use anyhow::{ensure, Result};
 
-use super::{manifest::ShardEntry, CheckpointRef, FORMAT};
+use super::{manifest::ShardEntry, CheckpointRef, Values, FORMAT};
 use crate::{
     faults,
     store::{digest, h5},
@@ -31,13 +31,13 @@ struct Texts {
 impl Share {
     /// # Errors
     /// The vectors have different lengths.
-    pub fn copy(checkpoint: &CheckpointRef, rank: usize, size: usize) -> Result<Self> {
-        let elements = checkpoint.vectors.first().map_or(0, |(_, values)| values.len());
+    pub fn copy(checkpoint: &CheckpointRef<impl Values + ?Sized>, rank: usize, size: usize) -> Result<Self> {
+        let elements = checkpoint.vectors.first().map_or(0, |(_, values)| values.length());
         for (name, values) in &checkpoint.vectors {
-            ensure!(values.len() == elements, "vector {name} has {} elements, the first has {elements}", values.len());
+            let length = values.length();
+            ensure!(length == elements, "vector {name} has {length} elements, the first has {elements}");
         }
         let range = elements * rank / size..elements * (rank + 1) / size;
-        let copy = |(name, values): &(&str, &[f32])| (name.to_string(), values[range.clone()].to_vec());
         let texts = || -> Result<Texts> {
             Ok(Texts {
                 meta: serde_json::to_string(checkpoint.meta)?,
@@ -49,7 +49,7 @@ impl Share {
             iteration: checkpoint.iteration,
             rank,
             elements,
-            vectors: checkpoint.vectors.iter().map(copy).collect(),
+            vectors: checkpoint.vectors.iter().map(|(name, v)| (name.to_string(), v.copy(range.clone()))).collect(),
             texts: if rank == 0 { Some(texts()?) } else { None },
             range,
         })
