@@ -77,7 +77,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     agree(comm, if comm.rank() == 0 { check() } else { Ok(()) }).or_mistake()?;
     let pipeline = load_for_training(&config, comm, device).or_mistake()?;
     measurement::ensure_feasible(&pipeline).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.nccl_terms()).or_mistake()?;
     let measured = measurement::measure(&config, plan, nccl.as_ref().map_or(comm, |nccl| nccl), pipeline)?;
     if let Some(nccl) = nccl {
         nccl.close();
