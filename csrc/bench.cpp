@@ -44,12 +44,9 @@ int bench_gpu_memory(int index, int64_t *figures) {
   });
 }
 
-// Adds the gradient of y·dy by `leaf` to leaf.grad.
-int bench_backward(at::Tensor *y, at::Tensor *dy, at::Tensor *leaf) {
-  return guarded([&] {
-    const at::Tensor inputs[] = {*leaf};
-    y->backward(*dy, /*retain_graph=*/false, /*create_graph=*/false, at::TensorList(inputs));
-  });
+// Adds the gradients of y·dy by all leaves that made y to their .grad.
+int bench_backward(at::Tensor *y, at::Tensor *dy) {
+  return guarded([&] { y->backward(*dy, /*retain_graph=*/false, /*create_graph=*/false); });
 }
 
 } // extern "C"

@@ -17,7 +17,7 @@ use rldiff::{
     comm::{
         self,
         nccl::{settle, waited, Nccl, Terms},
-        tree_sum, Around, Communicator, DeviceVector, Operation, Wire,
+        tree_sum, Around, Communicator, DeviceVector, Operation, Timed, Wire,
     },
     config::load,
     iteration_log::IterationLog,
@@ -104,6 +104,7 @@ fn rank_body() {
             "an error while others wait" => an_error_while_others_wait(comm),
             "an error that cannot leave" => an_error_that_cannot_leave(comm),
             "a late rank" => a_late_rank(comm),
+            "timed sums" => timed_sums(comm),
             other => panic!("unknown case {other}"),
         }
     });
@@ -439,6 +440,55 @@ fn a_late_rank(comm: &dyn Communicator) {
     unsafe { driver::stream::destroy(stream).unwrap() };
     nccl.close();
     assert_eq!(live_handles(), 0);
+}
+
+/// What `bench scaling` notes of sums beside a backward pass that goes on for half a second after its first bucket; the
+/// last rank's begins a second late.
+fn timed_sums(comm: &dyn Communicator) {
+    unsafe extern "C" fn go_on(_: *mut c_void) {
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let nccl = Nccl::start(comm, 0, LONG).unwrap();
+    let timed = Timed::new(&nccl);
+    let stream = new_stream();
+    let mut values = vec![1f32; 1000];
+    comm.barrier().unwrap();
+    timed.take();
+    let is_late = comm.rank() + 1 == comm.size();
+    if is_late {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    for (from, length) in [(400, 600), (0, 400)] {
+        let address = values[from..].as_mut_ptr() as u64;
+        let vector = DeviceVector { address, length, wire: Wire::F32, stream: stream as usize };
+        timed.start_device_sum(vector).unwrap();
+        if from > 0 {
+            // SAFETY: a live stream; the function touches nothing.
+            unsafe { driver::stream::launch_host_function(stream, go_on, std::ptr::null_mut()).unwrap() };
+        }
+    }
+    timed.finish_device_sums(stream as usize).unwrap();
+    let [visit] = timed.take().try_into().expect("one visit");
+    assert_eq!((visit.operation, visit.bytes, visit.vectors), (Operation::Sum, 4000, 2));
+    assert!(visit.window >= 0.5 && visit.work >= visit.window, "{visit:?}");
+    // the sums began when the late rank's did
+    match is_late {
+        true => assert!(visit.work >= 1.5 && visit.inside < 0.5, "{visit:?}"),
+        false => assert!(visit.inside > 0.5, "{visit:?}"),
+    }
+    assert_eq!(values, vec![comm.size() as f32; 1000]);
+    drop(timed);
+    // SAFETY: a live stream, used no more.
+    unsafe { driver::stream::destroy(stream).unwrap() };
+    nccl.close();
+    assert_eq!(live_handles(), 0);
+}
+
+#[test]
+fn sums_beside_a_backward_pass_are_timed_between_events() {
+    for ranks in [2, 3] {
+        succeeds(ranks, "timed sums", &with_doubles(""));
+    }
 }
 
 #[test]

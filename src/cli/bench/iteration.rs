@@ -46,7 +46,7 @@ pub struct Args {
 pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     let config = args.config.load(comm).or_mistake()?;
     let device = args.device.choose(comm).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.nccl_terms()).or_mistake()?;
     let comm = nccl.as_ref().map_or(comm, |nccl| nccl);
     use_threads(config.run.threads, comm).or_mistake()?;
     let pipeline = match args.architecture {

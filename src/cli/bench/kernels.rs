@@ -134,6 +134,11 @@ impl Bench<'_> {
         Tensor::randn(size, (Kind::Float, self.device))
     }
 
+    /// A leaf, as in training.
+    fn weight(&self, channels: i64, kind: Kind) -> Tensor {
+        self.normals(&[channels]).to_kind(kind).set_requires_grad(true)
+    }
+
     /// The transition and the objective, on outputs in f32 as the U-Net gives them.
     fn transitions(&self, machine: &Arc<dyn Machine>, samples: i64) -> Result<Vec<Line>> {
         let [c, h, w] = self.latent;
@@ -273,7 +278,7 @@ impl Bench<'_> {
             let size = [rows, c, h, w];
             let elements: i64 = size.iter().product();
             let plain: Vec<Tensor> = (0..SETS).map(|_| self.normals(&size).to_kind(kind)).collect();
-            let [weight, bias] = [0, 1].map(|_| self.normals(&[c]).to_kind(kind));
+            let [weight, bias] = [0, 1].map(|_| self.weight(c, kind));
             let name = |what: &str| format!("{what}, {rows}x{c}x{h}x{w}");
             lines.push(self.time(name("group_norm and silu of libtorch"), 2 * width * elements, |set| {
                 drop(plain[set].group_norm(32, Some(&weight), Some(&bias), 1e-5, true).silu());
@@ -307,7 +312,7 @@ impl Bench<'_> {
             let size = [2 * self.samples * tokens, channels];
             let bytes = 2 * width * size[0] * size[1];
             let rows: Vec<Tensor> = (0..SETS).map(|_| self.normals(&size).to_kind(kind)).collect();
-            let [weight, bias] = [0, 1].map(|_| self.normals(&[channels]).to_kind(kind));
+            let [weight, bias] = [0, 1].map(|_| self.weight(channels, kind));
             let name = |what: &str| format!("{what}, {}x{channels}", size[0]);
             let of_libtorch = |x: &Tensor| Ok(x.layer_norm([channels], Some(&weight), Some(&bias), 1e-5, true));
             let ours = |x: &Tensor| layer_norm(x, &weight, &bias, 1e-5);
@@ -342,14 +347,14 @@ impl Bench<'_> {
         ])
     }
 
-    /// Forward, and backward from a given gradient: x, y, dy and dx move, x twice. Gradients of weights are not asked for.
+    /// Forward, and backward from a given gradient, those of weights with it: x, y, dy and dx move, x twice.
     fn both_passes(&self, what: String, inputs: &[Tensor], f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Line> {
         let dy: Vec<Tensor> = inputs.iter().take(2).map(|x| Ok(f(x)?.randn_like())).collect::<Result<_>>()?;
         let width = inputs[0].kind().elt_size_in_bytes();
         let bytes = (width * (3 * inputs[0].numel() + 2 * dy[0].numel())) as i64;
         self.time(what, bytes, |set| {
             let leaf = inputs[set % inputs.len()].detach().set_requires_grad(true);
-            tch::with_grad(|| libtorch::backward(&f(&leaf)?, &dy[set % dy.len()], &leaf).map(drop))
+            tch::with_grad(|| libtorch::backward(&f(&leaf)?, &dy[set % dy.len()]))
         })
     }
 

@@ -11,7 +11,7 @@ use torch_sys::C_tensor;
 extern "C" {
     fn bench_last_error() -> *const c_char;
     fn bench_gpu_memory(index: c_int, figures: *mut i64) -> c_int;
-    fn bench_backward(y: *mut C_tensor, dy: *mut C_tensor, leaf: *mut C_tensor) -> c_int;
+    fn bench_backward(y: *mut C_tensor, dy: *mut C_tensor) -> c_int;
 }
 
 fn checked(code: c_int) -> Result<()> {
@@ -63,12 +63,10 @@ pub fn host_gb(figure: &str) -> Result<f64> {
     Ok(kb * 1024.0 / 1e9)
 }
 
-/// The gradient by `leaf` of y where that by y is `dy`: nothing but the backward pass of what made y.
-pub fn backward(y: &Tensor, dy: &Tensor, leaf: &Tensor) -> Result<Tensor> {
-    // SAFETY: three live tensors; libtorch counts its own references to them.
-    let code = unsafe { bench_backward(y.as_ptr().cast_mut(), dy.as_ptr().cast_mut(), leaf.as_ptr().cast_mut()) };
-    checked(code)?;
-    Ok(leaf.grad())
+/// Adds to the gradients of all leaves that made y, where the gradient by y is `dy`: nothing but that backward pass.
+pub fn backward(y: &Tensor, dy: &Tensor) -> Result<()> {
+    // SAFETY: two live tensors; libtorch counts its own references to them.
+    checked(unsafe { bench_backward(y.as_ptr().cast_mut(), dy.as_ptr().cast_mut()) })
 }
 
 #[cfg(test)]
@@ -80,10 +78,10 @@ mod tests {
     fn the_gradient_is_that_of_the_given_one() {
         let x = Tensor::from_slice(&[1f32, 2.0, 3.0]).set_requires_grad(true);
         let y = &x * &x;
-        let gradient = backward(&y, &Tensor::from_slice(&[1f32, 10.0, 100.0]), &x).unwrap();
-        assert_eq!(Vec::<f32>::try_from(gradient).unwrap(), [2.0, 40.0, 600.0]);
+        backward(&y, &Tensor::from_slice(&[1f32, 10.0, 100.0])).unwrap();
+        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [2.0, 40.0, 600.0]);
         let constant = Tensor::zeros([3], (Kind::Float, Device::Cpu));
-        let error = backward(&constant, &constant, &x).unwrap_err().to_string();
+        let error = backward(&constant, &constant).unwrap_err().to_string();
         assert!(error.contains("does not require grad"), "{error}");
     }
 

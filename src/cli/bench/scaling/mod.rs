@@ -1,7 +1,9 @@
 //! `rldiff bench scaling`: weak and strong scaling over ranks, measured, and predicted where it cannot be measured.
 //!
 //! Started on n ranks it writes what it measures to `DIR/ranks-n.json`; `--report DIR` compares what lies there with
-//! the [`model`] and predicts the efficiency on more ranks.
+//! the [`model`] and predicts the efficiency on more ranks. On GPUs sums go over NCCL beside the backward pass; what is left
+//! of them, and what they had to hide in, lie between events. Ranks on one node and on several (1, 8 and 16, say) give both
+//! ways of the [`network`].
 
 mod fitted;
 mod measurement;
@@ -75,7 +77,7 @@ pub fn run(args: Args, comm: &dyn Communicator) -> Result<(), Failure> {
     agree(comm, if comm.rank() == 0 { check() } else { Ok(()) }).or_mistake()?;
     let pipeline = load_for_training(&config, comm, device).or_mistake()?;
     measurement::ensure_feasible(&pipeline).or_mistake()?;
-    let nccl = nccl::for_gradients(comm, device, config.run.patience()).or_mistake()?;
+    let nccl = nccl::for_gradients(comm, device, config.nccl_terms()).or_mistake()?;
     let measured = measurement::measure(&config, plan, nccl.as_ref().map_or(comm, |nccl| nccl), pipeline)?;
     if let Some(nccl) = nccl {
         nccl.close();
