@@ -131,12 +131,6 @@ fn a_width_that_fits_heads_of_64_is_refused_without_a_configuration() {
     files::save(&weights, &files::random(&files::clip_with_text(vit, text), 1));
     let e = complaint(pick(&weights, ""));
     assert!(e.contains("width 1280") && e.contains("no published CLIP (ViT-B/32") && e.contains("`config`"), "{e}");
-    // OpenAI's sizes exist with two activations
-    let published = files::Vit { depth: 12, width: 768, hidden: 3072, patch: 32, grid: 7, outputs: 512 };
-    let text = files::ClipText { width: 512, hidden: 2048, depth: 12, vocabulary: 49408 };
-    files::save(&weights, &files::random(&files::clip_with_text(published, text), 1));
-    let e = complaint(caption(&weights, ""));
-    assert!(e.contains("ViT-B/32 exists with two activations"), "{e}");
 }
 
 #[test]
@@ -190,6 +184,19 @@ fn wrong_files_are_one_line_that_names_them() {
     assert!(e.contains("a text ends with the token 733") && e.contains("looks for 5"), "{e}");
     let e = change(["text_config", "hidden_act"], "relu".into());
     assert!(e.contains("relu"), "{e}");
+    fs::copy(data("clipscore-tiny/config.json"), folder.join("config.json")).unwrap();
+    fs::write(folder.join("preprocessor_config.json"), r#"{"crop_size": {"height": 224, "width": 224}}"#).unwrap();
+    let e = complaint(caption(&weights, ""));
+    assert!(e.contains("crop_size = 224, but pictures of") && e.contains("have 56 pixels"), "{e}");
+    fs::write(
+        folder.join("preprocessor_config.json"),
+        r#"{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}"#,
+    )
+    .unwrap();
+    let other = scores(&mut caption(&weights, "clamp = false").unwrap(), &files::pictures(4, 40, 40));
+    let own = data("clipscore-tiny/model.safetensors");
+    let own = scores(&mut caption(&own, "clamp = false").unwrap(), &files::pictures(4, 40, 40));
+    assert!(own.iter().zip(&other).all(|(a, b)| a != b), "another mean is another input: {own:?} {other:?}");
     // a file that is no CLIP's configuration says nothing of this one
     fs::write(folder.join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
     assert!(complaint(caption(&weights, "")).contains("no published CLIP"));
@@ -320,12 +327,19 @@ fn networks_of_the_published_size() {
     tensors.insert("logit_scale".into(), Tensor::from(100f32.ln()));
     files::save(&folder.join("model.safetensors"), &tensors);
     drop(tensors);
-    let merges: String = (0..48_894).map(|i| format!("m{i} x</w>\n")).collect();
+    let letters: Vec<char> = ('!'..='~').chain('¡'..='¬').chain('®'..='ÿ').collect();
+    let mut merges: Vec<String> = Vec::new();
+    for end in ["</w>", ""] {
+        merges.extend(letters.iter().flat_map(|a| letters.iter().map(move |b| format!("{a} {b}{end}\n"))));
+    }
+    let merges = merges[..48_894].concat();
     fs::write(folder.join("bpe.txt"), format!("\"bpe_simple_vocab\"\n{merges}")).unwrap();
     let (weights, more) =
         (folder.join("model.safetensors"), format!("tokenizer = '{}'", folder.join("bpe.txt").display()));
     let (pictures, prompts) = (files::pictures(16, 512, 512), prompts().repeat(4));
-    for (name, load) in [("pick_score", pick as fn(&Path, &str) -> _), ("hps", preference)] {
+    let rewards: [(&str, fn(&Path, &str) -> anyhow::Result<ClipReward>); 2] =
+        [("pick_score", pick), ("hps", preference)];
+    for (name, load) in rewards {
         let started = std::time::Instant::now();
         let mut reward = load(&weights, &more).unwrap();
         let loaded = started.elapsed().as_secs_f64();

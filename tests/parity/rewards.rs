@@ -233,9 +233,10 @@ fn human_preference_score_with_and_without_antialiasing() {
             Some(picture) => (picture, sharp.clip.input),
             None => (name.trim_start_matches("pixel_values."), reward.clip.input),
         };
+        let expected = model.file.get(&name);
         let Some((_, picture)) = model.inputs.here().find(|(own, _)| *own == picture) else { continue };
         let got = input.exact(picture, Device::Cpu).unwrap().input.get(0);
-        goldens.compare_values("hpsv2/pixel_values", &got, model.file.get(&name));
+        goldens.compare_values("hpsv2/pixel_values", &got, expected);
     }
     model.gradients(&mut goldens, &mut reward);
     goldens.all_used(&model.file);
@@ -291,7 +292,9 @@ fn pictures_at_the_published_side() {
         let expected = file.get(&name);
         let Some(tensor) = tensor else { continue };
         let whole = rest == picture.replace('/', "_");
-        let every = |t: &Tensor, step, first| t.slice(first, None, None, step).slice(first + 1, None, None, step);
+        let every = |t: &Tensor, step, first| {
+            t.slice(first, None::<i64>, None::<i64>, step).slice(first + 1, None::<i64>, None::<i64>, step)
+        };
         if kind == "clip_u8" {
             let bytes = bytes(clip, tensor);
             let got = if whole { bytes } else { every(&bytes, 8, 0) };
@@ -300,7 +303,7 @@ fn pictures_at_the_published_side() {
         }
         let input = long(!rest.contains("no_antialias")).exact(tensor, Device::Cpu).unwrap().input.get(0);
         let got = match rest.ends_with(".green") {
-            true => input.get(1).slice(0, None, None, 4),
+            true => input.get(1).slice(0, None::<i64>, None::<i64>, 4),
             false => every(&input, 8, 1),
         };
         let tolerance = name.trim_end_matches(".every8").trim_end_matches(".green");

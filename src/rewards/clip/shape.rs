@@ -302,22 +302,52 @@ impl Shape {
 /// without a configuration.
 pub fn plan(checkpoint: &Checkpoint, config: &str) -> Result<Plan> {
     let (shape, sizes) = Shape::of(checkpoint)?;
-    match find(&checkpoint.path, config)? {
-        Some((path, json)) => configured(&shape, sizes, &json, &checkpoint.path).with_context(|| path),
-        None => published(&shape, sizes, checkpoint),
+    let mut plan = match find(&checkpoint.path, config)? {
+        Some((path, json)) => configured(&shape, sizes, &json, &checkpoint.path).with_context(|| path)?,
+        None => published(&shape, sizes, checkpoint)?,
+    };
+    let preprocessing = folder_of(&checkpoint.path).join("preprocessor_config.json");
+    if preprocessing.is_file() {
+        let path = preprocessing.display().to_string();
+        let said: Preprocessing = python_json::from_value(&python_json::without_nulls(&read(&preprocessing)?)?)
+            .with_context(|| path.clone())?;
+        plan.channels = said.image_mean.zip(said.image_std).or(plan.channels);
+        let crop = said.crop_size.as_ref().and_then(|crop| crop.as_i64().or_else(|| crop.get("height")?.as_i64()));
+        let side = shape.side;
+        ensure!(
+            crop.is_none_or(|crop| crop == side),
+            "{path}: crop_size = {}, but pictures of {} have {side} pixels: the file of another model",
+            crop.unwrap_or_default(),
+            checkpoint.path
+        );
     }
+    Ok(plan)
+}
+
+/// Hugging Face's `preprocessor_config.json`, as far as it belongs to the weights; how a size is changed is a setting.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Preprocessing {
+    image_mean: Option<[f32; 3]>,
+    image_std: Option<[f32; 3]>,
+    crop_size: Option<Value>,
+}
+
+fn folder_of(weights: &str) -> &Path {
+    Path::new(weights).parent().unwrap_or(Path::new(""))
+}
+
+fn read(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    python_json::parse(&bytes).map_err(|e| anyhow::anyhow!("{} {e}", path.display()))
 }
 
 /// The configuration that a setting names or that lies beside the weights.
 fn find(weights: &str, config: &str) -> Result<Option<(String, Value)>> {
-    let read = |path: &Path| -> Result<Value> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        python_json::parse(&bytes).map_err(|e| anyhow::anyhow!("{} {e}", path.display()))
-    };
     if !config.is_empty() {
         return Ok(Some((config.to_string(), read(Path::new(config))?)));
     }
-    let folder = Path::new(weights).parent().unwrap_or(Path::new(""));
+    let folder = folder_of(weights);
     for path in BESIDE.map(|name| folder.join(name)).iter().filter(|path| path.is_file()) {
         let json = read(path)?;
         if json.get("model_cfg").is_some() || json.get("vision_config").is_some() || is_clip(&json) {
@@ -440,4 +470,70 @@ fn of_open_clip(shape: &Shape, sizes: Sizes, json: &Value, at: &str) -> Result<P
     let heads = [vision.width / vision.head_width, text.heads];
     let plan = shape.plan(sizes, heads, [activation; 2], [CLIP.eps; 2])?;
     Ok(Plan { channels: channels.mean.zip(channels.std), ..plan })
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    /// The tensors that say the sizes of a published model.
+    fn checkpoint(known: &Published, side: i64, archive: bool) -> Checkpoint {
+        let (p, t) = (known.picture, known.text);
+        let tokens = (side / known.patch) * (side / known.patch) + 1;
+        let tensors = [
+            ("patch_embed.proj.weight".to_string(), vec![p.width, 3, known.patch, known.patch]),
+            ("pos_embed".to_string(), vec![1, tokens, p.width]),
+            ("blocks.0.mlp.fc1.weight".to_string(), vec![p.hidden, p.width]),
+            (format!("blocks.{}.norm1.bias", p.layers - 1), vec![p.width]),
+            ("projection".to_string(), vec![known.joint, p.width]),
+            ("text_model.embeddings.token_embedding.weight".to_string(), vec![49_408, t.width]),
+            ("text_model.embeddings.position_embedding.weight".to_string(), vec![77, t.width]),
+            ("text_model.encoder.layers.0.mlp.fc1.weight".to_string(), vec![t.hidden, t.width]),
+            (format!("text_model.encoder.layers.{}.mlp.fc1.bias", t.layers - 1), vec![t.hidden]),
+            ("text_projection".to_string(), vec![known.joint, t.width]),
+        ];
+        // `blocks` believes in no more blocks than there are tensors
+        let filled = (0..64).map(|i| (format!("filler.{i}"), vec![1]));
+        let tensors = tensors.into_iter().chain(filled);
+        let tensor = |shape: Vec<i64>| Tensor::zeros(shape, (Kind::Half, Device::Cpu));
+        Checkpoint {
+            path: "x.pt".into(),
+            tensors: tensors.map(|(name, shape)| (name, tensor(shape))).collect(),
+            archive,
+        }
+    }
+
+    #[test]
+    fn published_models_have_their_heads_and_activations() {
+        for known in &PUBLISHED {
+            let laion = known.activation.is_some();
+            let plan = plan(&checkpoint(known, 224, !laion), "").unwrap();
+            let found = (plan.sizes.heads, plan.text.num_attention_heads, plan.style.activation, plan.text.hidden_act);
+            let activation = if laion { Activation::Gelu } else { Activation::QuickGelu };
+            assert_eq!(found, (known.picture_heads, known.text_heads, activation, activation), "{}", known.name);
+        }
+        // 16 heads of 80, not 20 of 64
+        let large = plan(&checkpoint(&PUBLISHED[3], 224, false), "").unwrap();
+        assert_eq!((large.sizes.width, large.sizes.heads), (1280, 16));
+    }
+
+    #[test]
+    fn what_weights_do_not_tell_is_refused() {
+        let e = |found: Result<Plan>| format!("{:#}", found.err().expect("an error"));
+        let ambiguous = e(plan(&checkpoint(&PUBLISHED[2], 224, false), ""));
+        assert!(ambiguous.contains("x.pt: ViT-L/14 exists with two activations"), "{ambiguous}");
+        // apple's ViT-H has another activation and 378 pixels
+        let other = e(plan(&checkpoint(&PUBLISHED[3], 378, false), ""));
+        assert!(
+            other.contains("pictures of 378 in patches of 14, width 1280") && other.contains("no published CLIP"),
+            "{other}"
+        );
+        let mut short = checkpoint(&PUBLISHED[3], 224, false);
+        short.tensors.remove("blocks.31.norm1.bias");
+        assert!(e(plan(&short, "")).contains("1 layers"));
+        let none = e(plan(&checkpoint(&PUBLISHED[3], 224, false), "no-such.json"));
+        assert!(none.contains("cannot read no-such.json"), "{none}");
+    }
 }
