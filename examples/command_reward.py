@@ -57,11 +57,17 @@ def read(stream, size):
     return data
 
 
-def serve(reward):
-    """A process of one rank: its input and output."""
-    # standard output belongs to the protocol: what anything prints goes to standard error
+def take_output():
+    """Standard output for the protocol alone: what anything prints from now on goes to standard error. To be called before
+    models are loaded, where that prints."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    return answers
+
+
+def serve(reward, answers=None):
+    """A process of one rank: its input and output (or what `take_output` gave)."""
+    answers = answers or take_output()
     converse(reward, os.fdopen(os.dup(0), "rb"), answers)
 
 

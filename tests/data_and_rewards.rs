@@ -73,6 +73,23 @@ fn a_reward_in_python_trains() {
     assert_eq!(one, last_metrics(&folder.join("two")));
 }
 
+/// The shipped programs by themselves: the judge by a vision-language model against a server that misbehaves in every way, the others
+/// against doubles of what they need; with RLDIFF_GOLDENS naming a set of rewards also against its tables of rules.
+#[test]
+fn the_shipped_rewards_bear_with_what_they_ask() {
+    if !has_python() {
+        return;
+    }
+    for script in ["judge_reward.py", "example_rewards.py"] {
+        let mut command = Command::new("python3");
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(script));
+        let set = std::env::var_os("RLDIFF_GOLDENS").map(|dir| Path::new(&dir).join("goldens/rules.json"));
+        command.args(set.filter(|rules| rules.is_file()));
+        let done = run_within(command, Duration::from_secs(400)).expect_success(script);
+        print!("{}", done.stdout);
+    }
+}
+
 /// The example as a server that all ranks share: what the process of each rank computes. It is gone and comes back in a
 /// second run, which waits for it.
 #[test]

@@ -176,6 +176,8 @@ const TABLE: &[(&str, Bound)] = &[
     ("prompts.held_out", HELD_OUT),
     ("prompts.split_seed", SEED),
     ("prompts.nsfw_max", SCORE),
+    ("reward.scale", Bound::above(0.0, 1e6)),
+    ("reward.offset", SCORE),
     ("reward.threshold", Bound::new(0.0, 0.999_999_9)),
     ("reward.top", Bound::new(0.0, 1e6)),
     ("reward.short_side", Bound::new(32.0, 4096.0)),
@@ -268,6 +270,9 @@ mod tests {
             format!("{{ name = 'command', command = ['x'], {program} }}"),
             format!("{{ name = 'server', address = 'x:1', {program} }}"),
             unidet.to_string(),
+            "{ name = 'pick_score', weights = 'x', scale = 0.04, offset = -1.0 }".to_string(),
+            "{ name = 'hps', weights = 'x', scale = 100.0, offset = 0.5 }".to_string(),
+            "{ name = 'clip_score', weights = 'x', scale = 100.0, offset = 0.5 }".to_string(),
             format!("{{ name = 'sum', normalise = true, parts = [{{ weight = 0.5, reward = {unidet} }}] }}"),
         ];
         let prompts = [

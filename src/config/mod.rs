@@ -34,8 +34,9 @@ pub use eval::{EvalConfig, EvalModel, EvalSet, EvalSettings, EvalSplit, Metric, 
 pub use method::{DraftConfig, MethodConfig, OursConfig, RaftConfig, ReflConfig, RewardWeightedConfig};
 pub use prompts::{ParquetPrompts, PromptConfig, TablePrompts, TextPrompts};
 pub use rewards::{
-    AestheticSettings, ChannelOrder, ClassifierConfig, CommandReward, ImageRewardSettings, RewardConfig, RewardPart,
-    ServerReward, SkinToneSettings, UniDetSettings,
+    AestheticSettings, ChannelOrder, ClassifierConfig, ClipScoreSettings, CommandReward, HpsSettings,
+    ImageRewardSettings, Middle, PickScoreSettings, Resizing, RewardConfig, RewardPart, ServerReward, SkinToneSettings,
+    UniDetSettings,
 };
 pub use stop::{RewardSource, StopConfig, StopCriterion};
 pub use study::{SaturationConfig, StudyConfig, StudyRun};

@@ -20,6 +20,8 @@ use crate::miniature::Edition;
 enum Kind {
     File,
     Folder,
+    /// A folder with a tokenizer, or a file that is one.
+    FolderOrFile,
     /// A path, or a name to be looked for on the PATH.
     Program,
 }
@@ -59,6 +61,15 @@ impl Needs {
 
     fn file(self, name: &str, path: &str) -> Self {
         self.add(Kind::File, name, path)
+    }
+
+    /// The files of a CLIP; what is left out is looked for beside the weights.
+    fn clip(self, weights: &str, config: &str, tokenizer: &str) -> Self {
+        let needs = self.file("weights", weights).optional("config", config);
+        match tokenizer {
+            "" => needs,
+            path => needs.add(Kind::FolderOrFile, "tokenizer", path),
+        }
     }
 
     /// A file that may be left out, as "".
@@ -174,6 +185,9 @@ impl RewardConfig {
             },
             RewardConfig::ImageReward(i) => needs.file("weights", &i.weights).file("vocabulary", &i.vocabulary),
             RewardConfig::Aesthetic(a) => needs.file("clip", &a.clip).optional("head", &a.head),
+            RewardConfig::PickScore(s) => needs.clip(&s.weights, &s.config, &s.tokenizer),
+            RewardConfig::Hps(s) => needs.clip(&s.weights, &s.config, &s.tokenizer),
+            RewardConfig::ClipScore(s) => needs.clip(&s.weights, &s.config, &s.tokenizer),
             RewardConfig::Torchscript { path } => needs.file("path", path),
             RewardConfig::Command(c) => match c.command.first() {
                 Some(program) => needs.add(Kind::Program, "command", program),
@@ -214,6 +228,8 @@ impl Need {
         let what = match self.kind {
             Kind::File => file(&self.path),
             Kind::Folder => folder(&self.path),
+            Kind::FolderOrFile if Path::new(&self.path).is_dir() => folder(&self.path),
+            Kind::FolderOrFile => file(&self.path),
             Kind::Program => program(&self.path),
         };
         what.err().map(|e| Missing { key: self.key.clone(), what: e.to_string() })

@@ -17,6 +17,12 @@ pub enum RewardConfig {
     ImageReward(ImageRewardSettings),
     /// The aesthetic predictor on CLIP's picture embedding.
     Aesthetic(AestheticSettings),
+    /// PickScore: CLIP trained on people's choices.
+    PickScore(PickScoreSettings),
+    /// Human Preference Score v2 or v2.1.
+    Hps(HpsSettings),
+    /// CLIPScore: the cosine of CLIP's features.
+    ClipScore(ClipScoreSettings),
     /// Colourfulness and contrast, the miniature's stand-in for human preference.
     Colorfulness {},
     /// Nearness to clean renderings of the caption, the miniature's judge that nobody trains on.
@@ -103,6 +109,136 @@ pub struct AestheticSettings {
     pub clip: String,
     /// The predictor's head, `sac+logos+ava1-l14-linearMSE.pth`; "" where it is in the same file as CLIP.
     pub head: String,
+}
+
+/// How a picture's size is changed where a CLIP scores it; methods that differentiate do the same in floating-point numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resizing {
+    /// Bytes, by Pillow: transformers' and OpenAI's preprocessing.
+    PillowBicubic,
+    /// Floating-point numbers, as torchvision resizes a tensor.
+    FloatBicubic,
+    /// The same by torchvision's default filter.
+    FloatBilinear,
+}
+
+/// Where the middle of an odd rest begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Middle {
+    /// Rounded down.
+    Transformers,
+    /// Halves to the even number.
+    Torchvision,
+}
+
+/// Files and choices of [`crate::rewards::pick_score`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PickScoreSettings {
+    /// `model.safetensors` or `pytorch_model.bin` of `yuvalkirstain/PickScore_v1`.
+    pub weights: String,
+    /// `config.json` (or `open_clip_config.json`); "" for one beside the weights, or the published ViT-H/14.
+    #[serde(default)]
+    pub config: String,
+    /// A folder with CLIP's `vocab.json` and `merges.txt` or `tokenizer.json`, or `bpe_simple_vocab_16e6.txt.gz`; "" for the
+    /// weights' folder.
+    #[serde(default)]
+    pub tokenizer: String,
+    /// The reward is scale · exp(logit_scale) · cos + offset.
+    #[serde(default = "one")]
+    pub scale: f64,
+    #[serde(default)]
+    pub offset: f64,
+    #[serde(default = "pillow")]
+    pub resizing: Resizing,
+    #[serde(default = "transformers")]
+    pub middle: Middle,
+    /// Of the two resizings in floating-point numbers; Pillow antialiases always.
+    #[serde(default = "yes")]
+    pub antialias: bool,
+}
+
+/// Files and choices of [`crate::rewards::hps`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HpsSettings {
+    /// `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt` of `xswu/HPSv2`.
+    pub weights: String,
+    /// As [`PickScoreSettings::config`].
+    #[serde(default)]
+    pub config: String,
+    /// As [`PickScoreSettings::tokenizer`].
+    #[serde(default)]
+    pub tokenizer: String,
+    /// The reward is scale · cos + offset.
+    #[serde(default = "one")]
+    pub scale: f64,
+    #[serde(default)]
+    pub offset: f64,
+    /// As torchvision since 0.17; false as before.
+    #[serde(default = "yes")]
+    pub antialias: bool,
+}
+
+/// Files and choices of [`crate::rewards::clip_score`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClipScoreSettings {
+    /// OpenAI's `ViT-L-14.pt`, the weights of `openai/clip-vit-large-patch14`, or another CLIP's.
+    pub weights: String,
+    /// As [`PickScoreSettings::config`].
+    #[serde(default)]
+    pub config: String,
+    /// As [`PickScoreSettings::tokenizer`].
+    #[serde(default)]
+    pub tokenizer: String,
+    /// Put before every prompt.
+    #[serde(default = "a_photo_depicts")]
+    pub prefix: String,
+    /// The reward is scale · max(cos, 0) + offset …
+    #[serde(default = "two_and_a_half")]
+    pub scale: f64,
+    #[serde(default)]
+    pub offset: f64,
+    /// … without the maximum where this is false …
+    #[serde(default = "yes")]
+    pub clamp: bool,
+    /// … and times exp(logit_scale) where this is true.
+    #[serde(default)]
+    pub logit_scale: bool,
+    #[serde(default = "pillow")]
+    pub resizing: Resizing,
+    #[serde(default = "transformers")]
+    pub middle: Middle,
+    /// As [`PickScoreSettings::antialias`].
+    #[serde(default = "yes")]
+    pub antialias: bool,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn two_and_a_half() -> f64 {
+    2.5
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn pillow() -> Resizing {
+    Resizing::PillowBicubic
+}
+
+fn transformers() -> Middle {
+    Middle::Transformers
+}
+
+fn a_photo_depicts() -> String {
+    "A photo depicts ".to_string()
 }
 
 /// A program as a reward; its protocol is in [`crate::rewards::protocol`].

@@ -2,7 +2,10 @@
 
 use anyhow::{ensure, Context, Result};
 
-use super::{bounds, ClassifierConfig, Config, PairData, PretrainMode, RewardConfig, TaskConfig};
+use super::{
+    bounds, ClassifierConfig, ClipScoreSettings, Config, PairData, PickScoreSettings, PretrainMode, Resizing,
+    RewardConfig, TaskConfig,
+};
 use crate::{folders::check_name, miniature::Edition};
 
 /// Sizes that follow from a config.
@@ -153,6 +156,13 @@ pub fn validate_reward(reward: &RewardConfig, outermost: bool) -> Result<()> {
         RewardConfig::Composition(u) => {
             let [short, long] = [u.short_side, u.long_side];
             ensure!(short <= long, "short_side = {short} and long_side = {long} must ascend");
+        }
+        RewardConfig::PickScore(PickScoreSettings { resizing, antialias, .. })
+        | RewardConfig::ClipScore(ClipScoreSettings { resizing, antialias, .. }) => {
+            ensure!(
+                *antialias || *resizing != Resizing::PillowBicubic,
+                "antialias = false: Pillow antialiases always (resizing = \"float_bicubic\" need not)"
+            );
         }
         RewardConfig::Parity { classifier: ClassifierConfig::SkinTone(s) } => {
             let [a, b, c] = s.cuts;

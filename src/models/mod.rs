@@ -9,7 +9,8 @@
 //! weight_files.rs which file holds a network's weights
 //! torch_file.rs, pickle.rs, zip_entries.rs                     files of torch.save -> named tensors
 //! parameters.rs   named parameters of a network, one flat buffer to train
-//! tokenizer_files.rs, tokenizer.rs, prompt_cleaning.rs   text -> token ids   text_encoder.rs   CLIP text model
+//! tokenizer_files.rs, tokenizer.rs, prompt_cleaning.rs, open_clip_text.rs   text -> token ids
+//! text_encoder.rs   CLIP text model
 //! unet.rs         UNet2DConditionModel       vae.rs            AutoencoderKL
 //! recompute.rs    gradient checkpointing     allocations.rs, flops.rs   what a pass costs
 //! layers.rs, resnet.rs, attention.rs, time_embedding.rs        the pieces they share
@@ -31,6 +32,7 @@ pub mod judge;
 pub mod layers;
 pub mod lora;
 pub mod model_index;
+pub mod open_clip_text;
 pub mod parameters;
 pub mod pickle;
 pub mod pipeline;

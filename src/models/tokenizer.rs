@@ -10,15 +10,27 @@ use tch::Tensor;
 
 use super::{
     folder::ModelFiles,
+    open_clip_text::clean_for_open_clip,
     prompt_cleaning::clean,
     text_encoder::TextConfig,
     tokenizer_files::{Definition, SETTINGS},
 };
 use crate::excerpt::{quoted, whole_words, IN_MESSAGES};
 
+/// By whose rules a text is cleaned and cut into words; the vocabulary is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextRules {
+    /// Those of diffusers' pipelines: transformers' `CLIPTokenizer` with `ftfy`, or what `tokenizer.json` says.
+    Pipeline,
+    /// transformers' `CLIPTokenizerFast`, which its processors load: no repairs.
+    Fast,
+    /// open_clip's `SimpleTokenizer`: repairs, HTML's entities, and other names of the start and end tokens.
+    OpenClip,
+}
+
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    cleans: bool,
+    clean: Option<fn(&str) -> String>,
     start: u32,
     end: u32,
     pad: u32,
@@ -60,23 +72,42 @@ impl Tokenizer {
     /// # Errors
     /// Names the file, and the line or token in it.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
-        Tokenizer::load(files).map_err(|e| match format!("{e:#}").starts_with(&files.origin) {
+        Tokenizer::with_rules(files, TextRules::Pipeline)
+    }
+
+    /// As [`Tokenizer::from_files`], by other rules than the pipelines'.
+    pub fn with_rules(files: &ModelFiles, rules: TextRules) -> Result<Self> {
+        Tokenizer::load(files, rules).map_err(|e| match format!("{e:#}").starts_with(&files.origin) {
             true => e,
             false => e.context(files.origin.clone()),
         })
     }
 
-    fn load(files: &ModelFiles) -> Result<Self> {
-        let Definition { library, start, end, pad, largest, cleans, settings, notes } = Definition::of(files)?;
+    fn load(files: &ModelFiles, rules: TextRules) -> Result<Self> {
+        let mut definition = Definition::of(files)?;
+        if rules == TextRules::OpenClip {
+            definition.rename_for_open_clip();
+        }
+        let Definition { library, start, end, pad, largest, cleans, settings, notes } = definition;
         let length = prompt_length(files, &settings)?;
         let inner = tokenizers::Tokenizer::from_bytes(library.to_string().as_bytes())
             .map_err(|e| anyhow!("the tokenizer's vocabulary, merges and rules do not fit together: {e}"))?;
-        Ok(Tokenizer { inner, cleans, start, end, pad, length, largest, notes })
+        let clean: Option<fn(&str) -> String> = match rules {
+            TextRules::Pipeline => cleans.then_some(clean),
+            TextRules::Fast => None,
+            TextRules::OpenClip => Some(clean_for_open_clip),
+        };
+        Ok(Tokenizer { inner, clean, start, end, pad, length, largest, notes })
+    }
+
+    /// The id of the token that ends every prompt.
+    pub fn end(&self) -> u32 {
+        self.end
     }
 
     /// Start, the words (cut off where too long), end, padding.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        let text = if self.cleans { clean(prompt) } else { prompt.to_string() };
+        let text = self.clean.map_or_else(|| prompt.to_string(), |clean| clean(prompt));
         let room = self.length - 2;
         let (words, beginning) = self.words(&text, room)?;
         let mut ids = vec![self.start];

@@ -138,6 +138,64 @@ impl Definition {
     }
 }
 
+impl Definition {
+    /// The same vocabulary by open_clip's rules: CLIP's own, whatever `tokenizer.json` says, and the two tokens outside of
+    /// byte-pair encoding called `<start_of_text>` and `<end_of_text>`.
+    pub fn rename_for_open_clip(&mut self) {
+        let names = [(self.start, "<start_of_text>"), (self.end, "<end_of_text>")];
+        let vocabulary = self.library["model"]["vocab"].as_object().cloned().unwrap_or_default();
+        let named = |(token, id): (String, Value)| match names.iter().find(|(own, _)| id == *own) {
+            Some((_, name)) => (name.to_string(), id),
+            None => (token, id),
+        };
+        let vocabulary: serde_json::Map<String, Value> = vocabulary.into_iter().map(named).collect();
+        let token = |(id, name): (u32, &str)| {
+            json!({"id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        self.library["added_tokens"] = names.into_iter().map(token).collect();
+        self.library["normalizer"] = clip_normalizer();
+        self.library["pre_tokenizer"] = clip_words();
+        self.library["post_processor"] = Value::Null;
+        self.library["model"]["vocab"] = Value::Object(vocabulary);
+        self.library["model"]["unk_token"] = json!("<end_of_text>");
+        if let Some((_, name)) = names.iter().find(|(id, _)| *id == self.largest.0) {
+            self.largest.1 = name.to_string();
+        }
+    }
+}
+
+/// The `tokenizer/` folder's files, as made from open_clip's list of merges (`bpe_simple_vocab_16e6.txt`): its first line is a
+/// note, merges follow of which the first 48,894 count.
+///
+/// # Errors
+/// Names a line that is no pair.
+pub fn from_merges(list: &str) -> Result<BTreeMap<String, Vec<u8>>> {
+    const COUNT: usize = 48_894;
+    let printable = |byte: &u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    // bytes that are no printable character of Latin-1 are written as those after it
+    let (shown, hidden): (Vec<u8>, Vec<u8>) = (0..=255u8).partition(printable);
+    let further = (0x100..0x100 + hidden.len() as u32).filter_map(char::from_u32);
+    let letters: Vec<String> = shown.into_iter().map(char::from).chain(further).map(String::from).collect();
+    let lines: Vec<&str> = list.lines().skip(1).take(COUNT).filter(|line| !line.is_empty()).collect();
+    let mut tokens: Vec<String> = letters.iter().cloned().chain(letters.iter().map(|l| format!("{l}</w>"))).collect();
+    for (number, line) in lines.iter().enumerate() {
+        let (left, right) =
+            line.split_once(' ').with_context(|| format!("line {}: {line:?} is no pair", number + 2))?;
+        tokens.push(format!("{left}{right}"));
+    }
+    tokens.extend(["<|startoftext|>", "<|endoftext|>"].map(String::from));
+    let vocabulary: serde_json::Map<String, Value> =
+        tokens.into_iter().enumerate().map(|(id, token)| (token, json!(id))).collect();
+    let settings = json!({"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+                          "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 77});
+    Ok(BTreeMap::from([
+        (VOCABULARY.to_string(), serde_json::to_vec(&vocabulary)?),
+        (MERGES.to_string(), format!("#version: 0.2\n{}\n", lines.join("\n")).into_bytes()),
+        (SETTINGS.to_string(), serde_json::to_vec(&settings)?),
+    ]))
+}
+
 /// Tokens outside byte-pair encoding, by id: those of `listed` (tokenizer.json's), then those of tokenizer_config.json;
 /// added_tokens.json counts where that has no list, as in transformers.
 fn added_tokens(
@@ -202,13 +260,8 @@ fn of_vocabulary(files: &ModelFiles) -> Result<Value> {
         "truncation": null,
         "padding": null,
         "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "NFC"},
-            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-            {"type": "Lowercase"}]},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": true},
-            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+        "normalizer": clip_normalizer(),
+        "pre_tokenizer": clip_words(),
         "post_processor": null,
         "decoder": null,
         "model": {"type": "BPE", "dropout": null, "unk_token": unknown.unwrap_or("<|endoftext|>"),
@@ -216,6 +269,21 @@ fn of_vocabulary(files: &ModelFiles) -> Result<Value> {
                   "byte_fallback": false, "ignore_merges": false, "vocab": files.json(VOCABULARY)?,
                   "merges": merges(files.text(MERGES)?)?},
     }))
+}
+
+/// Unicode's composed form, white space folded, lower case.
+fn clip_normalizer() -> Value {
+    json!({"type": "Sequence", "normalizers": [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+        {"type": "Lowercase"}]})
+}
+
+/// Words, and their bytes.
+fn clip_words() -> Value {
+    json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": true},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]})
 }
 
 /// merges.txt as the pairs that the library takes.

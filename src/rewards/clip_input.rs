@@ -1,24 +1,65 @@
-//! From pictures to the input of CLIP-like networks: the short side to S pixels by a cubic filter, the S × S middle,
-//! each channel minus its mean over its standard deviation. ImageReward and the aesthetic predictor share it.
+//! From pictures to the input of CLIP-like networks: one side to S pixels by a filter, the S × S middle or black around, each
+//! channel minus its mean over its standard deviation.
+//!
+//! ImageReward, the aesthetic predictor, PickScore and CLIPScore fit the short side and take the middle; HPSv2 fits the long
+//! side. What publishers differ in (bytes or floating-point numbers, filter, antialiasing, rounding of the middle) are settings.
 
 use anyhow::Result;
 use tch::{no_grad, Device, Kind, Tensor};
 
 use super::{
     check_batch,
-    pil::{self, Filter},
+    pil::{self, Filter, Taps},
     rgb_bytes, Scores,
 };
-use crate::prompts::Prompt;
+use crate::{
+    config::{Middle, Resizing},
+    prompts::Prompt,
+};
 
 /// Red, green, blue, on the scale 0..1.
 const MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
 const STD: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
 
-/// The input's side S.
+/// What becomes S pixels long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// The short side; the middle of the long one is taken.
+    ShortSide(Middle),
+    /// The long side; the rest is black, the odd row or column below or on the right.
+    LongSide,
+}
+
+/// How a size is changed where pictures are scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resample {
+    /// Bytes by Pillow's bicubic filter, to the bit.
+    Pillow,
+    /// Floating-point numbers as torch does it, neither rounded nor clipped.
+    Float { filter: Filter, antialias: bool },
+}
+
+impl Resample {
+    /// From the settings; Pillow antialiases always.
+    pub fn of(resizing: Resizing, antialias: bool) -> Resample {
+        match resizing {
+            Resizing::PillowBicubic => Resample::Pillow,
+            Resizing::FloatBicubic => Resample::Float { filter: Filter::Bicubic, antialias },
+            Resizing::FloatBilinear => Resample::Float { filter: Filter::Bilinear, antialias },
+        }
+    }
+}
+
+/// How pictures become inputs.
 #[derive(Clone, Copy, Debug)]
 pub struct ClipInput {
+    /// The input's side S.
     pub side: usize,
+    pub fit: Fit,
+    pub resample: Resample,
+    /// Of the channels.
+    pub mean: [f32; 3],
+    pub std: [f32; 3],
 }
 
 /// Input of a batch; pictures with a value that is not finite are black and marked.
@@ -37,6 +78,16 @@ impl Prepared {
 }
 
 impl ClipInput {
+    /// With CLIP's means and standard deviations.
+    pub fn new(side: usize, fit: Fit, resample: Resample) -> Self {
+        ClipInput { side, fit, resample, mean: MEAN, std: STD }
+    }
+
+    /// `Resize` and `CenterCrop` of torchvision on Pillow's pictures, as ImageReward and OpenAI have it.
+    pub fn of_torchvision(side: usize) -> Self {
+        ClipInput::new(side, Fit::ShortSide(Middle::Torchvision), Resample::Pillow)
+    }
+
     /// The scores of a network on `device`; `judge` makes rewards f32 `[n]` of its input.
     pub fn score(
         self,
@@ -64,70 +115,107 @@ impl ClipInput {
         Ok(judge(&self.differentiable(&images.to_device(device)))?.to_device(images.device()))
     }
 
-    /// As the networks' own packages do it: pictures rounded to bytes, resized by Pillow (`Resize` and `CenterCrop` of
-    /// torchvision on its images). `images` is f32 [n, 3, H, W] in [0, 1]; the result lies on `device`.
+    /// As the networks' own packages do it, with pictures rounded to bytes. `images` is f32 [n, 3, H, W] in [0, 1]; the result
+    /// lies on `device`.
     pub fn exact(self, images: &Tensor, device: Device) -> Result<Prepared> {
         let pictures = rgb_bytes(images)?;
         let size = [pictures.width, pictures.height];
-        let (to, corner) = (self.resized(size), self.corner(size));
-        let mut bytes: Vec<u8> = Vec::with_capacity(pictures.rgb.len() * 3 * self.side * self.side);
         let black = vec![0u8; 3 * size[0] * size[1]];
-        for rgb in &pictures.rgb {
-            let resized = pil::resize(rgb.as_ref().unwrap_or(&black), size, to, Filter::Bicubic);
-            for row in corner[1]..corner[1] + self.side {
-                let start = 3 * (row * to[0] + corner[0]);
-                bytes.extend(&resized[start..start + 3 * self.side]);
+        let finite = pictures.rgb.iter().map(Option::is_some).collect();
+        let all = pictures.rgb.iter().map(|rgb| rgb.as_ref().unwrap_or(&black));
+        let on_device = |bytes: &[u8], [width, height]: [usize; 2]| {
+            let pixels = Tensor::from_slice(bytes).view([-1, height as i64, width as i64, 3]).to_device(device);
+            pixels.permute([0, 3, 1, 2]).to_kind(Kind::Float) / 255.0
+        };
+        let input = match self.resample {
+            Resample::Pillow => {
+                let bytes: Vec<u8> = all.flat_map(|rgb| self.by_pillow(rgb, size)).collect();
+                self.normalise(&on_device(&bytes, [self.side; 2]))
             }
-        }
-        let side = self.side as i64;
-        let pixels = Tensor::from_slice(&bytes).view([-1, side, side, 3]).to_device(device);
-        let input = normalise(&(pixels.permute([0, 3, 1, 2]).to_kind(Kind::Float) / 255.0));
-        Ok(Prepared { input: input.contiguous(), finite: pictures.rgb.iter().map(Option::is_some).collect() })
+            Resample::Float { .. } => {
+                let bytes: Vec<u8> = all.flatten().copied().collect();
+                self.differentiable(&on_device(&bytes, size))
+            }
+        };
+        Ok(Prepared { input: input.contiguous(), finite })
+    }
+
+    /// A picture's S × S bytes.
+    fn by_pillow(self, rgb: &[u8], size: [usize; 2]) -> Vec<u8> {
+        let to = self.resized(size);
+        let resized = pil::resize(rgb, size, to, Filter::Bicubic);
+        let [left, top] = self.places(size);
+        let row_of = |row: usize| {
+            let start = 3 * ((top + row) * to[0] + left);
+            &resized[start..start + 3 * self.side]
+        };
+        (0..self.side).flat_map(|row| row_of(row).iter().copied()).collect()
     }
 
     /// The same in floating-point numbers, differentiable: nothing is rounded or clipped. Half a grey level per pass
-    /// apart from [`ClipInput::exact`], and more where the cubic filter overshoots black or white.
+    /// apart from [`ClipInput::exact`] by Pillow, and more where the cubic filter overshoots black or white.
     pub fn differentiable(self, images: &Tensor) -> Tensor {
         let s = images.size();
         let size = [s[3] as usize, s[2] as usize];
-        let (to, corner, side) = (self.resized(size), self.corner(size), self.side);
-        let filter = |axis: usize| {
-            let matrix = filter_matrix(size[axis], to[axis]).narrow(0, corner[axis] as i64, side as i64);
-            matrix.to_device(images.device())
-        };
-        normalise(&filter(1).matmul(&images.matmul(&filter(0).tr())))
+        let matrix = |axis: usize| self.axis(size, axis).to_device(images.device());
+        self.normalise(&matrix(1).matmul(&images.matmul(&matrix(0).tr())))
     }
 
-    /// Width and height after the resize; the long side is rounded down.
-    fn resized(self, [width, height]: [usize; 2]) -> [usize; 2] {
-        let short = width.min(height);
-        [width, height].map(|own| if own == short { self.side } else { self.side * own / short })
-    }
-
-    /// Left and top of the middle; halves go to the even number, as Python rounds.
-    fn corner(self, size: [usize; 2]) -> [usize; 2] {
-        self.resized(size).map(|own| {
-            let twice = own - self.side;
-            let down = twice / 2;
-            down + (twice % 2) * (down % 2)
-        })
-    }
-}
-
-fn normalise(images: &Tensor) -> Tensor {
-    let row = |values: &[f32; 3]| Tensor::from_slice(values).view([1, 3, 1, 1]).to_device(images.device());
-    (images - row(&MEAN)) / row(&STD)
-}
-
-/// The cubic filter along one axis as a matrix f32 `[to, from]`.
-fn filter_matrix(from: usize, to: usize) -> Tensor {
-    let mut values = vec![0f32; from * to];
-    for (row, tap) in pil::taps(from, to, Filter::Bicubic).iter().enumerate() {
-        for (i, &weight) in tap.weights.iter().enumerate() {
-            values[row * from + tap.first + i] = weight as f32;
+    /// Width and height after the resize. The long side is rounded down where the short one fits, the short one to the nearest
+    /// (halves to the even number) where the long one does.
+    pub fn resized(self, [width, height]: [usize; 2]) -> [usize; 2] {
+        let (short, long) = (width.min(height), width.max(height));
+        match self.fit {
+            Fit::ShortSide(_) => {
+                [width, height].map(|own| if own == short { self.side } else { self.side * own / short })
+            }
+            Fit::LongSide => {
+                let scale = self.side as f64 / long as f64;
+                [width, height].map(|own| ((own as f64 * scale).round_ties_even() as usize).max(1))
+            }
         }
     }
-    Tensor::from_slice(&values).view([to as i64, from as i64])
+
+    /// Left and top: of the middle in the resized picture, or of the resized picture in the black one.
+    pub fn places(self, size: [usize; 2]) -> [usize; 2] {
+        self.resized(size).map(|own| {
+            let twice = own.abs_diff(self.side);
+            let down = twice / 2;
+            match self.fit {
+                // Python's rounding: halves to the even number
+                Fit::ShortSide(Middle::Torchvision) => down + (twice % 2) * (down % 2),
+                Fit::ShortSide(Middle::Transformers) | Fit::LongSide => down,
+            }
+        })
+    }
+
+    /// Resize, and middle or black, along one axis (0 across, 1 down) as a matrix f32 `[S, from]`.
+    fn axis(self, size: [usize; 2], axis: usize) -> Tensor {
+        let (from, to, place) = (size[axis], self.resized(size)[axis], self.places(size)[axis]);
+        let taps = match self.resample {
+            Resample::Pillow => pil::taps(from, to, Filter::Bicubic),
+            Resample::Float { filter, antialias: true } => pil::taps(from, to, filter),
+            Resample::Float { filter, antialias: false } => pil::taps_without_antialias(from, to, filter),
+        };
+        let mut values = vec![0f32; from * self.side];
+        // rows outside of the middle are left out, rows outside of the picture stay black
+        let (skipped, black) = match self.fit {
+            Fit::ShortSide(_) => (place, 0),
+            Fit::LongSide => (0, place),
+        };
+        let rows = taps.iter().skip(skipped).zip((black..self.side).map(|row| row * from));
+        for (Taps { first, weights }, start) in rows {
+            for (i, &weight) in weights.iter().enumerate() {
+                values[start + first + i] = weight as f32;
+            }
+        }
+        Tensor::from_slice(&values).view([self.side as i64, from as i64])
+    }
+
+    fn normalise(self, images: &Tensor) -> Tensor {
+        let row = |values: &[f32; 3]| Tensor::from_slice(values).view([1, 3, 1, 1]).to_device(images.device());
+        (images - row(&self.mean)) / row(&self.std)
+    }
 }
 
 #[cfg(test)]
@@ -136,21 +224,46 @@ mod tests {
 
     #[test]
     fn sizes_and_corners_as_torchvision_has_them() {
-        let input = ClipInput { side: 224 };
-        assert_eq!((input.resized([512, 512]), input.corner([512, 512])), ([224, 224], [0, 0]));
+        let input = ClipInput::of_torchvision(224);
+        assert_eq!((input.resized([512, 512]), input.places([512, 512])), ([224, 224], [0, 0]));
         // 224 · 768 / 512 = 336; (336 − 224) / 2 = 56
-        assert_eq!((input.resized([768, 512]), input.corner([768, 512])), ([336, 224], [56, 0]));
+        assert_eq!((input.resized([768, 512]), input.places([768, 512])), ([336, 224], [56, 0]));
         // int(224 · 500 / 333) = 336; int(224 · 101 / 100) = 226, half of 2 is 1; 224 · 103 / 100 = 230.7, half of 6 is 3
-        assert_eq!((input.resized([333, 500]), input.corner([100, 103])), ([224, 336], [0, 3]));
+        assert_eq!((input.resized([333, 500]), input.places([100, 103])), ([224, 336], [0, 3]));
         // halves: (227 − 224) / 2 = 1.5 → 2, (225 − 224) / 2 = 0.5 → 0
-        assert_eq!((input.corner([2240, 2270])[1], input.corner([2240, 2250])[1]), (2, 0));
+        assert_eq!((input.places([2240, 2270])[1], input.places([2240, 2250])[1]), (2, 0));
+    }
+
+    /// Sizes as transformers and HPSv2's package have them.
+    #[test]
+    fn sizes_and_places_of_the_other_publishers() {
+        let middle = ClipInput::new(224, Fit::ShortSide(Middle::Transformers), Resample::Pillow);
+        // 335 − 224 = 111: torchvision has 56
+        assert_eq!((middle.resized([427, 640]), middle.places([427, 640])), ([224, 335], [0, 55]));
+        let black = ClipInput::new(224, Fit::LongSide, Resample::of(Resizing::FloatBicubic, true));
+        for (size, resized, places) in [
+            ([768, 512], [224, 149], [0, 37]),
+            ([448, 113], [224, 56], [0, 84]),
+            // 57.5 → 58
+            ([448, 115], [224, 58], [0, 83]),
+            ([500, 3], [224, 1], [0, 111]),
+            ([224, 160], [224, 160], [0, 32]),
+            ([1000, 1], [224, 1], [0, 111]),
+        ] {
+            assert_eq!((black.resized(size), black.places(size)), (resized, places), "{size:?}");
+        }
+        // all rows of a white picture, 37 black ones above and 38 below
+        let sums = black.axis([768, 512], 1).sum_dim_intlist(1, false, Kind::Double);
+        let sums = Vec::<f64>::try_from(sums).unwrap();
+        let wanted = |row: usize| f64::from(u8::from((37..186).contains(&row)));
+        assert!(sums.iter().enumerate().all(|(row, sum)| (sum - wanted(row)).abs() < 1e-6), "{sums:?}");
     }
 
     /// The differentiable path against the exact one, and its gradient against finite differences.
     #[test]
     fn both_paths_agree_and_the_gradient_is_right() {
         tch::manual_seed(3);
-        let input = ClipInput { side: 12 };
+        let input = ClipInput::of_torchvision(12);
         // smooth enough that the cubic filter stays inside 0..1
         let images = (Tensor::rand([2, 3, 5, 7], (Kind::Float, Device::Cpu)) * 0.5 + 0.25).upsample_bilinear2d(
             [29, 40],
@@ -183,7 +296,7 @@ mod tests {
     fn a_broken_picture_is_marked() {
         let images = Tensor::zeros([2, 3, 8, 8], (Kind::Float, Device::Cpu));
         let _ = images.get(1).fill_(f64::NAN);
-        let prepared = ClipInput { side: 4 }.exact(&images, Device::Cpu).unwrap();
+        let prepared = ClipInput::of_torchvision(4).exact(&images, Device::Cpu).unwrap();
         assert_eq!(prepared.finite, [true, false]);
         assert!(prepared.input.isfinite().all().int64_value(&[]) == 1);
     }

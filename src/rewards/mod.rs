@@ -6,10 +6,13 @@ use tch::{Device, Kind, Tensor};
 use crate::prompts::Prompt;
 
 pub mod aesthetic;
-mod clip_input;
+pub mod clip;
+pub mod clip_input;
+pub mod clip_score;
 pub mod colorfulness;
 pub mod command;
 pub mod composition;
+pub mod hps;
 pub mod http;
 pub mod image_reward;
 pub mod ita;
@@ -19,6 +22,7 @@ pub mod miniature_detector;
 pub mod miniature_likeness;
 pub mod miniature_skin_tone;
 pub mod parity;
+pub mod pick_score;
 pub mod pil;
 pub mod protocol;
 pub mod random;
@@ -30,8 +34,8 @@ mod stderr;
 pub mod sum;
 pub mod torchscript;
 pub mod unidet;
-mod vision_transformer;
-mod weights;
+pub mod vision_transformer;
+pub mod weights;
 
 /// What a reward says of one batch.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -60,6 +60,33 @@ pub fn taps(from: usize, to: usize, filter: Filter) -> Vec<Taps> {
     (0..to).map(of_pixel).collect()
 }
 
+/// As [`taps`] without a stretched filter: torch's `interpolate` with `antialias=False`. Two pixels, or four with a = −0.75,
+/// around the place in the line of `from`; beyond the ends the last pixel counts again.
+pub fn taps_without_antialias(from: usize, to: usize, filter: Filter) -> Vec<Taps> {
+    const A: f64 = -0.75;
+    let near = |x: f64| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
+    let far = |x: f64| (((x - 5.0) * x + 8.0) * x - 4.0) * A;
+    let scale = from as f64 / to as f64;
+    let of_pixel = |pixel: usize| {
+        let place = (pixel as f64 + 0.5) * scale - 0.5;
+        let place = if filter == Filter::Bilinear { place.max(0.0) } else { place };
+        let (below, t) = (place.floor(), place - place.floor());
+        let around = match filter {
+            Filter::Bilinear => vec![(0.0, 1.0 - t), (1.0, t)],
+            Filter::Bicubic => vec![(-1.0, far(t + 1.0)), (0.0, near(t)), (1.0, near(1.0 - t)), (2.0, far(2.0 - t))],
+        };
+        let last = from as f64 - 1.0;
+        let at = |step: f64| (below + step).clamp(0.0, last) as usize;
+        let first = at(around[0].0);
+        let mut weights = vec![0.0; at(around[around.len() - 1].0) - first + 1];
+        for (step, weight) in around {
+            weights[at(step) - first] += weight;
+        }
+        Taps { first, weights }
+    };
+    (0..to).map(of_pixel).collect()
+}
+
 /// Fractional bits of the weights.
 const BITS: u32 = 22;
 

@@ -2,7 +2,7 @@
 //!
 //! Patches become tokens by a linear map, a class token stands in front, positions are added; then blocks of
 //! self-attention and a two-layer network, each behind a LayerNorm and added. Names are those of BLIP's file (timm's);
-//! [`super::aesthetic::clip`] gives CLIP's tensors these names.
+//! [`super::clip::layouts`] gives CLIP's tensors these names.
 
 use anyhow::{ensure, Result};
 use tch::Tensor;
@@ -15,8 +15,10 @@ use crate::models::{
     text_encoder::Activation,
 };
 
-/// Channels of an attention head in all of these models.
+/// Channels of an attention head in BLIP, and in CLIP's models of up to 1024 channels.
 pub const HEAD: i64 = 64;
+/// Heads of the published towers whose heads are wider.
+const WIDE: [(i64, i64); 3] = [(1280, 16), (1408, 16), (1664, 16)];
 
 /// What distinguishes the two families.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +46,8 @@ pub struct Sizes {
     pub side: i64,
     pub depth: i64,
     pub hidden: i64,
+    /// Attention heads, as published for this width: the shapes do not say them.
+    pub heads: i64,
 }
 
 impl Sizes {
@@ -57,9 +61,10 @@ impl Sizes {
         let grid = ((tokens - 1).max(0) as f64).sqrt() as i64;
         ensure!(grid > 0 && grid * grid == tokens - 1, "{at}: {tokens} positions are no square of patches and one");
         ensure!(patch > 0, "{at}: patches of {patch} pixels");
-        ensure!(width % HEAD == 0, "{at}: width {width} does not divide into heads of {HEAD}");
         let depth = checkpoint.blocks(&format!("{prefix}blocks"));
-        Ok(Sizes { width, patch, side: grid * patch, depth, hidden })
+        let wide = WIDE.iter().find(|(wide, _)| *wide == width).map(|(_, heads)| *heads);
+        let heads = wide.unwrap_or(if width % HEAD == 0 { width / HEAD } else { 0 });
+        Ok(Sizes { width, patch, side: grid * patch, depth, hidden, heads })
     }
 }
 
@@ -86,7 +91,8 @@ pub struct VisionTransformer {
 
 impl VisionTransformer {
     pub fn new(b: &Builder, sizes: Sizes, style: Style) -> Result<Self> {
-        let Sizes { width, patch, side, depth, hidden } = sizes;
+        let Sizes { width, patch, side, depth, hidden, heads } = sizes;
+        ensure!(heads > 0 && width % heads == 0, "width {width} does not divide into heads of {HEAD}");
         let tokens = (side / patch) * (side / patch) + 1;
         let (small, patches) = (Init::Normal(0.02), b.sub("patch_embed.proj"));
         let norm = |b: &Builder, name: &str| LayerNorm::new(&b.sub(name), width, style.eps);
@@ -126,7 +132,7 @@ impl VisionTransformer {
         }
         for block in &self.blocks {
             let qkv = block.qkv.forward(&block.norm1.forward(&x)).chunk(3, -1);
-            x = block.proj.forward(&multi_head(&qkv[0], &qkv[1], &qkv[2], self.sizes.width / HEAD, false)) + x;
+            x = block.proj.forward(&multi_head(&qkv[0], &qkv[1], &qkv[2], self.sizes.heads, false)) + x;
             let hidden = self.style.activation.apply(&block.fc1.forward(&block.norm2.forward(&x)));
             x = block.fc2.forward(&hidden) + x;
         }

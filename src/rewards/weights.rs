@@ -35,6 +35,8 @@ pub struct Checkpoint {
     /// The file, for messages.
     pub path: String,
     pub tensors: BTreeMap<String, Tensor>,
+    /// It was an archive of TorchScript.
+    pub archive: bool,
 }
 
 impl Checkpoint {
@@ -45,12 +47,13 @@ impl Checkpoint {
     /// One line that names the file: missing, damaged, refused.
     pub fn read(path: &str) -> Result<Checkpoint> {
         let bytes = map_file(Path::new(path))?.with_context(|| format!("cannot read {path}: there is no such file"))?;
-        let tensors = match is_torchscript(&bytes) {
+        let archive = is_torchscript(&bytes);
+        let tensors = match archive {
             true => torchscript_parameters(path)?,
             false => read_tensors(&bytes, path)?,
         };
         warn_of_bad_values(&tensors, path);
-        Ok(Checkpoint { path: path.to_string(), tensors })
+        Ok(Checkpoint { path: path.to_string(), tensors, archive })
     }
 
     /// The shape of `name`.
@@ -157,6 +160,7 @@ mod tests {
         Checkpoint {
             path: "x.pt".into(),
             tensors: names.iter().map(|(name, shape)| (name.to_string(), tensor(shape))).collect(),
+            archive: false,
         }
     }
 

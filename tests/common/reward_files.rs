@@ -181,6 +181,86 @@ pub fn clip_hugging_face(vit: Vit) -> Shapes {
     l.0
 }
 
+/// Sizes of CLIP's text tower.
+#[derive(Clone, Copy)]
+pub struct ClipText {
+    pub width: i64,
+    pub hidden: i64,
+    pub depth: i64,
+    pub vocabulary: i64,
+}
+
+pub const VIT_H_14: Vit = Vit { width: 1280, hidden: 5120, depth: 32, patch: 14, grid: 16, outputs: 1024 };
+pub const VIT_H_TEXT: ClipText = ClipText { width: 1024, hidden: 4096, depth: 24, vocabulary: 49408 };
+pub const VIT_L_TEXT: ClipText = ClipText { width: 768, hidden: 3072, depth: 12, vocabulary: 49408 };
+
+/// The whole of Hugging Face's CLIP, without its buffers of positions.
+pub fn clip_with_text(vit: Vit, text: ClipText) -> Shapes {
+    let mut l = List(clip_hugging_face(vit));
+    let t = "text_model";
+    l.one(&format!("{t}.embeddings.token_embedding.weight"), &[text.vocabulary, text.width]);
+    l.one(&format!("{t}.embeddings.position_embedding.weight"), &[77, text.width]);
+    for i in 0..text.depth {
+        let b = format!("{t}.encoder.layers.{i}");
+        for part in ["q", "k", "v", "out"] {
+            l.linear(&format!("{b}.self_attn.{part}_proj"), text.width, text.width);
+        }
+        l.norm(&format!("{b}.layer_norm1"), text.width);
+        l.linear(&format!("{b}.mlp.fc1"), text.hidden, text.width);
+        l.linear(&format!("{b}.mlp.fc2"), text.width, text.hidden);
+        l.norm(&format!("{b}.layer_norm2"), text.width);
+    }
+    l.norm(&format!("{t}.final_layer_norm"), text.width);
+    l.one("text_projection.weight", &[vit.outputs, text.width]);
+    l.one("logit_scale", &[]);
+    l.0
+}
+
+/// A CLIP in open_clip's (and OpenAI's) layout with Hugging Face's names.
+pub fn clip_from_open_clip(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let mut out = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let tensor = tensor.shallow_clone();
+        let (block, in_vision) = match name.strip_prefix("visual.transformer.resblocks.") {
+            Some(rest) => (Some(rest), true),
+            None => (name.strip_prefix("transformer.resblocks."), false),
+        };
+        let model = if in_vision { "vision_model" } else { "text_model" };
+        if let Some((number, part)) = block.and_then(|rest| rest.split_once('.')) {
+            let at = format!("{model}.encoder.layers.{number}");
+            if let Some(kind) = part.strip_prefix("attn.in_proj_") {
+                for (letter, rows) in ["q", "k", "v"].into_iter().zip(tensor.chunk(3, 0)) {
+                    out.insert(format!("{at}.self_attn.{letter}_proj.{kind}"), rows.copy());
+                }
+                continue;
+            }
+            let part = part.replace("ln_1", "layer_norm1").replace("ln_2", "layer_norm2");
+            let part = part.replace("attn.out_proj", "self_attn.out_proj");
+            out.insert(format!("{at}.{}", part.replace("c_fc", "fc1").replace("c_proj", "fc2")), tensor);
+            continue;
+        }
+        let (new, turned) = match name.as_str() {
+            "visual.class_embedding" => ("vision_model.embeddings.class_embedding", false),
+            "visual.positional_embedding" => ("vision_model.embeddings.position_embedding.weight", false),
+            "visual.conv1.weight" => ("vision_model.embeddings.patch_embedding.weight", false),
+            "visual.ln_pre.weight" => ("vision_model.pre_layrnorm.weight", false),
+            "visual.ln_pre.bias" => ("vision_model.pre_layrnorm.bias", false),
+            "visual.ln_post.weight" => ("vision_model.post_layernorm.weight", false),
+            "visual.ln_post.bias" => ("vision_model.post_layernorm.bias", false),
+            "visual.proj" => ("visual_projection.weight", true),
+            "token_embedding.weight" => ("text_model.embeddings.token_embedding.weight", false),
+            "positional_embedding" => ("text_model.embeddings.position_embedding.weight", false),
+            "ln_final.weight" => ("text_model.final_layer_norm.weight", false),
+            "ln_final.bias" => ("text_model.final_layer_norm.bias", false),
+            "text_projection" => ("text_projection.weight", true),
+            "logit_scale" => ("logit_scale", false),
+            other => panic!("{other}: not of open_clip's layout"),
+        };
+        out.insert(new.to_string(), if turned { tensor.tr().contiguous() } else { tensor });
+    }
+    out
+}
+
 /// The aesthetic predictor's head on CLIP's embedding.
 pub fn aesthetic_head(inputs: i64, relu: bool) -> Shapes {
     let mut l = List(Vec::new());

@@ -48,18 +48,46 @@ pub fn json(path: &Path) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// A set of the rewards on CLIP, not of pipelines.
+fn is_of_rewards(dir: &Path) -> bool {
+    dir.join("goldens/pictures.json").is_file()
+}
+
 pub fn goldens() -> Option<Goldens> {
     let Some(dir) = std::env::var_os("RLDIFF_GOLDENS").map(PathBuf::from) else {
         eprintln!("SKIPPED: RLDIFF_GOLDENS is not set (folder of diffusers reference numbers)");
         return None;
     };
+    if is_of_rewards(&dir) {
+        eprintln!("SKIPPED: {} holds numbers of rewards, none of pipelines", dir.display());
+        return None;
+    }
+    Some(open(dir))
+}
+
+/// RLDIFF_GOLDENS where it is such a set, else the part of one that the project has.
+pub fn reward_goldens() -> Goldens {
+    let set = std::env::var_os("RLDIFF_GOLDENS").map(PathBuf::from).filter(|dir| is_of_rewards(dir));
+    let part = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/rewards");
+    let dir = set.unwrap_or_else(|| part.into());
+    for variant in ["sd2", "sd15"].iter().filter(|variant| dir.join("goldens").join(variant).is_dir()) {
+        eprintln!("SKIPPED: {}/goldens/{variant}: objectives are not compared with the rewards", dir.display());
+    }
+    open(dir)
+}
+
+fn open(dir: PathBuf) -> Goldens {
     let tolerances = json(&dir.join("TOLERANCES.json"))["gaps"].take();
     let mut manifest = json(&dir.join("MANIFEST.json"));
     let (conventions, listing) = (manifest["conventions"].take(), manifest["tensors"].take());
     let listing = listing.as_array().expect("MANIFEST.json: tensors").clone();
-    let number = |key: &str| conventions[key].as_f64().unwrap_or_else(|| panic!("MANIFEST.json: conventions.{key}"));
+    let number = |key: &str| match conventions[key].as_f64() {
+        // rewards have neither
+        None if is_of_rewards(&dir) => f64::NAN,
+        number => number.unwrap_or_else(|| panic!("MANIFEST.json: conventions.{key}")),
+    };
     let (guidance_scale, clip_range) = (number("guidance"), number("clip_range"));
-    Some(Goldens { dir, tolerances, listing, guidance_scale, clip_range, failures: Vec::new() })
+    Goldens { dir, tolerances, listing, guidance_scale, clip_range, failures: Vec::new() }
 }
 
 /// The tensors of one reference file, and which of them were used.
@@ -106,10 +134,14 @@ impl Goldens {
     }
 
     pub fn file(&self, variant: &str, file: &str) -> File {
-        let path = self.dir.join(format!("goldens/{variant}/{file}.safetensors"));
+        self.flat_file(&format!("{variant}/{file}"))
+    }
+
+    pub fn flat_file(&self, prefix: &str) -> File {
+        let path = self.dir.join(format!("goldens/{prefix}.safetensors"));
         let bytes = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let tensors = read_safetensors(&bytes, &path.display().to_string()).unwrap();
-        File { prefix: format!("{variant}/{file}"), tensors, used: RefCell::default() }
+        File { prefix: prefix.to_string(), tensors, used: RefCell::default() }
     }
 
     pub fn pipeline(&self, variant: &str) -> (Pipeline, Schedule) {

@@ -94,7 +94,7 @@ impl ImageReward {
             text.vocabulary
         );
         let network = checkpoint.build(device, ignored, |b| Network::new(b, vision, text, &head))?;
-        Ok(ImageReward { network, tokenizer, input: ClipInput { side: vision.side as usize }, device })
+        Ok(ImageReward { network, tokenizer, input: ClipInput::of_torchvision(vision.side as usize), device })
     }
 
     /// Rewards of prepared pictures, f32 `[n]`.

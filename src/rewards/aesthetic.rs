@@ -8,51 +8,21 @@
 //! CLIP comes from OpenAI's archive, whose numbers are f16, or in Hugging Face's layout; both compute in f32 here, which
 //! differs from the f16 of their own code on a GPU by up to 0.01.
 
-pub(super) mod clip;
-
 use anyhow::{ensure, Result};
 use tch::{Device, Tensor};
 
 use super::{
+    clip::{
+        layouts,
+        towers::{unit, PictureTower},
+    },
     clip_input::ClipInput,
     score_head::{HeadSizes, ScoreHead},
-    vision_transformer::{self, Sizes, VisionTransformer},
+    vision_transformer::{Sizes, CLIP},
     weights::{Checkpoint, Loaded},
     DifferentiableReward, Reward, Scores,
 };
-use crate::{
-    config::AestheticSettings,
-    models::parameters::{Builder, Init},
-    prompts::Prompt,
-};
-
-/// CLIP's picture tower.
-struct PictureTower {
-    vision: VisionTransformer,
-    /// `[embedding, width]`.
-    projection: Tensor,
-}
-
-impl PictureTower {
-    fn new(b: &Builder, sizes: Sizes, outputs: i64) -> Result<Self> {
-        Ok(PictureTower {
-            vision: VisionTransformer::new(b, sizes, vision_transformer::CLIP)?,
-            projection: b.parameter("projection", &[outputs, sizes.width], Init::Normal(0.02))?,
-        })
-    }
-
-    /// Normalised pictures f32 `[n, 3, side, side]` → embeddings f32 `[n, embedding]` of length 1.
-    fn embed(&self, input: &Tensor) -> Tensor {
-        let class = self.vision.norm(&self.vision.forward(input).select(1, 0));
-        unit(&class.linear(&self.projection, None::<&Tensor>))
-    }
-}
-
-/// Rows divided by their length; a row of zeros stays.
-fn unit(rows: &Tensor) -> Tensor {
-    let length = rows.square().sum_dim_intlist(1, true, tch::Kind::Float).sqrt();
-    rows / length.where_self(&length.gt(0.0), &length.ones_like())
-}
+use crate::{config::AestheticSettings, prompts::Prompt};
 
 /// See the module.
 pub struct Aesthetic {
@@ -66,13 +36,13 @@ impl Aesthetic {
     /// # Errors
     /// Files that cannot be read; checkpoints without a tensor, or with one of another shape (the first few are named).
     pub fn load(settings: &AestheticSettings, device: Device) -> Result<Self> {
-        let mut tower = clip::canonical(Checkpoint::read(&settings.clip)?)?;
+        let mut tower = layouts::canonical(Checkpoint::read(&settings.clip)?)?;
         let head = match settings.head.as_str() {
             "" => {
                 let (head, rest) =
                     std::mem::take(&mut tower.tensors).into_iter().partition(|(n, _)| n.starts_with("layers."));
                 tower.tensors = rest;
-                Checkpoint { path: settings.clip.clone(), tensors: head }
+                Checkpoint { path: settings.clip.clone(), tensors: head, archive: tower.archive }
             }
             path => Checkpoint::read(path)?,
         };
@@ -86,14 +56,14 @@ impl Aesthetic {
             head_sizes.input(),
             tower.path
         );
-        let tower = tower.build(device, clip::ignored, |b| PictureTower::new(b, sizes, outputs))?;
+        let tower = tower.build(device, layouts::ignored, |b| PictureTower::new(b, sizes, CLIP, outputs))?;
         let head = head.build(device, |_| false, |b| ScoreHead::new(b, &head_sizes))?;
-        Ok(Aesthetic { tower, head, input: ClipInput { side: sizes.side as usize }, device })
+        Ok(Aesthetic { tower, head, input: ClipInput::of_torchvision(sizes.side as usize), device })
     }
 
     /// Rewards of prepared pictures, f32 `[n]`.
     fn judge(&self, input: &Tensor) -> Tensor {
-        self.head.forward(&self.tower.embed(input))
+        self.head.forward(&unit(&self.tower.features(input)))
     }
 }
 
@@ -165,11 +135,5 @@ mod tests {
             // f32 against f64 through five layers, numbers of about 5: observed 2e-6
             assert!((got - wanted.as_f64().unwrap()).abs() < 2e-5, "{name}: {got} {wanted}");
         }
-    }
-
-    #[test]
-    fn lengths_become_one_and_zero_stays() {
-        let rows = unit(&Tensor::from_slice(&[3.0f32, 4.0, 0.0, 0.0]).view([2, 2]));
-        assert_eq!(Vec::<f32>::try_from(rows.view([-1])).unwrap(), [0.6, 0.8, 0.0, 0.0]);
     }
 }

@@ -1,6 +1,7 @@
-//! CLIP's picture tower from either published layout, with the names of [`crate::rewards::vision_transformer`].
+//! CLIP from either published layout (Hugging Face's, or OpenAI's, which is open_clip's too): the picture tower with the
+//! names of [`crate::rewards::vision_transformer`], the text tower with those of [`crate::models::text_encoder`].
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use tch::Tensor;
 
 use crate::rewards::weights::Checkpoint;
@@ -99,6 +100,81 @@ pub fn canonical(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
         checkpoint.tensors.insert("projection".to_string(), turned);
     }
     Ok(checkpoint)
+}
+
+/// Names of OpenAI's text tower and of ours.
+const OPENAI_TEXT: [(&str, &str); 4] = [
+    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("ln_final.weight", "text_model.final_layer_norm.weight"),
+    ("ln_final.bias", "text_model.final_layer_norm.bias"),
+];
+const OPENAI_TEXT_BLOCK: [(&str, &str); 5] = [
+    ("ln_1", "layer_norm1"),
+    ("attn.out_proj", "self_attn.out_proj"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+];
+
+/// The text tower's tensors under canonical names, `text_projection` as `[outputs, width]`. In ViT-H it is square, so that the
+/// layout alone tells which side is which.
+///
+/// # Errors
+/// No text tower, or tensors of it that are missing: the first few are named as the file would.
+pub fn canonical_text(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
+    let hugging_face = checkpoint.tensors.keys().any(|name| name.starts_with("text_model."));
+    if hugging_face || checkpoint.has("text_projection.weight") {
+        let needed = ["text_projection.weight", "text_model.embeddings.token_embedding.weight"].map(String::from);
+        checkpoint.ensure_all(needed.iter())?;
+        let projection = checkpoint.tensors.remove("text_projection.weight");
+        checkpoint.tensors.extend(projection.map(|tensor| ("text_projection".to_string(), tensor)));
+        return Ok(checkpoint);
+    }
+    ensure!(
+        checkpoint.has("token_embedding.weight") || checkpoint.has("text_projection"),
+        "{}: neither text_projection.weight nor token_embedding.weight is there: no CLIP model with a text tower",
+        checkpoint.path
+    );
+    let mut names: Vec<(String, String)> = OPENAI_TEXT.map(|(from, to)| (from.to_string(), to.to_string())).to_vec();
+    let (mut fused, depth) = (Vec::new(), checkpoint.blocks("transformer.resblocks"));
+    for block in 0..depth {
+        let (from, to) = (format!("transformer.resblocks.{block}"), format!("text_model.encoder.layers.{block}"));
+        for kind in ["weight", "bias"] {
+            let own = OPENAI_TEXT_BLOCK.iter();
+            names.extend(own.map(|(own, ours)| (format!("{from}.{own}.{kind}"), format!("{to}.{ours}.{kind}"))));
+            fused.push((format!("{from}.attn.in_proj_{kind}"), to.clone(), kind));
+        }
+    }
+    let projection = "text_projection".to_string();
+    let all = names.iter().map(|(from, _)| from).chain(fused.iter().map(|(from, ..)| from)).chain([&projection]);
+    checkpoint.ensure_all(all)?;
+    for (from, to) in names {
+        let tensor = checkpoint.tensors.remove(&from);
+        checkpoint.tensors.extend(tensor.map(|tensor| (to, tensor)));
+    }
+    for (from, to, kind) in fused {
+        let Some(tensor) = checkpoint.tensors.remove(&from) else { continue };
+        let rows = tensor.size().first().copied().unwrap_or_default();
+        ensure!(
+            rows > 0 && rows % 3 == 0,
+            "{}: tensor {from} has {rows} rows, three parts are wanted",
+            checkpoint.path
+        );
+        for (part, rows) in ["q", "k", "v"].into_iter().zip(tensor.chunk(3, 0)) {
+            checkpoint.tensors.insert(format!("{to}.self_attn.{part}_proj.{kind}"), rows.contiguous());
+        }
+    }
+    let [_, _] = checkpoint.shape(&projection)?;
+    let turned = checkpoint.tensors[&projection].tr().contiguous();
+    checkpoint.tensors.insert(projection, turned);
+    Ok(checkpoint)
+}
+
+/// What neither tower needs: buffers, and what OpenAI's archive says of itself.
+pub fn ignored_by_both(name: &str) -> bool {
+    let rest = ["logit_scale", "input_resolution", "context_length", "vocab_size"];
+    rest.contains(&name) || name.ends_with(".position_ids")
 }
 
 /// What no picture needs: the text tower and buffers.
