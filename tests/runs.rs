@@ -139,7 +139,7 @@ fn an_operation_whose_results_cannot_repeat_is_refused_with_its_name() {
             false,
         )
     };
-    put().unwrap();
+    drop(put().unwrap());
     numerics::set_deterministic(true);
     let refused = put();
     numerics::set_deterministic(false);

@@ -125,6 +125,11 @@ mod tests {
         table["model"].as_table_mut().unwrap().remove("frozen_compute");
         table["model"]["gradient_checkpointing"] = true.into();
         table["rollout"]["cuda_graph"] = false.into();
+        // and can be given them
+        let sets = ["run.deterministic=true".to_string(), "model.frozen_compute=bf16".to_string()];
+        let config = parse(&table.to_string(), "old", &sets).unwrap();
+        assert!(config.run.deterministic);
+        assert_eq!(config.model.frozen_compute, crate::device::numerics::Precision::Bf16);
         let config = parse(&table.to_string(), "old", &[]).unwrap();
         assert!(!config.run.deterministic);
         assert_eq!(config.model.frozen_compute, crate::device::numerics::Precision::Tf32);

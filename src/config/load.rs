@@ -137,8 +137,14 @@ fn apply(table: &mut toml::Table, assignment: &str) -> Result<()> {
             None => bail!("there is no section {walked}"),
         };
     }
-    // tables that a config may leave out
-    let added = walked.is_empty() && ["advantage", "stop"].contains(&last) && value.is_table();
+    let added = match walked.as_str() {
+        // tables that a config may leave out
+        "" => ["advantage", "stop"].contains(&last) && value.is_table(),
+        // settings that older configs do not have
+        "run" => last == "deterministic",
+        "model" | "eval" => last == "frozen_compute",
+        _ => false,
+    };
     if !place.contains_key(last) && !added {
         let known: Vec<&str> = place.keys().map(String::as_str).collect();
         bail!("unknown key {last}; known here: {}", known.join(", "));

@@ -243,7 +243,8 @@ mod tests {
         assert_eq!(chosen(80, true), (Recomputed::Nothing, true, true));
         assert_eq!(chosen(62, true), (Recomputed::Nothing, false, true));
         assert_eq!(chosen(48, true), (Recomputed::Level0, true, true));
-        assert_eq!(chosen(34, true), (Recomputed::Everything, true, true));
+        assert_eq!(chosen(36, true), (Recomputed::Everything, true, true));
+        assert_eq!(chosen(34, true), (Recomputed::Everything, false, true));
         assert_eq!(chosen(24, true), (Recomputed::Everything, false, false));
         // no graphs on a CPU, however much memory it has
         assert_eq!(chosen(1000, false), (Recomputed::Nothing, false, true));
