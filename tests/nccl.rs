@@ -470,10 +470,11 @@ fn timed_sums(comm: &dyn Communicator) {
     timed.finish_device_sums(stream as usize).unwrap();
     let [visit] = timed.take().try_into().expect("one visit");
     assert_eq!((visit.operation, visit.bytes, visit.vectors), (Operation::Sum, 4000, 2));
-    assert!(visit.window >= 0.5 && visit.work >= visit.window, "{visit:?}");
+    // events tell f32 milliseconds
+    assert!(visit.window > 0.499 && visit.work > visit.window - 1e-3, "{visit:?}");
     // the sums began when the late rank's did
     match is_late {
-        true => assert!(visit.work >= 1.5 && visit.inside < 0.5, "{visit:?}"),
+        true => assert!(visit.work > 1.499 && visit.inside < 0.5, "{visit:?}"),
         false => assert!(visit.inside > 0.5, "{visit:?}"),
     }
     assert_eq!(values, vec![comm.size() as f32; 1000]);

@@ -205,6 +205,13 @@ int cuEventRecord(void *event, void *stream) {
   return SUCCESS;
 }
 
+int cuEventSynchronize(void *event) {
+  Event *known_event = known(events, event);
+  if (!known_event) return INVALID_HANDLE;
+  if (auto recorded = known_event->recorded) recorded->wait();
+  return SUCCESS;
+}
+
 int cuEventElapsedTime_v2(float *milliseconds, void *begins, void *ends) {
   Event *first = known(events, begins);
   Event *second = known(events, ends);
