@@ -35,6 +35,8 @@ pub struct Cost {
     pub kept_per_row: u64,
     /// Bytes a row's passes have alive at once, at most, beside what is kept.
     pub working_per_row: u64,
+    /// Bytes a row's pass without gradients has alive at once, at most.
+    pub rollout_per_row: u64,
     /// Bytes alive at once, at most, while a picture is decoded.
     pub decode_per_picture: u64,
     /// The same with what its backward pass needs, where the method has one.
@@ -114,6 +116,16 @@ pub fn measure(architecture: ModelFiles, config: &Config, recomputed: Recomputed
         drop(eps);
         Ok(())
     })?;
+    // at a quarter of the area, which it is as much as
+    let [height, width] = [h, w].map(|side| (side / 2).max(1));
+    let rollout_peak = {
+        let _no_grad = tch::no_grad_guard();
+        let quarter = Tensor::zeros([1, c, height, width], (Kind::Float, Device::Cpu));
+        let count = Allocations::begin();
+        drop(pipeline.unet.forward(&quarter, &t, &text));
+        count.peak()
+    };
+    let rollout_per_row = rollout_peak * (h * w) as u64 / (height * width) as u64;
     let side = h.min(w).min(DECODED_SIDE);
     let decode = |side: i64| -> Result<(f64, u64)> {
         let _no_grad = tch::no_grad_guard();
@@ -157,6 +169,7 @@ pub fn measure(architecture: ModelFiles, config: &Config, recomputed: Recomputed
         decode_flops: a * whole + b * whole * whole,
         kept_per_row: kept / width,
         working_per_row: (peak - kept) / width,
+        rollout_per_row: rollout_per_row / width,
         decode_per_picture: (decoded as f64 * whole / area) as u64,
         decode_with_gradient: ((decoded + kept_by_decoder) as f64 * whole / area) as u64,
     })
@@ -253,15 +266,16 @@ pub fn memory(config: &Config, pipeline: &Pipeline, cost: &Cost, setting: Settin
     // the reward-weighted method keeps the original beside the network in training; adapters leave it as it is
     let kept_original = matches!(config.method, MethodConfig::RewardWeighted(_)) && pipeline.lora.is_none();
     let unets = 1 + u64::from(kept_original);
+    let denoising = rollout_rows * cost.rollout_per_row;
     Memory {
         weights: frozen + unets * compute * scalars(&pipeline.unet_parameters),
         optimizer,
         gradients: trained * (leaf + 4 * (1 + partial_sums)) + staging,
         update: update_rows * (cost.kept_per_row + cost.working_per_row)
             + decoded_with_gradient * cost.decode_with_gradient,
-        rollout: (rollout_rows * cost.working_per_row).max(at_once(pictures) * cost.decode_per_picture),
+        rollout: (if setting.graphs { 0 } else { denoising }).max(at_once(pictures) * cost.decode_per_picture),
         // all recordings share it, the largest says how much it is
-        graphs: if setting.graphs { rollout_rows * cost.working_per_row } else { 0 },
+        graphs: if setting.graphs { denoising } else { 0 },
         libraries: match (setting.on_gpu, setting.in_company) {
             (false, _) => 0,
             (true, false) => CONTEXT,
