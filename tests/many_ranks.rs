@@ -30,10 +30,13 @@ const FEW: [&str; 15] = [
     "task.preference.evaluation_samples=16",
 ];
 
-/// The paper's arithmetic whole; one iteration, and a short evaluation.
-const WHOLE: [&str; 7] = [
+/// All samples of the paper's arithmetic; one iteration with few steps, and a short evaluation.
+const WHOLE: [&str; 10] = [
     "run.iterations=1",
     "run.checkpoint_every=1",
+    "method.timesteps=2",
+    "rollout.steps=3",
+    "pretrain.steps=1",
     "evaluation.pictures=2",
     "evaluation.every=0",
     "task.composition.evaluation_samples=16",
@@ -59,7 +62,7 @@ fn sixteen_ranks_without_a_config_compute_what_one_rank_computes() {
         [&FEW[..], &["task.parity.evaluation_samples=16", "task.parity.evaluation_images_per_prompt=2"]].concat();
     let of = |ranks: usize| {
         let files = RunFiles::new(folder.join(format!("ranks-{ranks}")));
-        let done = train(ranks, &files, &settings, Duration::from_secs(240));
+        let done = train(ranks, &files, &settings, Duration::from_secs(600));
         say(&format!("128 lanes on {ranks} ranks: {:.1} s", done.took.as_secs_f64()));
         (files, done)
     };
