@@ -72,10 +72,10 @@ fn both_parts_run_whole_on_the_cpu_at_tiny_size() {
     let python = std::env::var("RLDIFF_TEST_PYTHON").ok().filter(|python| !python.is_empty());
     let tests = std::env::current_exe().unwrap().parent().unwrap().to_path_buf();
     for part in ["1", "2"] {
-        let mut command = gpu_script(&folder, &[part, "--device", "cpu", "--tiny", "--seconds", "500"]);
+        let mut command = gpu_script(&folder, &[part, "--device", "cpu", "--tiny", "--seconds", "900"]);
         command.env("RLDIFF", env!("CARGO_BIN_EXE_rldiff")).env("TESTS", &tests);
         command.env("PYTHON", python.as_deref().unwrap_or("python3")).env_remove("RLDIFF_REQUIRE_GPU");
-        run_within(command, Duration::from_secs(510)).expect_success(&format!("bench/gpu.sh {part}"));
+        run_within(command, Duration::from_secs(920)).expect_success(&format!("bench/gpu.sh {part}"));
     }
     let lines = lines(&folder);
 
@@ -171,7 +171,7 @@ fn with_doubles(folder: &Path, arguments: &[&str]) -> Finished {
     let a_gpu_is_needed =
         "#!/bin/sh\n[ \"$RLDIFF_REQUIRE_GPU\" = 1 ] || exit 1\necho 'test result: ok. 4 passed; 0 failed'\n";
     program(folder, "gpu-0123456789abcdef", a_gpu_is_needed);
-    run_within(command, Duration::from_secs(60))
+    run_within(command, Duration::from_secs(300))
 }
 
 #[test]
@@ -219,7 +219,8 @@ fn a_peer_that_fails_or_compiles_for_ever_is_a_row_and_the_part_ends_in_time() {
     let folder = empty_folder("bench-gpu-peer");
     let done = with_doubles(&folder, &["2", "--seconds", "12"]);
     assert_eq!(done.status.code(), Some(0), "{}{}", done.stdout, done.stderr);
-    assert!(done.took < Duration::from_secs(50), "{:?}", done.took);
+    // 12 s where the machine is quiet
+    assert!(done.took < Duration::from_secs(120), "{:?}", done.took);
     let lines = lines(&folder);
     let compiled = |what: &str, mode: &str| outcome(named(&lines, 2, &format!("peer compiled, {what}, {mode}")));
     assert_eq!(compiled("rollout", "default"), ("failed", "exit code 3: RuntimeError: no compiler"));
@@ -232,7 +233,7 @@ fn a_peer_that_fails_or_compiles_for_ever_is_a_row_and_the_part_ends_in_time() {
     with_doubles(&folder, &["1", "--seconds", "200"]);
     let mut report = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/bench/gpu.sh"));
     report.arg("report").arg(folder.join("out"));
-    let table = run_within(report, Duration::from_secs(20)).expect_success("bench/gpu.sh report").stdout;
+    let table = run_within(report, Duration::from_secs(60)).expect_success("bench/gpu.sh report").stdout;
     assert!(table.contains("peer compiled, update, default") && table.contains("roll-out, graph, again"), "{table}");
     let both = self::lines(&folder);
     assert_eq!(named(&both, 1, "peer rollout, eager, channels-last, bf16")["outcome"], "done");
