@@ -87,7 +87,21 @@ pub(super) fn sleeps(wanted: Wanted, world: &SimpleCommunicator, host: &SimpleCo
     let crowded = ranks > cores(&masks, quota(&mine));
     let mut highest = 0;
     world.all_reduce_into(&wanted.vote(crowded), &mut highest, SystemOperation::max());
-    matches!(highest, 1 | 3)
+    let sleeps = matches!(highest, 1 | 3);
+    if sleeps {
+        keep_little_memory();
+    }
+    sleeps
+}
+
+/// Where many ranks share a host, malloc gives back what was freed instead of keeping it for later.
+fn keep_little_memory() {
+    #[cfg(target_env = "gnu")]
+    for (what, value) in [(libc::M_ARENA_MAX, 1), (libc::M_TRIM_THRESHOLD, 1 << 18), (libc::M_MMAP_THRESHOLD, 1 << 16)]
+    {
+        // SAFETY: plain numbers; a setting that malloc refuses changes nothing.
+        unsafe { libc::mallopt(what, value) };
+    }
 }
 
 /// Processors, one bit each.
