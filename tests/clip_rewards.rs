@@ -336,7 +336,7 @@ fn networks_of_the_published_size() {
     fs::write(folder.join("bpe.txt"), format!("\"bpe_simple_vocab\"\n{merges}")).unwrap();
     let (weights, more) =
         (folder.join("model.safetensors"), format!("tokenizer = '{}'", folder.join("bpe.txt").display()));
-    let (pictures, prompts) = (files::pictures(16, 512, 512), prompts().repeat(4));
+    let (pictures, prompts) = (files::pictures(16, 512, 512), (0..4).flat_map(|_| prompts()).collect::<Vec<_>>());
     let rewards: [(&str, fn(&Path, &str) -> anyhow::Result<ClipReward>); 2] =
         [("pick_score", pick), ("hps", preference)];
     for (name, load) in rewards {
