@@ -98,12 +98,10 @@ mod tests {
                     assert_eq!(place(child, size).0, Some(own));
                 }
             }
-            for mut own in 1..size {
-                let mut depth = 0;
-                while let Some(parent) = parents[own] {
-                    (own, depth) = (parent, depth + 1);
-                }
-                assert!(own == 0 && depth <= size.next_power_of_two().ilog2(), "depth {depth} of {size}");
+            for own in 1..size {
+                let up = std::iter::successors(Some(own), |&own| parents[own]);
+                let depth = (up.clone().count() - 1) as u32;
+                assert!(up.last() == Some(0) && depth <= size.next_power_of_two().ilog2(), "depth {depth} of {size}");
             }
         }
         assert_eq!(place(0, 6), (None, vec![4, 2, 1]));

@@ -151,7 +151,7 @@ mod tests {
             return;
         }
         assert!(current_stream(0).is_err() && set_device(0).is_err() && SideStream::enter(0).is_err());
-        let error = GraphPool::new().err().expect("no GPU, no graph").to_string();
+        let error = GraphPool::new().expect_err("no GPU, no graph").to_string();
         assert!(error.contains("_ZN2at4cuda17graph_pool_handleEv"), "{error}");
         let error = CudaGraph::record(GraphPool { id: [0; 2] }, || ()).err().expect("no GPU, no graph").to_string();
         assert!(error.contains("_ZN2at4cuda17graph_pool_handleEv"), "{error}");

@@ -8,8 +8,11 @@ use anyhow::{anyhow, ensure, Context, Result};
 use super::compile::{cache_folder, compile_cached, Architecture, Source, Toolkit, SOURCES};
 use crate::comm::Communicator;
 
+/// A source's name, and the architecture as its two numbers.
+type Which = (&'static str, (u32, u32));
+
 /// Cubins by source and architecture.
-static RECEIVED: Mutex<BTreeMap<(&'static str, (u32, u32)), Vec<u8>>> = Mutex::new(BTreeMap::new());
+static RECEIVED: Mutex<BTreeMap<Which, Vec<u8>>> = Mutex::new(BTreeMap::new());
 
 /// The cubin that rank 0 has sent.
 pub(super) fn received(source: &Source, architecture: Architecture) -> Option<Vec<u8>> {
