@@ -337,8 +337,8 @@ fn networks_of_the_published_size() {
     let (weights, more) =
         (folder.join("model.safetensors"), format!("tokenizer = '{}'", folder.join("bpe.txt").display()));
     let (pictures, prompts) = (files::pictures(16, 512, 512), (0..4).flat_map(|_| prompts()).collect::<Vec<_>>());
-    let rewards: [(&str, fn(&Path, &str) -> anyhow::Result<ClipReward>); 2] =
-        [("pick_score", pick), ("hps", preference)];
+    type Load = fn(&Path, &str) -> anyhow::Result<ClipReward>;
+    let rewards: [(&str, Load); 2] = [("pick_score", pick), ("hps", preference)];
     for (name, load) in rewards {
         let started = std::time::Instant::now();
         let mut reward = load(&weights, &more).unwrap();

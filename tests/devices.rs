@@ -47,7 +47,7 @@ fn two_ranks(with: [bool; 2], device: &str) -> Option<Finished> {
         let mut search = vec![double().to_path_buf()];
         search.extend(std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
         let search = std::env::join_paths(&search[usize::from(!sees)..]).unwrap();
-        command.arg("env").arg(format!("LD_LIBRARY_PATH={}", search.display()));
+        command.arg("env").arg(format!("LD_LIBRARY_PATH={}", search.to_string_lossy()));
         command.arg(env!("CARGO_BIN_EXE_rldiff")).args(["train", "--device", device, "--out", "run"]);
         command.args(set(&SMALL)).args(set(&TINY)).args(["--set", "run.iterations=1"]);
     }

@@ -118,6 +118,9 @@ fn cpu_seconds() -> f64 {
     used.tv_sec as f64 + used.tv_nsec as f64 / 1e9
 }
 
+/// An operation of all ranks, with its name.
+type Named<'a> = (&'a str, Box<dyn FnMut() + 'a>);
+
 /// The last rank comes late to one operation after the other; what do the others use meanwhile?
 fn one_is_late(comm: &dyn Communicator) {
     const LATE: Duration = Duration::from_millis(1500);
@@ -126,7 +129,7 @@ fn one_is_late(comm: &dyn Communicator) {
     let mut bytes = vec![1u8; 100];
     let mut values = vec![1f32; 3000];
     let mut narrow = vec![half::bf16::ONE; 3000];
-    let mut operations: Vec<(&str, Box<dyn FnMut() + '_>)> = vec![
+    let mut operations: Vec<Named> = vec![
         ("barrier", Box::new(|| comm.barrier().unwrap())),
         ("broadcast of bytes", Box::new(|| comm.broadcast_bytes(&mut bytes, last).unwrap())),
         ("gather", Box::new(|| assert_eq!(comm.all_gather_bytes(b"me").unwrap().len(), last + 1))),
