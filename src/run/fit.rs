@@ -234,20 +234,34 @@ mod tests {
     fn memory_decides() {
         let config = config(&["model.gradient_checkpointing='auto'", "rollout.cuda_graph='auto'"]);
         let pipeline = pipeline(&config);
-        let chosen = |gb: u64, on_gpu: bool| {
-            let room = Room { on_gpu, in_company: true, bytes: gb * 1_000_000_000, lanes: 1 };
-            let decided = decide_by(&config, &pipeline, 0, &room, cost).unwrap();
-            (decided.choice.recomputed, decided.choice.graphs, decided.fits)
+        let room = |bytes: u64, on_gpu: bool| Room { on_gpu, in_company: true, bytes, lanes: 1 };
+        let chosen = |bytes: u64, on_gpu: bool| {
+            let decided = decide_by(&config, &pipeline, 0, &room(bytes, on_gpu), cost).unwrap();
+            (decided.choice, decided.fits)
         };
-        assert_eq!(chosen(141, true), (Recomputed::Nothing, true, true));
-        assert_eq!(chosen(80, true), (Recomputed::Nothing, true, true));
-        assert_eq!(chosen(62, true), (Recomputed::Nothing, false, true));
-        assert_eq!(chosen(48, true), (Recomputed::Level0, true, true));
-        assert_eq!(chosen(36, true), (Recomputed::Everything, true, true));
-        assert_eq!(chosen(34, true), (Recomputed::Everything, false, true));
-        assert_eq!(chosen(24, true), (Recomputed::Everything, false, false));
+        let all = candidates(&config, &room(0, true));
+        assert_eq!(all.len(), 6);
+        let total = |choice: &Choice| {
+            let setting = Setting { lanes: 1, on_gpu: true, in_company: true, graphs: choice.graphs };
+            footprint::memory(&config, &pipeline, &cost(choice.recomputed).unwrap(), setting).total()
+        };
+        let totals: Vec<u64> = all.iter().map(total).collect();
+        assert!(totals.windows(2).all(|pair| pair[0] >= pair[1]), "the fastest first takes most: {totals:?}");
+        assert!(totals[0] > totals[2] && totals[2] > totals[4], "{totals:?}");
+        // SD2 with all activations and a graph fits a GPU of 80 GB, not one of 48
+        let enough_for = |total: u64| (total as f64 / USABLE) as u64 + 1;
+        assert!((48_000_000_000..80_000_000_000).contains(&enough_for(totals[0])), "{totals:?}");
+        for total in totals.clone() {
+            let enough = enough_for(total);
+            let first = totals.iter().position(|&other| other <= total).unwrap();
+            assert_eq!(chosen(enough, true), (all[first], true), "{enough} bytes");
+            let (choice, fits) = chosen(enough - 1_000_000, true);
+            assert!(choice != all[first] || !fits, "{choice:?} in less than it takes");
+        }
+        assert!(!chosen(1, true).1);
         // no graphs on a CPU, however much memory it has
-        assert_eq!(chosen(1000, false), (Recomputed::Nothing, false, true));
+        let everything_kept = Choice { recomputed: Recomputed::Nothing, graphs: false };
+        assert_eq!(chosen(1 << 50, false), (everything_kept, true));
     }
 
     #[test]

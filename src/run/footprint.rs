@@ -116,16 +116,13 @@ pub fn measure(architecture: ModelFiles, config: &Config, recomputed: Recomputed
         drop(eps);
         Ok(())
     })?;
-    // at a quarter of the area, which it is as much as
-    let [height, width] = [h, w].map(|side| (side / 2).max(1));
+    // at the whole area: at less of it, copies of weights, which real ones need not, would be the largest
     let rollout_peak = {
         let _no_grad = tch::no_grad_guard();
-        let quarter = Tensor::zeros([1, c, height, width], (Kind::Float, Device::Cpu));
         let count = Allocations::begin();
-        drop(pipeline.unet.forward(&quarter, &t, &text));
+        drop(pipeline.unet.forward(&x, &t, &text));
         count.peak()
     };
-    let rollout_per_row = rollout_peak * (h * w) as u64 / (height * width) as u64;
     let side = h.min(w).min(DECODED_SIDE);
     let decode = |side: i64| -> Result<(f64, u64)> {
         let _no_grad = tch::no_grad_guard();
@@ -169,7 +166,7 @@ pub fn measure(architecture: ModelFiles, config: &Config, recomputed: Recomputed
         decode_flops: a * whole + b * whole * whole,
         kept_per_row: kept / width,
         working_per_row: (peak - kept) / width,
-        rollout_per_row: rollout_per_row / width,
+        rollout_per_row: rollout_peak / width,
         decode_per_picture: (decoded as f64 * whole / area) as u64,
         decode_with_gradient: ((decoded + kept_by_decoder) as f64 * whole / area) as u64,
     })
