@@ -145,15 +145,13 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     // tried without the models first: that costs nothing
     let own = args.guidelines.as_deref().map(guidelines::read).transpose();
     let own = all_made(comm, own).or_mistake()?;
-    let [of_pairs, of_groups] = prompts(args, comm).or_mistake()?;
-    let trained_on = args.models.iter().filter(|_| comm.rank() == 0);
-    let trained_on: Vec<TrainedOn> = trained_on.flat_map(|model| TrainedOn::of_files(model, model)).collect();
-    for prompts in [&of_pairs, &of_groups] {
-        prompts.hold_against(&trained_on, comm).or_mistake()?;
-    }
-    let [of_pairs, of_groups] = [of_pairs.all(), of_groups.all()];
+    let asked = prompts(args, comm).or_mistake()?;
+    let [of_pairs, of_groups] = asked.each_ref().map(Prompts::all);
     let plan = |digests: &[String]| plan(args, &drawing, &of_pairs, &of_groups, own.as_deref(), digests);
     let queries = plan(&vec![String::new(); args.models.len()]).or_mistake()?.queries;
+    let trained_on = args.models.iter().filter(|_| comm.rank() == 0);
+    let trained_on: Vec<TrainedOn> = trained_on.flat_map(|model| TrainedOn::of_files(model, model)).collect();
+    asked.iter().try_for_each(|prompts| prompts.hold_sets_against(&trained_on, comm)).or_mistake()?;
     if comm.rank() == 0 {
         warn_of_no_effect(args, own.as_deref());
     }
@@ -179,6 +177,8 @@ fn build(args: &BuildArgs, comm: &dyn Communicator) -> Result<(), Failure> {
     let state = all_made(comm, files.state(&study)).or_mistake()?;
     // all ranks have looked before one of them changes anything
     comm.barrier()?;
+    // a mistake is said alone, so warnings come after all that can be one
+    asked.iter().try_for_each(|prompts| prompts.warn_of_given(&trained_on, comm))?;
     if comm.rank() == 0 {
         say!("{taken_from}");
     }

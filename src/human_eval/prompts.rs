@@ -69,20 +69,25 @@ impl Prompts {
         given.chain(of_sets).collect()
     }
 
-    /// Whether its prompts are others than those that the models were trained on; rank 0's list counts. A collective call.
+    /// Whether the sets' prompts are others than those that the models were trained on; rank 0's list counts. A collective
+    /// call.
     ///
     /// # Errors
-    /// Names three prompts of a set that are not, unless the set is meant so or may have them. Of prompts that are given one by
-    /// one a warning names them.
-    pub fn hold_against(&self, trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
-        let given = self.given.iter().map(String::as_str);
-        let given = TestPrompts::new("the prompts given".to_owned(), None, given, Overlap::Warn);
+    /// Names three prompts of a set that are not, unless the set is meant so or may have them.
+    pub fn hold_sets_against(&self, trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
         let sets = self.sets.iter().filter(|set| set.config.split != EvalSplit::Train).map(|set| {
             let texts = set.texts.iter().map(String::as_str);
             let source = Some((&set.config.prompts, set.split));
             TestPrompts::new(format!("set {}", set.label), source, texts, set.config.overlap)
         });
-        overlap::check(&[given].into_iter().chain(sets).collect::<Vec<_>>(), trained_on, comm)
+        overlap::check(&sets.collect::<Vec<_>>(), trained_on, comm)
+    }
+
+    /// Says which of the prompts that are given one by one the models were trained on. A collective call.
+    pub fn warn_of_given(&self, trained_on: &[TrainedOn], comm: &dyn Communicator) -> Result<()> {
+        let texts = self.given.iter().map(String::as_str);
+        let given = TestPrompts::new("the prompts given".to_owned(), None, texts, Overlap::Warn);
+        overlap::check(&[given], trained_on, comm)
     }
 }
 
